@@ -1,1 +1,601 @@
-//! Event ring.
+//! A ring of records in memory that two processes share: one writes, the other reads.
+//!
+//! ```text
+//! 0    magic, version, capacity
+//! 64   head: bytes ever written, stored by the producer
+//! 128  tail: bytes ever released, stored by the consumer
+//! 192  data, `capacity` bytes
+//! ```
+//!
+//! A record is framed by 8 bytes, `{ length u32, tag u32 }`, begins at a multiple of 8 and is
+//! contiguous: where it does not fit before the end of the data, a pad frame fills the rest. It
+//! comes into being by the one store of `head` in [`Ring::commit`]. A producer that is killed before
+//! that leaves nothing to see, and [`Ring::attach`] goes on from the last committed record.
+
+use core::fmt;
+use core::mem::{align_of, offset_of, size_of};
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// Marks a ring: "ftrunrng".
+const MAGIC: u64 = u64::from_le_bytes(*b"ftrunrng");
+/// Version of the layout.
+const VERSION: u32 = 1;
+/// Bytes before each record.
+const FRAME: u64 = 8;
+/// The smallest amount of data that makes sense.
+const CAPACITY_MIN: u64 = 64;
+
+const TAG_RECORD: u32 = 0x4345_5221;
+const TAG_PAD: u32 = 0x4441_5021;
+
+/// A counter on a cache line of its own.
+#[derive(Debug)]
+#[repr(C, align(64))]
+struct Line(AtomicU64);
+
+/// What stands before the data.
+#[derive(Debug)]
+#[repr(C)]
+pub struct RingHeader {
+    /// Written last, so that a ring that was not fully created is none.
+    magic: AtomicU64,
+    version: u32,
+    reserved: u32,
+    capacity: u64,
+    head: Line,
+    tail: Line,
+}
+
+const _: () = {
+    assert!(size_of::<RingHeader>() == 192);
+    assert!(align_of::<RingHeader>() == 64);
+    assert!(offset_of!(RingHeader, magic) == 0);
+    assert!(offset_of!(RingHeader, version) == 8);
+    assert!(offset_of!(RingHeader, capacity) == 16);
+    assert!(offset_of!(RingHeader, head) == 64);
+    assert!(offset_of!(RingHeader, tail) == 128);
+};
+
+/// Why memory is not a usable ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingError {
+    /// The memory is not aligned to 64 bytes.
+    Misaligned,
+    /// The memory is too small for a ring, or for the ring that it says it holds.
+    TooSmall,
+    /// The memory holds no ring.
+    Magic,
+    /// The ring has the layout of another version.
+    Version(u32),
+    /// The counters or a frame contradict each other: something wrote over them.
+    Corrupt,
+}
+
+impl fmt::Display for RingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            RingError::Misaligned => write!(f, "the ring's memory is not aligned to 64 bytes"),
+            RingError::TooSmall => write!(f, "the memory is too small for the ring"),
+            RingError::Magic => write!(f, "the memory holds no event ring"),
+            RingError::Version(v) => {
+                write!(f, "the event ring has version {v}, this program knows {VERSION}")
+            }
+            RingError::Corrupt => write!(f, "the event ring was overwritten"),
+        }
+    }
+}
+
+impl core::error::Error for RingError {}
+
+/// One process's handle on a ring: the producer uses [`Ring::reserve`] and [`Ring::commit`], the
+/// consumer [`Ring::peek`] and [`Ring::release`].
+#[derive(Debug)]
+pub struct Ring {
+    header: NonNull<RingHeader>,
+    data: NonNull<u8>,
+    capacity: u64,
+    /// Producer: `head` once the reserved record is committed; 0 if none is.
+    reserved: u64,
+    /// Producer: the last `tail` that was looked at.
+    tail_seen: u64,
+    /// Consumer: `tail` once the record that was looked at is released; 0 if none was.
+    peeked: u64,
+}
+
+// SAFETY: a handle is pointers to memory that is shared on purpose; all that is not atomic is
+// accessed by the one producer or the one consumer only, whichever thread it runs on.
+unsafe impl Send for Ring {}
+
+/// Bytes that a record of `len` bytes takes.
+const fn framed(len: u64) -> u64 {
+    FRAME + len.next_multiple_of(8)
+}
+
+impl Ring {
+    /// Bytes before the data.
+    pub const HEADER_BYTES: usize = size_of::<RingHeader>();
+
+    /// Makes an empty ring in the `len` bytes at `ptr`.
+    ///
+    /// # Safety
+    ///
+    /// The memory is readable and writable for as long as the handle lives, and nobody else uses it
+    /// before this returns. Of all handles on a ring, at most one produces and at most one consumes,
+    /// and nothing else writes to it.
+    pub unsafe fn create(ptr: *mut u8, len: usize) -> Result<Ring, RingError> {
+        let (header, data) = parts(ptr, len)?;
+        let capacity = (len - Self::HEADER_BYTES) as u64 & !7;
+        // SAFETY: `parts` checked alignment and size; the caller gives us the memory.
+        unsafe {
+            header.write(RingHeader {
+                magic: AtomicU64::new(0),
+                version: VERSION,
+                reserved: 0,
+                capacity,
+                head: Line(AtomicU64::new(0)),
+                tail: Line(AtomicU64::new(0)),
+            });
+            header.as_ref().magic.store(MAGIC, Ordering::Release);
+        }
+        Ok(Ring { header, data, capacity, reserved: 0, tail_seen: 0, peeked: 0 })
+    }
+
+    /// Uses the ring that is in the `len` bytes at `ptr`, from where its last users left off.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Ring::create`], except that others may use the ring meanwhile: the memory stays
+    /// valid, and there is at most one producer and one consumer.
+    pub unsafe fn attach(ptr: *mut u8, len: usize) -> Result<Ring, RingError> {
+        let (header, data) = parts(ptr, len)?;
+        // SAFETY: `parts` checked alignment and size, the caller vouches for the memory, and every
+        // bit pattern is a `RingHeader`. Its fields that are not atomic no longer change.
+        let shared = unsafe { header.as_ref() };
+        if shared.magic.load(Ordering::Acquire) != MAGIC {
+            return Err(RingError::Magic);
+        }
+        if shared.version != VERSION {
+            return Err(RingError::Version(shared.version));
+        }
+        let capacity = shared.capacity;
+        if capacity > (len - Self::HEADER_BYTES) as u64 {
+            return Err(RingError::TooSmall);
+        }
+        if capacity < CAPACITY_MIN || !capacity.is_multiple_of(8) {
+            return Err(RingError::Corrupt);
+        }
+        let ring = Ring { header, data, capacity, reserved: 0, tail_seen: 0, peeked: 0 };
+        // The tail first: the head never falls behind a tail that was read before it. The other
+        // way is possible, so the distance is judged by `peek` and `reserve`, not here.
+        let tail = ring.tail().load(Ordering::Acquire);
+        let head = ring.head().load(Ordering::Acquire);
+        if head < tail || !head.is_multiple_of(8) || !tail.is_multiple_of(8) {
+            return Err(RingError::Corrupt);
+        }
+        Ok(Ring { tail_seen: tail, ..ring })
+    }
+
+    /// The longest record that can always be reserved once the ring is empty.
+    pub fn record_max(&self) -> usize {
+        // Half, so that the record and the pad before it fit wherever the head stands.
+        ((self.capacity / 2).min(1 << 32) as usize & !7) - FRAME as usize
+    }
+
+    /// Producer: room for a record of `len` bytes, to be filled and committed. `None` if the ring is
+    /// too full, or if `len` is more than [`Ring::record_max`]. A further `reserve` drops a record
+    /// that was not committed.
+    pub fn reserve(&mut self, len: usize) -> Option<&mut [u8]> {
+        self.reserved = 0;
+        if len > self.record_max() {
+            return None;
+        }
+        let total = framed(len as u64);
+        let head = self.head().load(Ordering::Relaxed);
+        if head < self.tail_seen || !head.is_multiple_of(8) {
+            return None; // overwritten: the consumer reports it
+        }
+        let to_end = self.capacity - head % self.capacity;
+        let pad = if to_end < total { to_end } else { 0 };
+        let end = head.checked_add(pad + total)?;
+        if end - self.tail_seen > self.capacity {
+            // Acquire: what the consumer read of the old records, it read before we overwrite them.
+            let tail = self.tail().load(Ordering::Acquire);
+            if tail > head || end - tail > self.capacity {
+                return None;
+            }
+            self.tail_seen = tail;
+        }
+        if pad != 0 {
+            self.write_frame(head, (pad - FRAME) as u32, TAG_PAD);
+        }
+        self.write_frame(head + pad, len as u32, TAG_RECORD);
+        self.reserved = end;
+        let at = (head + pad) % self.capacity + FRAME;
+        // SAFETY: `at + len` is within the data: the record was placed before its end. Only the
+        // producer, and that is us, touches bytes from head to tail + capacity, and the borrow of
+        // `self` keeps it to one slice.
+        Some(unsafe { core::slice::from_raw_parts_mut(self.data.as_ptr().add(at as usize), len) })
+    }
+
+    /// Producer: makes the reserved record visible, all at once. Does nothing if there is none.
+    pub fn commit(&mut self) {
+        if self.reserved != 0 {
+            // Release: whoever sees the new head sees the record.
+            self.head().store(self.reserved, Ordering::Release);
+            self.reserved = 0;
+        }
+    }
+
+    /// Consumer: the oldest record, `None` if there is none. It stays until it is released.
+    pub fn peek(&mut self) -> Result<Option<&[u8]>, RingError> {
+        self.peeked = 0;
+        // Acquire: the frames and records up to the head are there to be read.
+        let head = self.head().load(Ordering::Acquire);
+        loop {
+            let tail = self.tail().load(Ordering::Relaxed);
+            let filled = head.checked_sub(tail).ok_or(RingError::Corrupt)?;
+            if filled == 0 {
+                return Ok(None);
+            }
+            let at = tail % self.capacity;
+            let room = filled.min(self.capacity - at);
+            if filled > self.capacity || !filled.is_multiple_of(8) || !at.is_multiple_of(8) {
+                return Err(RingError::Corrupt);
+            }
+            let (len, tag) = self.read_frame(tail);
+            let total = framed(u64::from(len));
+            if total > room {
+                return Err(RingError::Corrupt);
+            }
+            match tag {
+                TAG_RECORD => {
+                    self.peeked = tail + total;
+                    let start = (at + FRAME) as usize;
+                    // SAFETY: `start + len` is within the data, as `total <= room`. The producer
+                    // leaves bytes from tail to head alone, and only we move the tail.
+                    return Ok(Some(unsafe {
+                        core::slice::from_raw_parts(self.data.as_ptr().add(start), len as usize)
+                    }));
+                }
+                TAG_PAD if at + total == self.capacity => {
+                    self.tail().store(tail + total, Ordering::Release);
+                }
+                _ => return Err(RingError::Corrupt),
+            }
+        }
+    }
+
+    /// Consumer: gives the room of the record last looked at back. Does nothing if there is none.
+    pub fn release(&mut self) {
+        if self.peeked != 0 {
+            // Release: our reads of the record come before the producer's next use of the room.
+            self.tail().store(self.peeked, Ordering::Release);
+            self.peeked = 0;
+        }
+    }
+
+    fn head(&self) -> &AtomicU64 {
+        // SAFETY: the memory is valid while the handle lives, by the contract of create and attach.
+        unsafe { &(*self.header.as_ptr()).head.0 }
+    }
+
+    fn tail(&self) -> &AtomicU64 {
+        // SAFETY: as for `head`.
+        unsafe { &(*self.header.as_ptr()).tail.0 }
+    }
+
+    fn frame(&self, position: u64) -> *mut u64 {
+        let at = position % self.capacity;
+        // SAFETY: positions and the capacity are multiples of 8, so 8 bytes at `at` are data.
+        unsafe { self.data.as_ptr().add(at as usize).cast() }
+    }
+
+    fn write_frame(&mut self, position: u64, len: u32, tag: u32) {
+        let word = u64::from(len) | u64::from(tag) << 32;
+        // SAFETY: within the data (see `frame`), aligned to 8 as the data is, and in the part that
+        // belongs to the producer.
+        unsafe { self.frame(position).write(word.to_le()) }
+    }
+
+    fn read_frame(&self, position: u64) -> (u32, u32) {
+        // SAFETY: within the data (see `frame`), aligned to 8 as the data is, and in the part that
+        // belongs to the consumer.
+        let word = u64::from_le(unsafe { self.frame(position).read() });
+        (word as u32, (word >> 32) as u32)
+    }
+}
+
+/// Header and data of the ring in this memory, which is aligned and large enough.
+fn parts(ptr: *mut u8, len: usize) -> Result<(NonNull<RingHeader>, NonNull<u8>), RingError> {
+    let base = NonNull::new(ptr).ok_or(RingError::Misaligned)?;
+    if !base.as_ptr().addr().is_multiple_of(align_of::<RingHeader>()) {
+        return Err(RingError::Misaligned);
+    }
+    if len < Ring::HEADER_BYTES + CAPACITY_MIN as usize {
+        return Err(RingError::TooSmall);
+    }
+    // SAFETY: the memory has more bytes than that.
+    let data = unsafe { base.add(Ring::HEADER_BYTES) };
+    Ok((base.cast(), data))
+}
+
+#[cfg(all(test, feature = "std"))]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    /// Memory as a mapping would give it.
+    #[repr(align(64))]
+    #[derive(Clone, Copy)]
+    struct Chunk([u8; 64]);
+
+    struct Memory {
+        chunks: Vec<Chunk>,
+        len: usize,
+    }
+
+    impl Memory {
+        /// A ring's memory with `capacity` bytes of data, filled with garbage.
+        fn new(capacity: usize) -> Memory {
+            let len = Ring::HEADER_BYTES + capacity;
+            Memory { chunks: vec![Chunk([0xa5; 64]); len.div_ceil(64)], len }
+        }
+
+        fn ptr(&mut self) -> *mut u8 {
+            self.chunks.as_mut_ptr().cast()
+        }
+
+        fn create(&mut self) -> Ring {
+            // SAFETY: the tests keep the memory longer than the handles and use it through one
+            // producer and one consumer only.
+            unsafe { Ring::create(self.ptr(), self.len) }.expect("a ring")
+        }
+
+        fn attach(&mut self) -> Result<Ring, RingError> {
+            // SAFETY: as in `create`.
+            unsafe { Ring::attach(self.ptr(), self.len) }
+        }
+
+        fn set(&mut self, at: usize, value: u64) {
+            self.chunks[at / 64].0[at % 64..at % 64 + 8].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        /// Reserve, fill, commit.
+        Push(Vec<u8>),
+        /// Reserve, fill a part, be killed; a new producer attaches.
+        Kill(Vec<u8>, prop::sample::Index),
+        /// Reserve and think better of it.
+        Drop(usize),
+        /// Look at a record without releasing it, be killed; a new consumer attaches.
+        Peek,
+        /// Take a record.
+        Pop,
+    }
+
+    fn any_op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            4 => vec(any::<u8>(), 0..90).prop_map(Op::Push),
+            1 => (vec(any::<u8>(), 0..90), any::<prop::sample::Index>())
+                .prop_map(|(data, n)| Op::Kill(data, n)),
+            1 => (0..90usize).prop_map(Op::Drop),
+            1 => Just(Op::Peek),
+            4 => Just(Op::Pop),
+        ]
+    }
+
+    proptest! {
+        /// The ring behaves as a queue, whoever is killed when, and refuses a record only if it is
+        /// more than half full or the record is too long.
+        #[test]
+        fn is_a_queue(
+            capacity in 64..400usize,
+            ops in vec(any_op(), 1..200),
+        ) {
+            let mut memory = Memory::new(capacity);
+            let mut producer = memory.create();
+            let mut consumer = memory.attach().expect("a ring");
+            let mut model: VecDeque<Vec<u8>> = VecDeque::new();
+            let max = producer.record_max();
+            prop_assert!(framed(max as u64) as usize <= capacity / 2);
+            for op in ops {
+                match op {
+                    Op::Push(data) => match producer.reserve(data.len()) {
+                        Some(room) => {
+                            prop_assert_eq!(room.len(), data.len());
+                            room.copy_from_slice(&data);
+                            producer.commit();
+                            model.push_back(data);
+                        }
+                        None => prop_assert!(data.len() > max || !model.is_empty()
+                            || consumer.peek().expect("sound").is_none()),
+                    },
+                    Op::Kill(data, n) => {
+                        if let Some(room) = producer.reserve(data.len()) {
+                            let n = n.index(data.len() + 1);
+                            room[..n].copy_from_slice(&data[..n]);
+                        }
+                        producer = memory.attach().expect("still a ring");
+                        producer.commit();
+                    }
+                    Op::Drop(len) => {
+                        producer.reserve(len);
+                    }
+                    Op::Peek => {
+                        let front = consumer.peek().expect("sound");
+                        prop_assert_eq!(front, model.front().map(Vec::as_slice));
+                        consumer = memory.attach().expect("still a ring");
+                        consumer.release();
+                    }
+                    Op::Pop => {
+                        let front = consumer.peek().expect("sound").map(<[u8]>::to_vec);
+                        prop_assert_eq!(front, model.pop_front());
+                        consumer.release();
+                    }
+                }
+            }
+            while let Some(expected) = model.pop_front() {
+                prop_assert_eq!(consumer.peek().expect("sound"), Some(&expected[..]));
+                consumer.release();
+            }
+            prop_assert_eq!(consumer.peek(), Ok(None));
+            // Empty again, it takes the longest record wherever its head stands.
+            prop_assert!(producer.reserve(max).is_some());
+            prop_assert!(producer.reserve(max + 1).is_none());
+        }
+
+        /// Whatever is written over a ring, the consumer gets an error or bytes within the ring.
+        #[test]
+        fn damage_never_panics(
+            records in vec(vec(any::<u8>(), 0..40), 0..6),
+            damage in vec((0..Ring::HEADER_BYTES + 200, any::<u8>()), 1..8),
+        ) {
+            let mut memory = Memory::new(256);
+            let mut ring = memory.create();
+            for record in &records {
+                if let Some(room) = ring.reserve(record.len()) {
+                    room.copy_from_slice(record);
+                    ring.commit();
+                }
+            }
+            for (at, byte) in damage {
+                memory.chunks[at / 64].0[at % 64] = byte;
+            }
+            if let Ok(mut ring) = memory.attach() {
+                for _ in 0..40 {
+                    if !matches!(ring.peek(), Ok(Some(_))) {
+                        break;
+                    }
+                    ring.release();
+                }
+                if let Some(room) = ring.reserve(20) {
+                    room.fill(1);
+                    ring.commit();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_ring_refuses_until_it_is_read() {
+        let mut memory = Memory::new(64);
+        let mut producer = memory.create();
+        let mut consumer = memory.attach().expect("a ring");
+        for i in 0..4u8 {
+            producer.reserve(8).expect("room").fill(i);
+            producer.commit();
+        }
+        assert!(producer.reserve(0).is_none());
+        producer.commit();
+        assert_eq!(consumer.peek(), Ok(Some(&[0; 8][..])));
+        assert!(producer.reserve(8).is_none(), "looking is not releasing");
+        consumer.release();
+        consumer.release();
+        producer.reserve(8).expect("room").fill(4);
+        producer.commit();
+        for i in 1..5u8 {
+            assert_eq!(consumer.peek(), Ok(Some(&[i; 8][..])));
+            consumer.release();
+        }
+        assert_eq!(consumer.peek(), Ok(None));
+    }
+
+    #[test]
+    fn nothing_is_visible_before_commit() {
+        let mut memory = Memory::new(128);
+        let mut producer = memory.create();
+        let mut consumer = memory.attach().expect("a ring");
+        producer.reserve(16).expect("room").fill(1);
+        assert_eq!(consumer.peek(), Ok(None));
+        let mut next = memory.attach().expect("a ring");
+        next.reserve(16).expect("room").fill(2);
+        next.commit();
+        assert_eq!(consumer.peek(), Ok(Some(&[2; 16][..])));
+    }
+
+    #[test]
+    fn attach_says_what_is_wrong() {
+        let mut memory = Memory::new(256);
+        assert_eq!(memory.attach().err(), Some(RingError::Magic));
+        memory.create();
+        assert!(memory.attach().is_ok());
+
+        let (ptr, len) = (memory.ptr(), memory.len);
+        // SAFETY: the memory is ours and no other handle is alive.
+        unsafe {
+            assert_eq!(Ring::attach(ptr.add(8), len - 8).err(), Some(RingError::Misaligned));
+            assert_eq!(Ring::create(ptr.add(8), len - 8).err(), Some(RingError::Misaligned));
+            assert_eq!(Ring::attach(core::ptr::null_mut(), len).err(), Some(RingError::Misaligned));
+            assert_eq!(Ring::attach(ptr, len - 8).err(), Some(RingError::TooSmall));
+            assert_eq!(Ring::attach(ptr, 100).err(), Some(RingError::TooSmall));
+            assert_eq!(Ring::create(ptr, 192 + 63).err(), Some(RingError::TooSmall));
+        }
+
+        for (at, value, error) in [
+            (0, 0, RingError::Magic),
+            (8, 2, RingError::Version(2)),
+            (16, 8, RingError::Corrupt),
+            (16, 129, RingError::Corrupt),
+            (16, 264, RingError::TooSmall),
+            (64, 12, RingError::Corrupt),
+            (128, 8, RingError::Corrupt),
+        ] {
+            memory.create();
+            memory.set(at, value);
+            assert_eq!(memory.attach().err(), Some(error), "{value} at {at}");
+        }
+    }
+
+    #[test]
+    fn an_overwritten_frame_is_an_error() {
+        let mut memory = Memory::new(256);
+        let mut ring = memory.create();
+        ring.reserve(16).expect("room").fill(1);
+        ring.commit();
+        for frame in [0, u64::from(TAG_RECORD) << 32 | 17, u64::from(TAG_PAD) << 32 | 16] {
+            memory.set(Ring::HEADER_BYTES, frame);
+            assert_eq!(memory.attach().expect("a ring").peek(), Err(RingError::Corrupt));
+        }
+    }
+
+    #[test]
+    fn two_threads() {
+        const COUNT: u64 = 100_000;
+        let mut memory = Memory::new(1000);
+        let mut producer = memory.create();
+        let mut consumer = memory.attach().expect("a ring");
+        let len = |i: u64| 8 + (i * 7 % 50) as usize;
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for i in 0..COUNT {
+                    loop {
+                        if let Some(room) = producer.reserve(len(i)) {
+                            room.fill(i as u8);
+                            room[..8].copy_from_slice(&i.to_le_bytes());
+                            break;
+                        }
+                        std::thread::yield_now();
+                    }
+                    producer.commit();
+                }
+            });
+            for i in 0..COUNT {
+                loop {
+                    if let Some(record) = consumer.peek().expect("sound") {
+                        assert_eq!(record.len(), len(i));
+                        assert_eq!(record[..8], i.to_le_bytes());
+                        assert!(record[8..].iter().all(|&b| b == i as u8));
+                        break;
+                    }
+                    std::thread::yield_now();
+                }
+                consumer.release();
+            }
+        });
+    }
+}

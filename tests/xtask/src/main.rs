@@ -1,2 +1,136 @@
-//! Project tasks.
-fn main() {}
+//! Project tasks, run as `cargo xtask TASK`.
+
+mod bench;
+mod install;
+
+use std::process::{Command, ExitCode};
+
+use clap::{Parser, Subcommand};
+use ftrun_tests::binaries::{build_ftrun, target_dir, workspace};
+use ftrun_tests::load::Load;
+use ftrun_tests::scenarios;
+use ftrun_tests::{Error, error};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Tasks of the ftrun project")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run a real redis-server under ftrun, kill it ten times, and show what its clients noticed
+    Demo {
+        /// How many times to kill it
+        #[arg(long, default_value_t = 10)]
+        kills: u64,
+        /// How many clients
+        #[arg(long, default_value_t = 8)]
+        clients: usize,
+    },
+    /// Install what the tests need, build, and run every test
+    Test {
+        /// Arguments for `cargo test --workspace`
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Measure
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// Kill one program many times while clients check every reply
+    Soak {
+        /// Which program; `list` shows them
+        #[arg(long, default_value = "redis")]
+        program: String,
+        /// How many times to kill it
+        #[arg(long, default_value_t = 1000)]
+        kills: u64,
+        /// How many clients
+        #[arg(long, default_value_t = 8)]
+        clients: usize,
+        /// Repeat the run with this seed
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Time from SIGKILL to the next reply on the same connection, for redis with so much data
+    Recovery(bench::Recovery),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Demo { kills, clients } => demo(kills, clients),
+        Task::Test { args } => return test(&args).unwrap_or_else(|e| complain(&e)),
+        Task::Bench { what: Bench::Recovery(options) } => {
+            install::ensure(&["redis-server"]).and_then(|()| under_release()).and_then(|()| bench::recovery(&options))
+        }
+        Task::Soak { program, kills, clients, seed } => soak(&program, kills, clients, seed),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => complain(&e),
+    }
+}
+
+fn complain(e: &Error) -> ExitCode {
+    eprintln!("xtask: {e}");
+    ExitCode::FAILURE
+}
+
+/// Makes sure that there is a fresh release build (or a given `FTRUN_BIN`) before anything is timed.
+fn under_release() -> Result<(), Error> {
+    eprintln!("xtask: building ftrun in release mode");
+    ftrun_tests::binaries::mode().map(|_| ())
+}
+
+fn demo(kills: u64, clients: usize) -> Result<(), Error> {
+    install::ensure(&["redis-server"])?;
+    under_release()?;
+    println!("ftrun -- redis-server: {clients} clients, each on one connection; {kills} times kill -9");
+    let load = Load { clients, ..Load::from_env().kills(kills) };
+    let report = scenarios::redis(&load)?;
+    println!("{report}");
+    Ok(())
+}
+
+fn soak(program: &str, kills: u64, clients: usize, seed: Option<u64>) -> Result<(), Error> {
+    if program == "list" {
+        for (name, _) in scenarios::ALL {
+            println!("{name}");
+        }
+        return Ok(());
+    }
+    let scenario =
+        scenarios::named(program).ok_or_else(|| error!("no program {program}; --program list shows them"))?;
+    install::ensure(install::SERVERS)?;
+    under_release()?;
+    let defaults = Load::from_env().kills(kills);
+    let load = Load { clients, seed: seed.unwrap_or(defaults.seed), ..defaults };
+    println!("{program}: {clients} clients, {kills} kills, seed {}", load.seed);
+    println!("{}", scenario(&load)?);
+    Ok(())
+}
+
+/// Runs everything; says nothing afterwards, so that the last lines are cargo's.
+fn test(args: &[String]) -> Result<ExitCode, Error> {
+    install::ensure(install::SERVERS)?;
+    let ftrun = build_ftrun()?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["test", "--workspace", "--no-fail-fast", "--target-dir"]).arg(target_dir()?).current_dir(workspace());
+    command.env("FTRUN_BIN", ftrun);
+    if args.is_empty() {
+        // Each test of a real program keeps about one core busy.
+        command.args(["--", "--test-threads=2"]);
+    } else {
+        command.args(args);
+    }
+    let status = command.status()?;
+    Ok(u8::try_from(status.code().unwrap_or(1)).map_or(ExitCode::FAILURE, ExitCode::from))
+}

@@ -3,12 +3,29 @@
 //!
 //! A row says how a call is treated ([`Class`]), who executes it ([`Place`]), how it may block
 //! ([`Wait`]) and what each argument points to ([`Arg`]). From that the supervisor marshals
-//! arguments, logs outputs, computes digests, waits and prints. Rows marked [`Row::irregular`] have
-//! a hand-written handler in the supervisor; their argument descriptions still serve digests and
-//! printing.
+//! arguments, logs outputs, computes digests, waits and prints. Rows marked
+//! [`field@Row::irregular`] have a hand-written handler in the supervisor; their argument
+//! descriptions still serve digests and printing.
+//!
+//! [`lookup`] is the way in: it also tells the commands of `fcntl`, `ioctl`, `prctl` and others
+//! apart ([`COMMANDS`]).
 
+mod commands;
+mod file;
+mod ioctl;
+mod make;
+mod memory;
+mod net;
+mod other;
+mod process;
 mod rows;
+mod signal;
+mod time;
 
+#[cfg(test)]
+mod tests;
+
+pub use commands::COMMANDS;
 pub use rows::ROWS;
 
 /// How a call is treated while recording and in replay (DESIGN section 4).
@@ -61,8 +78,17 @@ pub enum Len {
     Fixed(u32),
     /// The value of argument `.0`.
     Arg(u8),
-    /// The value of argument `.0` times `.1`.
+    /// The low 32 bits of argument `.0`, where the kernel takes an `int`.
+    Arg32(u8),
+    /// The low 32 bits of argument `.0` times `.1`.
     ArgTimes(u8, u32),
+    /// The low 32 bits of argument `.0` less `.1` is a number of bits; the memory is the 64-bit
+    /// words that hold them (`fd_set`, node masks).
+    Bits(u8, u8),
+    /// One byte for each page of 4 KiB that the length in argument `.0` touches (`mincore`).
+    Pages(u8),
+    /// The size in bits 16 to 29 of argument `.0`, an `ioctl` number.
+    IocSize(u8),
     /// The `u32` that argument `.0` points to, before the call (socklen_t).
     U32At(u8),
 }
@@ -101,6 +127,8 @@ pub enum Arg {
     Path,
     /// NUL-terminated string that is not a path.
     Str,
+    /// Array of addresses of strings, ended by NULL (`argv`, `envp`).
+    Strings,
     /// Memory that the call reads.
     In(Len),
     /// Memory that the call writes: capacity and how much is used.
@@ -118,12 +146,14 @@ pub enum Arg {
 }
 
 /// One system call, or one command of a call such as `ioctl`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
     /// Number on x86-64.
     pub nr: u16,
     /// Name as in the manual pages, section 2.
     pub name: &'static str,
+    /// Name of the command, if the row is that of a command; empty otherwise.
+    pub command: &'static str,
     /// Treatment.
     pub class: Class,
     /// Executor.
@@ -138,4 +168,153 @@ pub struct Row {
     pub deny_errno: i32,
     /// A limitation or reason, for the manual; empty if there is none.
     pub note: &'static str,
+}
+
+/// A command of a call whose arguments and treatment hang on the command: it applies where
+/// `args[arg] & mask == value` and, if there is `also`, the low 32 bits of that argument match too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// Number of the call.
+    pub nr: u16,
+    /// The argument that selects.
+    pub arg: u8,
+    /// What it must be.
+    pub value: u64,
+    /// Which of its bits count.
+    pub mask: u64,
+    /// A second argument that must have this value in its low 32 bits.
+    pub also: Option<(u8, u32)>,
+    /// The row that then holds instead of the call's own.
+    pub row: Row,
+}
+
+impl Command {
+    /// Whether the command is the one that these arguments ask for.
+    pub const fn matches(&self, args: &[u64; 6]) -> bool {
+        args[self.arg as usize] & self.mask == self.value
+            && match self.also {
+                None => true,
+                Some((arg, value)) => args[arg as usize] as u32 == value,
+            }
+    }
+}
+
+/// What selects a command, packed so that the search for it stays in few cache lines.
+#[derive(Clone, Copy)]
+struct Key {
+    value: u32,
+    mask: u32,
+    arg: u8,
+}
+
+/// The keys of [`COMMANDS`].
+static KEYS: [Key; COMMANDS.len()] = {
+    let mut keys = [Key { value: 0, mask: 0, arg: 0 }; COMMANDS.len()];
+    let mut i = 0;
+    while i < keys.len() {
+        let c = &COMMANDS[i];
+        assert!(c.mask >> 32 == 0 && c.value & !c.mask == 0);
+        keys[i] = Key { value: c.value as u32, mask: c.mask as u32, arg: c.arg };
+        i += 1;
+    }
+    keys
+};
+
+/// For each number the first of its commands and the first that is no longer its.
+static RANGES: [(u16, u16); rows::NUMBERS] = {
+    let mut ranges = [(0, 0); rows::NUMBERS];
+    let mut i = 0;
+    while i < COMMANDS.len() {
+        let range = &mut ranges[COMMANDS[i].nr as usize];
+        if range.1 == 0 {
+            range.0 = i as u16;
+        } else {
+            assert!(range.1 == i as u16, "the commands of a call stand apart");
+        }
+        range.1 = i as u16 + 1;
+        i += 1;
+    }
+    ranges
+};
+
+/// The row of a number that the table does not have.
+const UNLISTED: Row = Row {
+    nr: u16::MAX,
+    name: "unknown",
+    command: "",
+    class: Class::Unknown,
+    place: Place::Unit,
+    wait: Wait::Special,
+    args: &[Arg::Hex; 6],
+    irregular: false,
+    deny_errno: 0,
+    note: "not in the table",
+};
+
+/// The row of a number, whatever the arguments.
+pub fn by_number(nr: u64) -> Option<&'static Row> {
+    let position = *rows::POSITIONS.get(usize::try_from(nr).ok()?)?;
+    ROWS.get(usize::from(position))
+}
+
+/// The row of a name.
+pub fn by_name(name: &str) -> Option<&'static Row> {
+    ROWS.iter().find(|row| row.name == name)
+}
+
+/// The row for a call with these arguments: that of its command if the call has commands, and a
+/// row of class [`Class::Unknown`] for a number without one (its `nr` is then `u16::MAX` if the
+/// number does not fit).
+pub fn lookup(nr: u64, args: &[u64; 6]) -> Row {
+    let Some(row) = by_number(nr) else {
+        return Row { nr: u16::try_from(nr).unwrap_or(u16::MAX), ..UNLISTED };
+    };
+    let (first, end) = RANGES[usize::from(row.nr)];
+    for i in usize::from(first)..usize::from(end) {
+        let key = &KEYS[i];
+        if args[usize::from(key.arg)] as u32 & key.mask == key.value && COMMANDS[i].matches(args) {
+            return COMMANDS[i].row;
+        }
+    }
+    if row.nr == ioctl::NR { ioctl::BY_SIZE[(args[1] >> 30 & 3) as usize] } else { *row }
+}
+
+impl Len {
+    /// The length in bytes, for these arguments. `u32_at` reads the `u32` at an address of the
+    /// unit's memory; `None` where it cannot be read. The kernel refuses lengths that are too large
+    /// or negative, so the caller needs a limit of its own.
+    pub fn bytes(self, args: &[u64; 6], u32_at: impl FnOnce(u64) -> Option<u32>) -> Option<u64> {
+        let low = |i: u8| args[usize::from(i)] & 0xffff_ffff;
+        Some(match self {
+            Len::Fixed(n) => u64::from(n),
+            Len::Arg(i) => args[usize::from(i)],
+            Len::Arg32(i) => low(i),
+            Len::ArgTimes(i, size) => low(i) * u64::from(size),
+            Len::Bits(i, less) => low(i).saturating_sub(u64::from(less)).div_ceil(64) * 8,
+            Len::Pages(i) => args[usize::from(i)].div_ceil(4096),
+            Len::IocSize(i) => args[usize::from(i)] >> 16 & 0x3fff,
+            Len::U32At(i) => u64::from(u32_at(args[usize::from(i)])?),
+        })
+    }
+}
+
+impl Used {
+    /// How many bytes of a buffer of `capacity` bytes the call wrote: none if it failed. `u32_at`
+    /// is as for [`Len::bytes`], asked after the call.
+    pub fn bytes(
+        self,
+        capacity: u64,
+        result: i64,
+        args: &[u64; 6],
+        u32_at: impl FnOnce(u64) -> Option<u32>,
+    ) -> Option<u64> {
+        let Ok(result) = u64::try_from(result) else { return Some(0) };
+        let used = match self {
+            Used::All => capacity,
+            Used::Result => result,
+            Used::ResultTimes(size) => result.saturating_mul(u64::from(size)),
+            Used::U32At(i) => u64::from(u32_at(args[usize::from(i)])?),
+        };
+        Some(used.min(capacity))
+    }
 }

@@ -1,0 +1,254 @@
+//! Calls that move data through descriptors and may block, made without ever blocking the tracer.
+//!
+//! A call is tried so that it cannot block. When it would, the thread waits in `ppoll` and the call is
+//! tried again. What a blocking `write` has already handed over is remembered outside of the unit
+//! ([`crate::unit::Begun`]), so that a death in its middle neither loses nor repeats a byte.
+
+use ftrun_abi::table::{Row, Wait};
+
+use crate::live::Outcome;
+use crate::marshal::{Prepared, raw_call};
+use crate::tracee;
+use crate::unit::{Result, Unit, Waiting, now};
+
+const AGAIN: i64 = -(libc::EAGAIN as i64);
+const INTR: i64 = -(libc::EINTR as i64);
+
+/// What a descriptor is, as far as blocking goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// `O_NONBLOCK`, or something that never blocks: make the call as it is.
+    Immediate,
+    Socket,
+    Pipe,
+    Other,
+}
+
+fn kind(fd: i32) -> Kind {
+    // SAFETY: queries about a descriptor number.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    if flags < 0 || flags & libc::O_NONBLOCK != 0 {
+        return Kind::Immediate;
+    }
+    // SAFETY: plain integers, for which zero is valid.
+    let mut st: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: `st` outlives the call.
+    if unsafe { libc::fstat(fd, &raw mut st) } != 0 {
+        return Kind::Immediate;
+    }
+    match st.st_mode & libc::S_IFMT {
+        libc::S_IFREG | libc::S_IFDIR | libc::S_IFBLK => Kind::Immediate,
+        libc::S_IFSOCK => Kind::Socket,
+        libc::S_IFIFO => Kind::Pipe,
+        _ => Kind::Other,
+    }
+}
+
+/// `poll` of one descriptor without waiting.
+fn ready(fd: i32, events: i16) -> bool {
+    let mut p = libc::pollfd { fd, events, revents: 0 };
+    // SAFETY: one element, which outlives the call.
+    unsafe { libc::poll(&raw mut p, 1, 0) != 0 }
+}
+
+/// `SO_RCVTIMEO` or `SO_SNDTIMEO` in nanoseconds; `None` if not set.
+fn socket_timeout(fd: i32, option: i32) -> Option<u64> {
+    let mut tv = libc::timeval { tv_sec: 0, tv_usec: 0 };
+    let mut len = size_of::<libc::timeval>() as u32;
+    // SAFETY: the buffer is as long as `len` says.
+    let r = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, option, (&raw mut tv).cast(), &raw mut len) };
+    let ns = tv.tv_sec as u64 * 1_000_000_000 + tv.tv_usec as u64 * 1000;
+    (r == 0 && ns > 0).then_some(ns)
+}
+
+impl Unit {
+    /// A call that the table describes wholly.
+    pub(crate) fn regular(
+        &mut self,
+        vtid: i32,
+        nr: u64,
+        args: &[u64; 6],
+        call: &mut Prepared,
+        row: &Row,
+    ) -> Result<Outcome> {
+        match row.wait {
+            Wait::Readable(i) => self.read_like(vtid, nr, args, call, args[i as usize] as i32),
+            Wait::Writable(i) => self.write_like(vtid, nr, args, call, args[i as usize] as i32),
+            Wait::Never | Wait::Special => {
+                let mut r = call.run(nr);
+                while r == INTR {
+                    r = call.run(nr);
+                }
+                Ok(Outcome::Done(r))
+            }
+        }
+    }
+
+    fn wait_fd(&mut self, vtid: i32, digest: u64, fd: i32, events: i16, timeout: Option<u64>) -> Outcome {
+        let begun = self.begun(vtid, digest);
+        if begun.deadline.is_none() {
+            begun.deadline = timeout.map(|t| now() + t);
+        }
+        if begun.deadline.is_some_and(|d| d <= now()) {
+            return Outcome::Done(AGAIN);
+        }
+        Outcome::Block(Waiting { fds: vec![(fd, events)], deadline: begun.deadline, ..Waiting::default() })
+    }
+
+    fn read_like(&mut self, vtid: i32, nr: u64, args: &[u64; 6], call: &mut Prepared, fd: i32) -> Result<Outcome> {
+        let kind = kind(fd);
+        let mut changed = None;
+        if kind == Kind::Socket {
+            match nr as i64 {
+                libc::SYS_recvfrom if args[3] & libc::MSG_DONTWAIT as u64 == 0 => changed = Some(3),
+                libc::SYS_recvmsg if args[2] & libc::MSG_DONTWAIT as u64 == 0 => changed = Some(2),
+                libc::SYS_recvfrom | libc::SYS_recvmsg => {
+                    return Ok(Outcome::Done(call.run(nr)));
+                }
+                _ => {}
+            }
+        }
+        if kind == Kind::Immediate || (changed.is_none() && ready(fd, libc::POLLIN)) {
+            let mut r = call.run(nr);
+            if r == INTR {
+                r = call.run(nr);
+            }
+            if kind != Kind::Immediate && (r == AGAIN || r == INTR) {
+                return Ok(self.wait_fd(vtid, call.digest, fd, libc::POLLIN, None));
+            }
+            return Ok(Outcome::Done(r));
+        }
+        if let Some(flags) = changed {
+            // MSG_WAITALL: wait until all of it is there, or the end of the stream.
+            if args[flags] & libc::MSG_WAITALL as u64 != 0 && nr as i64 == libc::SYS_recvfrom && !enough(fd, args[2]) {
+                if !ready(fd, libc::POLLRDHUP) {
+                    let timeout = socket_timeout(fd, libc::SO_RCVTIMEO);
+                    let outcome = self.wait_fd(vtid, call.digest, fd, libc::POLLRDHUP, timeout.or(Some(5_000_000)));
+                    if timeout.is_none() {
+                        // Polled by time: readiness cannot say "this many bytes". The deadline starts anew.
+                        self.begun(vtid, call.digest).deadline = None;
+                    }
+                    if let Outcome::Block(_) = outcome {
+                        return Ok(outcome);
+                    }
+                }
+            }
+            call.args[flags] |= libc::MSG_DONTWAIT as u64;
+            let r = call.run(nr);
+            if r != AGAIN && r != INTR {
+                return Ok(Outcome::Done(r));
+            }
+        }
+        let timeout = (kind == Kind::Socket).then(|| socket_timeout(fd, libc::SO_RCVTIMEO)).flatten();
+        Ok(self.wait_fd(vtid, call.digest, fd, libc::POLLIN, timeout))
+    }
+
+    fn write_like(&mut self, vtid: i32, nr: u64, args: &[u64; 6], call: &mut Prepared, fd: i32) -> Result<Outcome> {
+        let kind = kind(fd);
+        let flags = match nr as i64 {
+            libc::SYS_sendto => Some(3),
+            libc::SYS_sendmsg => Some(2),
+            _ => None,
+        };
+        let dontwait = flags.is_some_and(|i| args[i] & libc::MSG_DONTWAIT as u64 != 0);
+        let quiet = flags.is_some_and(|i| args[i] & libc::MSG_NOSIGNAL as u64 != 0);
+        let outcome = if kind == Kind::Immediate || dontwait || kind == Kind::Other {
+            if let Some(i) = flags {
+                call.args[i] |= libc::MSG_NOSIGNAL as u64;
+            }
+            let mut r = call.run(nr);
+            while r == INTR {
+                r = call.run(nr);
+            }
+            Outcome::Done(r)
+        } else {
+            self.write_on(vtid, nr, call, fd, kind, flags)
+        };
+        if let Outcome::Done(r) = outcome
+            && r == -i64::from(libc::EPIPE)
+            && !quiet
+        {
+            self.broken_pipe(vtid)?;
+        }
+        Ok(outcome)
+    }
+
+    /// Goes on with a blocking write where it was left.
+    fn write_on(&mut self, vtid: i32, nr: u64, call: &mut Prepared, fd: i32, kind: Kind, flags: Option<usize>) -> Outcome {
+        let (digest, total) = (call.digest, call.payload().len());
+        loop {
+            let done = self.begun(vtid, digest).done;
+            let r = if kind == Kind::Socket {
+                match flags {
+                    Some(2) => {
+                        if done > 0 {
+                            call.advance_message(done);
+                        }
+                        call.args[2] |= (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as u64;
+                        call.run(nr)
+                    }
+                    _ => {
+                        let rest = &call.payload()[done..];
+                        let (f, addr, len) = if flags.is_some() { (call.args[3], call.args[4], call.args[5]) } else { (0, 0, 0) };
+                        let f = f | (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as u64;
+                        raw_call(libc::SYS_sendto as u64, &[fd as u64, rest.as_ptr() as u64, rest.len() as u64, f, addr, len])
+                    }
+                }
+            } else {
+                let rest = &call.payload()[done..];
+                let iov = libc::iovec { iov_base: rest.as_ptr() as *mut libc::c_void, iov_len: rest.len() };
+                let at = (&raw const iov) as u64;
+                // preadv2(2): offset -1 means the current one; RWF_NOWAIT works on pipes.
+                raw_call(libc::SYS_pwritev2 as u64, &[fd as u64, at, 1, u64::MAX, 0, libc::RWF_NOWAIT as u64])
+            };
+            if r == INTR {
+                continue;
+            }
+            if r == AGAIN {
+                let timeout = (kind == Kind::Socket).then(|| socket_timeout(fd, libc::SO_SNDTIMEO)).flatten();
+                let outcome = self.wait_fd(vtid, digest, fd, libc::POLLOUT, timeout);
+                return match outcome {
+                    Outcome::Done(_) if done > 0 => Outcome::Done(done as i64),
+                    other => other,
+                };
+            }
+            if r < 0 {
+                return Outcome::Done(if done > 0 { done as i64 } else { r });
+            }
+            let done = done + r as usize;
+            self.begun(vtid, digest).done = done;
+            if done >= total || r == 0 {
+                return Outcome::Done(done as i64);
+            }
+        }
+    }
+
+    /// A write met a closed pipe: the thread gets SIGPIPE, as from the kernel.
+    fn broken_pipe(&mut self, vtid: i32) -> Result<()> {
+        let handler = self.model.actions.get(libc::SIGPIPE as usize - 1).map_or(0, |a| a[0]);
+        let mask = tracee::get_sigmask(self.tid(vtid))?;
+        if handler == 1 {
+            return Ok(());
+        }
+        if handler == 0 && mask & (1 << (libc::SIGPIPE - 1)) == 0 {
+            self.ending = true;
+        }
+        let (pid, vpid) = (self.pid, self.vpid);
+        // SAFETY: no arguments.
+        let uid = unsafe { libc::getuid() };
+        if handler > 1 {
+            self.keep_signal(vtid, tracee::make_siginfo(libc::SIGPIPE, libc::SI_USER, vpid, uid, 0));
+        } else {
+            tracee::tgkill(pid, self.tid(vtid), libc::SIGPIPE)?;
+        }
+        Ok(())
+    }
+}
+
+/// At least `want` bytes can be read.
+fn enough(fd: i32, want: u64) -> bool {
+    let mut n: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    let r = unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut n) };
+    r != 0 || n as u64 >= want
+}

@@ -1,0 +1,572 @@
+//! Checkpoints: from the unit to a [`Snapshot`] and its pages, and back.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ftrun_ckpt::copy::copy_in;
+use ftrun_ckpt::dirty::{DirtyTracker, Full, Kind, SoftDirty, UFFD_FLAGS, WpAsync};
+use ftrun_ckpt::maps::read_maps;
+use ftrun_ckpt::pages::StagedPages;
+use ftrun_ckpt::runs::PageRun;
+use ftrun_ckpt::state::{Mapping, Snapshot, ThreadState};
+use libc::user_regs_struct;
+
+use crate::launch::{self, GATE};
+use crate::tracee::{self, Event};
+use crate::unit::{Credentials, Halt, Model, Place, Result, State, Thread, Unit, now};
+
+/// What a checkpoint brought, to be written to disk.
+#[derive(Debug)]
+pub struct Capture {
+    /// The state.
+    pub snapshot: Arc<Snapshot>,
+    /// SII of the checkpoint before, if the pages are only what changed since.
+    pub parent: Option<u64>,
+    /// Pages that changed.
+    pub staged: StagedPages,
+    /// Pages that are no longer there.
+    pub gone: Vec<PageRun>,
+}
+
+fn broken<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> Halt + '_ {
+    move |e| Halt::Broken(format!("{what}: {e}"))
+}
+
+/// Mappings that belong to the program: not ours, not the kernel's.
+fn program_maps(maps: Vec<Mapping>) -> Vec<Mapping> {
+    maps.into_iter()
+        .filter(|m| m.end <= GATE.base || m.start >= GATE.end())
+        .filter(|m| !m.path.starts_with("[vdso") && !m.path.starts_with("[vvar") && !m.path.starts_with("[vsyscall"))
+        .collect()
+}
+
+impl Unit {
+    /// Takes a checkpoint. No thread of the unit is in user code when this is called.
+    pub fn checkpoint(&mut self) -> Result<()> {
+        let begin = now();
+        crate::fault::point("checkpoint-begin", self.pid);
+        for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
+            self.read_thread(vtid)?;
+        }
+        let (pid, model_brk) = (self.pid, self.model.brk);
+        let store = &self.pages;
+        let tracker = &mut self.tracker;
+        let captured = self.service.run(move || -> std::io::Result<_> {
+            let maps = program_maps(read_maps(pid)?);
+            let mm = launch::read_mm(pid, Some(model_brk))?;
+            let scan = tracker.scan(pid, &maps, store).map_err(std::io::Error::other)?;
+            let mem = fs::File::open(format!("/proc/{pid}/mem"))?;
+            let staged = copy_in(pid, &scan.dirty, Some(&mem));
+            if staged.is_err() {
+                tracker.forget();
+            }
+            let comms = comms(pid);
+            Ok((maps, mm, scan, staged?, comms))
+        });
+        let (maps, mm, scan, staged, comms) = match captured {
+            Ok(x) => x,
+            Err(e) => {
+                // The unit may have been killed under our hands: then its end is reported next.
+                self.tracker.forget();
+                // SAFETY: asks whether our own child still exists.
+                let gone = unsafe { libc::kill(pid, 0) } != 0 || self.is_dying();
+                return Err(if gone { Halt::Died } else { Halt::Broken(format!("checkpoint: {e}")) });
+            }
+        };
+        crate::fault::point("checkpoint-copied", self.pid);
+        self.pages.drop_runs(&scan.gone);
+        self.pages.commit(&staged).map_err(broken("keeping pages"))?;
+        self.follow_limits();
+        self.model.blocked.clear();
+        self.model.user.clear();
+        for (vtid, t) in &self.threads {
+            match &t.state {
+                State::Blocked(w) => self.model.blocked.push((*vtid, w.clone())),
+                State::User => self.model.user.push(*vtid),
+                State::Entry | State::Running => {}
+            }
+        }
+        let mut threads = Vec::new();
+        for (vtid, t) in &self.threads {
+            let mut regs = t.regs;
+            if t.state != State::User {
+                regs.rip -= 2;
+                regs.rax = regs.orig_rax;
+            }
+            regs.orig_rax = u64::MAX;
+            threads.push(ThreadState {
+                tid: *vtid,
+                comm: comms.iter().find(|(tid, _)| *tid == t.tid).map_or(String::new(), |(_, c)| c.clone()),
+                regs: tracee::regs_to_words(&regs),
+                xstate: t.xstate.clone().unwrap_or_default(),
+                sigmask: match t.own_mask {
+                    Some(mask) => mask,
+                    None => self.masks.get(vtid).copied().unwrap_or(0),
+                },
+                altstack: t.altstack,
+                clear_child_tid: t.clear_tid,
+                robust_list: t.robust,
+            });
+        }
+        let main = threads.iter().position(|t| t.tid == self.vpid).unwrap_or(0);
+        threads.swap(0, main);
+        let snapshot = Arc::new(Snapshot {
+            sii: self.sii,
+            at_ns: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
+            incarnation: self.incarnation,
+            maps,
+            mm,
+            threads,
+            sigactions: self.model.actions.clone(),
+            model: postcard::to_stdvec(&self.model).map_err(broken("encoding the model"))?,
+        });
+        let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
+        self.snapshot = Some(Arc::clone(&snapshot));
+        self.log.records.clear();
+        self.log.bytes = 0;
+        self.checkpoint_at = now();
+        self.shared.checkpoint.store(false, Relaxed);
+        let pages = staged.len() as u64;
+        {
+            let mut status = crate::run::lock(&self.status);
+            status.last_checkpoint = Some(crate::status::CheckpointInfo {
+                sii: self.sii,
+                pause_us: (now() - begin) / 1000,
+                pages,
+                bytes: staged.bytes(),
+                at: crate::status::Timestamp::now(),
+            });
+        }
+        self.shared.checkpoints.fetch_add(1, Relaxed);
+        if let Some(journal) = &mut self.journal {
+            journal.checkpoint(&self.service, Capture { snapshot, parent, staged, gone: scan.gone }, &self.pages);
+        }
+        crate::fault::point("checkpoint-end", self.pid);
+        Ok(())
+    }
+
+    /// The process has been killed, though its end has not been reported yet.
+    pub(crate) fn is_dying(&self) -> bool {
+        let pid = self.pid;
+        self.service.run(move || {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let state = stat.rsplit_once(") ").map_or("X", |x| x.1).chars().next();
+            matches!(state, Some('Z' | 'X') | None)
+        })
+    }
+
+    /// Makes sure that extended state and mask of a thread are known.
+    fn read_thread(&mut self, vtid: i32) -> Result<()> {
+        let t = self.thread(vtid);
+        let tid = t.tid;
+        let cached = t.xstate.is_some() && self.masks.contains_key(&vtid);
+        if cached && self.thread(vtid).place == Place::Parked {
+            return Ok(());
+        }
+        if self.thread(vtid).place == Place::Parked {
+            self.unpark(vtid)?;
+            let xstate = match self.thread(vtid).xstate.take() {
+                Some(x) => x,
+                None => tracee::get_xstate(tid)?,
+            };
+            self.thread(vtid).xstate = Some(xstate);
+            self.masks.insert(vtid, tracee::get_sigmask(tid)?);
+            return self.park(vtid);
+        }
+        let xstate = tracee::get_xstate(tid)?;
+        self.thread(vtid).xstate = Some(xstate);
+        self.masks.insert(vtid, tracee::get_sigmask(tid)?);
+        Ok(())
+    }
+
+    /// Follows a change of resource limits.
+    pub(crate) fn follow_limits(&mut self) {
+        self.model.limits = (0..16)
+            .map(|r| {
+                let mut old = [0u64; 2];
+                crate::marshal::raw_call(
+                    libc::SYS_prlimit64 as u64,
+                    &[self.pid as u64, r, 0, old.as_mut_ptr() as u64, 0, 0],
+                );
+                (old[0], old[1])
+            })
+            .collect();
+        // Descriptors are allocated by this process in the unit's name.
+        if let Some(&(soft, hard)) = self.model.limits.get(libc::RLIMIT_NOFILE as usize)
+            && soft >= 64
+        {
+            let limit = [soft, hard.max(soft)];
+            crate::marshal::raw_call(
+                libc::SYS_prlimit64 as u64,
+                &[0, u64::from(libc::RLIMIT_NOFILE), limit.as_ptr() as u64, 0, 0, 0],
+            );
+        }
+    }
+
+    /// Follows a change of credentials: files are accessed by this thread in the unit's name.
+    pub(crate) fn follow_credentials(&mut self) -> Result<()> {
+        let pid = self.pid;
+        let credentials = self.service.run(move || read_credentials(pid)).map_err(broken("reading credentials"))?;
+        apply_fs_credentials(&credentials);
+        self.model.credentials = Some(credentials);
+        Ok(())
+    }
+
+    /// Takes the first checkpoint from a process that stands before the first instruction of its image,
+    /// and ends that process.
+    pub fn adopt_image(&mut self, scratch: i32) -> Result<()> {
+        let mut regs = tracee::get_regs(scratch)?;
+        regs.rax = 0;
+        regs.orig_rax = u64::MAX;
+        let xstate = tracee::get_xstate(scratch)?;
+        let sigmask = tracee::get_sigmask(scratch)?;
+        let taken = self.service.run(|| -> std::io::Result<_> {
+            let all = read_maps(scratch)?;
+            let vdso = all.iter().find(|m| m.path == "[vdso]").map_or(0, |m| m.start);
+            let maps = program_maps(all);
+            let mut full = Full::new();
+            let empty = ftrun_ckpt::pages::PageStore::new();
+            let scan = full.scan(scratch, &maps, &empty).map_err(std::io::Error::other)?;
+            let mem = fs::File::open(format!("/proc/{scratch}/mem"))?;
+            let staged = copy_in(scratch, &scan.dirty, Some(&mem))?;
+            let status = fs::read_to_string(format!("/proc/{scratch}/status"))?;
+            let comm = fs::read_to_string(format!("/proc/{scratch}/comm"))?.trim_end().to_owned();
+            Ok((maps, vdso, staged, launch::read_mm(scratch, None)?, status, comm, read_credentials(scratch)?))
+        });
+        let (maps, vdso, staged, mut mm, status, comm, credentials) = taken.map_err(broken("reading the new image"))?;
+        if maps.iter().any(|m| m.start < GATE.end() && m.end > GATE.base) {
+            return Err(Halt::Broken(format!("the program uses memory at {:#x}, which ftrun needs", GATE.base)));
+        }
+        if regs.cs != 0x33 {
+            launch::kill_and_reap(scratch);
+            return Err(Halt::Broken("this is a 32-bit program; ftrun runs 64-bit programs only".into()));
+        }
+        let ignored = status
+            .lines()
+            .find_map(|l| l.strip_prefix("SigIgn:"))
+            .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
+            .unwrap_or(0);
+        self.pages = ftrun_ckpt::pages::PageStore::new();
+        self.pages.commit(&staged).map_err(broken("keeping pages"))?;
+        hide_vdso(&mut self.pages, &mut mm.auxv, regs.rsp, vdso).map_err(broken("hiding the vDSO"))?;
+        let actions: Vec<[u64; 4]> = (1..=64)
+            .map(|s| if s != 9 && s != 19 && ignored >> (s - 1) & 1 == 1 { [1, 0, 0, 0] } else { [0; 4] })
+            .collect();
+        self.model = Model {
+            actions: actions.clone(),
+            brk: mm.brk,
+            user: vec![self.vpid],
+            credentials: self.model.credentials.take().map(|_| credentials),
+            limits: self.model.limits.clone(),
+            ..Model::default()
+        };
+        let snapshot = Snapshot {
+            sii: self.sii,
+            at_ns: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
+            incarnation: self.incarnation,
+            maps,
+            mm,
+            threads: vec![ThreadState {
+                tid: self.vpid,
+                comm,
+                regs: tracee::regs_to_words(&regs),
+                xstate,
+                sigmask,
+                altstack: (0, 0, libc::SS_DISABLE as u32),
+                clear_child_tid: 0,
+                robust_list: (0, 0),
+            }],
+            sigactions: actions,
+            model: postcard::to_stdvec(&self.model).map_err(broken("encoding the model"))?,
+        };
+        launch::kill_and_reap(scratch);
+        let snapshot = Arc::new(snapshot);
+        self.snapshot = Some(Arc::clone(&snapshot));
+        self.log.records.clear();
+        self.log.bytes = 0;
+        self.checkpoint_at = now();
+        if let Some(journal) = &mut self.journal {
+            let capture = Capture { snapshot, parent: None, staged, gone: vec![] };
+            journal.checkpoint(&self.service, capture, &self.pages);
+        }
+        Ok(())
+    }
+
+    /// Builds the process from the newest checkpoint. Every thread stands before a call or in user code.
+    pub fn restore(&mut self) -> Result<()> {
+        let snapshot = self.snapshot.clone().ok_or_else(|| Halt::Broken("there is no checkpoint".into()))?;
+        self.threads.clear();
+        self.vtids.clear();
+        self.ready.clear();
+        self.current = None;
+        self.masks.clear();
+        self.regenerated.clear();
+        self.fault = None;
+        self.unloggable = None;
+        self.model = postcard::from_bytes(&snapshot.model).map_err(broken("decoding the model"))?;
+        let want = (self.set_tid && self.vpid != 0).then_some(self.vpid);
+        let pid = launch::rebuild(&snapshot, &self.pages, want)?;
+        self.pid = pid;
+        if self.vpid == 0 {
+            self.vpid = pid;
+        }
+        crate::fault::point("restore-memory", pid);
+        // SAFETY: plain integers.
+        let zero: user_regs_struct = unsafe { std::mem::zeroed() };
+        let base = user_regs_struct { cs: 0x33, ss: 0x2b, eflags: 0x202, ..zero };
+        for (i, state) in snapshot.threads.iter().enumerate() {
+            // The first image was stored before its process had an id.
+            let vtid = if state.tid == 0 { self.vpid } else { state.tid };
+            let tid = if i == 0 { pid } else { launch::add_thread(pid, &base, self.set_tid.then_some(vtid))? };
+            self.vtids.insert(tid, vtid);
+            self.threads.insert(
+                vtid,
+                Thread {
+                    tid,
+                    slot: i + 1,
+                    state: State::User,
+                    place: Place::Stopped,
+                    regs: tracee::words_to_regs(&state.regs),
+                    own_mask: None,
+                    xstate: None,
+                    altstack: state.altstack,
+                    clear_tid: state.clear_child_tid,
+                    robust: state.robust_list,
+                    yielded: false,
+                },
+            );
+        }
+        for state in &snapshot.threads {
+            self.restore_thread(if state.tid == 0 { self.vpid } else { state.tid }, state, &base)?;
+        }
+        self.restore_limits_and_credentials(&base)?;
+        self.shared.pid.store(pid, Relaxed);
+        crate::run::lock(&self.status).pid = Some(pid);
+        if let Some(board) = self.board_pid {
+            board.store(pid, std::sync::atomic::Ordering::SeqCst);
+        }
+        for t in self.outside.timers.values_mut().chain(self.outside.itimers.values_mut()) {
+            t.kernel_id = None;
+        }
+        self.new_tracker()?;
+        crate::fault::point("restore-end", pid);
+        self.sii = snapshot.sii;
+        let user: Vec<i32> = self.model.user.iter().map(|v| if *v == 0 { self.vpid } else { *v }).collect();
+        for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
+            if !user.contains(&vtid) {
+                self.to_entry(vtid)?;
+            }
+        }
+        for (vtid, waiting) in self.model.blocked.clone() {
+            self.thread(vtid).state = State::Blocked(waiting);
+        }
+        Ok(())
+    }
+
+    fn restore_thread(&mut self, vtid: i32, state: &ThreadState, base: &user_regs_struct) -> Result<()> {
+        let t = self.thread(vtid);
+        let (tid, at) = (t.tid, GATE.slot(t.slot));
+        let call = |nr: libc::c_long, args: [u64; 6]| launch::gate_call(tid, base, nr as u64, args, &mut |_| {});
+        if state.altstack.1 != 0 {
+            let mut bytes = state.altstack.0.to_le_bytes().to_vec();
+            bytes.extend_from_slice(&u64::from(state.altstack.2 & !1).to_le_bytes());
+            bytes.extend_from_slice(&state.altstack.1.to_le_bytes());
+            tracee::write_mem(tid, at, &bytes)?;
+            call(libc::SYS_sigaltstack, [at, 0, 0, 0, 0, 0])?;
+        }
+        if state.clear_child_tid != 0 {
+            call(libc::SYS_set_tid_address, [state.clear_child_tid, 0, 0, 0, 0, 0])?;
+        }
+        if state.robust_list.0 != 0 {
+            call(libc::SYS_set_robust_list, [state.robust_list.0, state.robust_list.1, 0, 0, 0, 0])?;
+        }
+        let mut comm = state.comm.clone().into_bytes();
+        comm.push(0);
+        tracee::write_mem(tid, at, &comm)?;
+        call(libc::SYS_prctl, [libc::PR_SET_NAME as u64, at, 0, 0, 0, 0])?;
+        tracee::set_xstate(tid, &state.xstate)?;
+        tracee::set_sigmask(tid, state.sigmask)?;
+        Ok(())
+    }
+
+    fn restore_limits_and_credentials(&mut self, base: &user_regs_struct) -> Result<()> {
+        for (r, (soft, hard)) in self.model.limits.iter().enumerate() {
+            let new = [*soft, *hard];
+            crate::marshal::raw_call(
+                libc::SYS_prlimit64 as u64,
+                &[self.pid as u64, r as u64, new.as_ptr() as u64, 0, 0, 0],
+            );
+        }
+        let Some(c) = self.model.credentials.clone() else { return Ok(()) };
+        apply_fs_credentials(&c);
+        for t in self.threads.values() {
+            let groups: Vec<u8> = c.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+            let at = GATE.slot(t.slot);
+            tracee::write_mem(t.tid, at, &groups)?;
+            let [r, e, s] = c.gids.map(u64::from);
+            let [ru, eu, su] = c.uids.map(u64::from);
+            for (nr, args) in [
+                (libc::SYS_setgroups, [c.groups.len() as u64, at, 0, 0, 0, 0]),
+                (libc::SYS_setresgid, [r, e, s, 0, 0, 0]),
+                (libc::SYS_setresuid, [ru, eu, su, 0, 0, 0]),
+            ] {
+                launch::gate_call(t.tid, base, nr as u64, args, &mut |_| {})?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a thread that was saved before a call come to it again.
+    fn to_entry(&mut self, vtid: i32) -> Result<()> {
+        let t = self.thread(vtid);
+        let (tid, regs) = (t.tid, t.regs);
+        tracee::set_regs(tid, &regs)?;
+        tracee::cont(tid, 0)?;
+        loop {
+            match tracee::wait_one(tid)? {
+                Event::Seccomp => break,
+                Event::Signal(_) => {
+                    let info = tracee::get_siginfo(tid)?;
+                    self.keep_signal(vtid, info);
+                    tracee::cont(tid, 0)?;
+                }
+                Event::Ended(_) => return Err(Halt::Died),
+                _ => tracee::cont(tid, 0)?,
+            }
+        }
+        let regs = tracee::get_regs(tid)?;
+        let t = self.thread(vtid);
+        t.regs = regs;
+        t.state = State::Entry;
+        Ok(())
+    }
+
+    /// Dirty-page tracking for a new process. Its first scan reports everything, so the store is rebuilt by
+    /// the next checkpoint.
+    fn new_tracker(&mut self) -> Result<()> {
+        self.tracker = match self.backend {
+            Kind::WpAsync => {
+                // Made inside the process, where it appears in the shared table, and taken from there.
+                let main = self.vpid;
+                let fd = self.gate(main, libc::SYS_userfaultfd, [UFFD_FLAGS as u64, 0, 0, 0, 0, 0])?;
+                if fd < 0 {
+                    Box::new(Full::new())
+                } else {
+                    let taken = self.service.run(move || take_fd(fd as i32));
+                    // SAFETY: the number that the unit has just got; nobody else knows it.
+                    unsafe { libc::close(fd as i32) };
+                    let fd = taken.map_err(broken("taking the userfaultfd"))?;
+                    let made = self.service.run(move || WpAsync::new(fd));
+                    Box::new(made.map_err(broken("tracking dirty pages"))?)
+                }
+            }
+            Kind::SoftDirty => Box::new(SoftDirty::new()),
+            Kind::Full => Box::new(Full::new()),
+        };
+        Ok(())
+    }
+}
+
+/// Takes a descriptor out of the table that the tracer shares with the unit.
+fn take_fd(fd: i32) -> std::io::Result<std::os::fd::OwnedFd> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: our own process id, no pointers.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
+    if pidfd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor made above.
+    let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd, fd, 0) };
+    let result = if got < 0 { Err(std::io::Error::last_os_error()) } else { Ok(got as i32) };
+    // SAFETY: made above and not used again.
+    unsafe { libc::close(pidfd as i32) };
+    // SAFETY: a fresh descriptor that nobody else owns.
+    result.map(|fd| unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) })
+}
+
+/// Names of all threads.
+fn comms(pid: i32) -> Vec<(i32, String)> {
+    let Ok(dir) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    dir.flatten()
+        .filter_map(|e| {
+            let tid = e.file_name().to_str()?.parse().ok()?;
+            Some((tid, fs::read_to_string(e.path().join("comm")).ok()?.trim_end_matches('\n').to_owned()))
+        })
+        .collect()
+}
+
+fn read_credentials(pid: i32) -> std::io::Result<Credentials> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let numbers = |key: &str| -> Vec<u32> {
+        status
+            .lines()
+            .find_map(|l| l.strip_prefix(key))
+            .map(|l| l.split_whitespace().filter_map(|w| w.parse().ok()).collect())
+            .unwrap_or_default()
+    };
+    let three = |v: Vec<u32>| [v.first().copied().unwrap_or(0), v.get(1).copied().unwrap_or(0), v.get(2).copied().unwrap_or(0)];
+    Ok(Credentials { uids: three(numbers("Uid:")), gids: three(numbers("Gid:")), groups: numbers("Groups:") })
+}
+
+/// File access of the calling thread follows the unit's credentials.
+fn apply_fs_credentials(c: &Credentials) {
+    use crate::marshal::raw_call;
+    // SAFETY: no arguments.
+    if unsafe { libc::geteuid() } != 0 {
+        return;
+    }
+    raw_call(libc::SYS_setfsuid as u64, &[0; 6]);
+    raw_call(libc::SYS_setgroups as u64, &[c.groups.len() as u64, c.groups.as_ptr() as u64, 0, 0, 0, 0]);
+    raw_call(libc::SYS_setfsgid as u64, &[u64::from(c.gids[1]), 0, 0, 0, 0, 0]);
+    raw_call(libc::SYS_setfsuid as u64, &[u64::from(c.uids[1]), 0, 0, 0, 0, 0]);
+}
+
+/// Makes the auxiliary vector on the stack and in the kernel's copy forget the vDSO, so that time is asked
+/// for by system calls. `sp` is the stack pointer at the first instruction (argc is there).
+fn hide_vdso(
+    pages: &mut ftrun_ckpt::pages::PageStore,
+    auxv: &mut [u8],
+    sp: u64,
+    vdso: u64,
+) -> std::io::Result<()> {
+    const AT_IGNORE: u64 = 1;
+    const AT_SYSINFO_EHDR: u64 = 33;
+    for entry in auxv.chunks_exact_mut(16) {
+        if entry[..8] == AT_SYSINFO_EHDR.to_le_bytes() {
+            entry[..8].copy_from_slice(&AT_IGNORE.to_le_bytes());
+        }
+    }
+    if vdso == 0 {
+        return Ok(());
+    }
+    let word = |pages: &ftrun_ckpt::pages::PageStore, at: u64| -> u64 {
+        let Some(page) = pages.get(at & !4095) else { return 0 };
+        let o = (at & 4095) as usize;
+        u64::from_le_bytes(page[o..o + 8].try_into().unwrap_or([0; 8]))
+    };
+    // argc, argv, NULL, envp, NULL, then the vector.
+    let mut at = sp + 8 + (word(pages, sp) + 1) * 8;
+    while word(pages, at) != 0 {
+        at += 8;
+    }
+    at += 8;
+    loop {
+        let key = word(pages, at);
+        if key == 0 {
+            return Ok(());
+        }
+        if key == AT_SYSINFO_EHDR {
+            let base = at & !4095;
+            if let Some(page) = pages.get(base) {
+                let mut copy = *page;
+                let o = (at & 4095) as usize;
+                copy[o..o + 8].copy_from_slice(&AT_IGNORE.to_le_bytes());
+                pages.put(base, &copy)?;
+            }
+            return Ok(());
+        }
+        at += 16;
+    }
+}

@@ -1,0 +1,300 @@
+//! Commands to a running unit, over the socket `ctl.sock` in its directory.
+//!
+//! A connection carries one JSON object a line: `{"cmd":"status"}`, `{"cmd":"checkpoint"}` or
+//! `{"cmd":"stop"}`. Each gets a line back: `{"ok":true,"status":{...}}` (without `status` for
+//! `stop`) or `{"ok":false,"error":"..."}`. Only root and the user who runs the unit are heard.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
+
+use crate::report::Error;
+use crate::status::Status;
+use crate::unitdir::UnitDir;
+
+/// Longest request, in bytes.
+const REQUEST_BYTES_MAX: u64 = 4096;
+/// Longest reply, in bytes.
+const REPLY_BYTES_MAX: u64 = 1 << 20;
+/// Connections served at a time.
+const CONNECTIONS_MAX: usize = 16;
+/// A connection that says nothing for this long is closed.
+const IDLE_MAX: Duration = Duration::from_secs(30);
+/// How long a client waits for the live status before it takes the written one.
+const STATUS_WAIT: Duration = Duration::from_secs(2);
+/// How long a client waits for a checkpoint or a stop.
+const WORK_WAIT: Duration = Duration::from_secs(120);
+
+/// What a supervisor does when it is asked. Called on threads of its own.
+pub trait Handler: Send + Sync {
+    /// The status now.
+    fn status(&self) -> Status;
+    /// Takes a checkpoint; the status after it.
+    fn checkpoint(&self) -> Result<Status, String>;
+    /// Begins to stop the unit.
+    fn stop(&self) -> Result<(), String>;
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(tag = "cmd", rename_all = "lowercase")]
+enum Request {
+    Status,
+    Checkpoint,
+    Stop,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Reply {
+    ok: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    status: Option<Box<Status>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+impl Reply {
+    fn error(error: impl Into<String>) -> Self {
+        Self { ok: false, status: None, error: Some(error.into()) }
+    }
+
+    fn status(status: Status) -> Self {
+        Self { ok: true, status: Some(Box::new(status)), error: None }
+    }
+}
+
+/// Serves commands on a thread until the process ends. Start it from a thread with ftrun's own
+/// descriptor table.
+pub fn serve(listener: UnixListener, handler: Arc<dyn Handler>) -> io::Result<()> {
+    let spawn = thread::Builder::new().name("ftrun-control".into());
+    spawn.spawn(move || accept(&listener, &handler))?;
+    Ok(())
+}
+
+fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
+    // Signals are for the threads that wait for them.
+    if let Err(e) = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None) {
+        tracing::warn!("cannot block signals in the control thread: {e}");
+    }
+    let open = Arc::new(AtomicUsize::new(0));
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(e) => {
+                tracing::debug!("accept on the control socket: {e}");
+                // Out of descriptors or memory, most likely: not a reason to spin.
+                thread::sleep(Duration::from_millis(100));
+                continue;
+            }
+        };
+        let count = Open::new(&open);
+        if count.before >= CONNECTIONS_MAX {
+            continue;
+        }
+        let handler = Arc::clone(handler);
+        let spawned = thread::Builder::new().name("ftrun-control".into()).spawn(move || {
+            let _count = count;
+            if let Err(e) = converse(stream, &*handler) {
+                tracing::debug!("control connection: {e}");
+            }
+        });
+        if let Err(e) = spawned {
+            tracing::warn!("cannot start a thread for a control connection: {e}");
+        }
+    }
+}
+
+/// One open connection.
+struct Open {
+    count: Arc<AtomicUsize>,
+    before: usize,
+}
+
+impl Open {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        let before = count.fetch_add(1, Ordering::Relaxed);
+        Self { count: Arc::clone(count), before }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.count.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn converse(stream: UnixStream, handler: &dyn Handler) -> io::Result<()> {
+    stream.set_read_timeout(Some(IDLE_MAX))?;
+    stream.set_write_timeout(Some(IDLE_MAX))?;
+    let peer = getsockopt(&stream, PeerCredentials)?.uid();
+    if peer != 0 && peer != geteuid().as_raw() {
+        let refusal = "only root and the user who runs the unit may control it";
+        return send(&stream, &Reply::error(refusal));
+    }
+    let mut lines = BufReader::new(&stream);
+    while let Some(line) = read_line(&mut lines, REQUEST_BYTES_MAX)? {
+        let reply = match serde_json::from_slice(&line) {
+            Ok(Request::Status) => Reply::status(handler.status()),
+            Ok(Request::Checkpoint) => handler.checkpoint().map_or_else(Reply::error, Reply::status),
+            Ok(Request::Stop) => {
+                let ok = Reply { ok: true, ..Reply::default() };
+                handler.stop().map_or_else(Reply::error, |()| ok)
+            }
+            Err(e) => Reply::error(format!("not a request: {e}")),
+        };
+        send(&stream, &reply)?;
+    }
+    Ok(())
+}
+
+fn send<T: Serialize>(mut stream: &UnixStream, message: &T) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+/// A line without its end, `None` at the end of the stream.
+fn read_line(from: &mut impl BufRead, max: u64) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    if from.by_ref().take(max).read_until(b'\n', &mut line)? == 0 {
+        return Ok(None);
+    }
+    if line.pop() != Some(b'\n') {
+        let what = "a line is cut short or too long";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    }
+    Ok(Some(line))
+}
+
+fn ask(unit: &UnitDir, request: Request, wait: Duration) -> io::Result<Reply> {
+    let stream = unit.connect_control()?;
+    stream.set_read_timeout(Some(wait))?;
+    stream.set_write_timeout(Some(wait))?;
+    send(&stream, &request)?;
+    let line = read_line(&mut BufReader::new(&stream), REPLY_BYTES_MAX)?;
+    let line = line.ok_or(io::ErrorKind::UnexpectedEof)?;
+    Ok(serde_json::from_slice(&line)?)
+}
+
+/// The status of a unit: from its supervisor if that answers, otherwise as last written.
+pub fn status(unit: &UnitDir) -> Result<Status, Error> {
+    if unit.is_running()
+        && let Ok(Reply { status: Some(status), .. }) = ask(unit, Request::Status, STATUS_WAIT)
+    {
+        return Ok(*status);
+    }
+    unit.read_status()
+}
+
+/// Takes a checkpoint of a running unit; its status after that.
+pub fn checkpoint(unit: &UnitDir) -> Result<Status, Error> {
+    match order(unit, Request::Checkpoint)?.status {
+        Some(status) => Ok(*status),
+        None => Err(Error::bug("the supervisor's answer to `checkpoint` holds no status")),
+    }
+}
+
+/// Stops a running unit and waits until its supervisor is gone.
+pub fn stop(unit: &UnitDir) -> Result<(), Error> {
+    order(unit, Request::Stop)?;
+    let end = Instant::now() + WORK_WAIT;
+    while unit.is_running() {
+        if Instant::now() > end {
+            return Err(Error::environment(
+                format!("the unit {} did not stop in {} s", unit.name(), WORK_WAIT.as_secs()),
+                format!("see what it does: ftrun status {}", unit.name()),
+            ));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn order(unit: &UnitDir, request: Request) -> Result<Reply, Error> {
+    let name = unit.name();
+    if !unit.is_running() {
+        let hint = format!("see its last state: ftrun status {name}");
+        return Err(Error::environment(format!("the unit {name} is not running"), hint));
+    }
+    let reply = ask(unit, request, WORK_WAIT).map_err(|e| {
+        Error::environment(
+            format!("the supervisor of {name} does not answer: {e}"),
+            "it may be starting or recovering: try again",
+        )
+    })?;
+    match reply.error {
+        None if reply.ok => Ok(reply),
+        error => Err(Error::environment(format!("the unit {name} refused: {}", error.unwrap_or_default()), "")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    struct Fake(Mutex<Option<UnitDir>>);
+
+    impl Handler for Fake {
+        fn status(&self) -> Status {
+            Status { events: 7, ..Status::default() }
+        }
+
+        fn checkpoint(&self) -> Result<Status, String> {
+            Err("not now".into())
+        }
+
+        fn stop(&self) -> Result<(), String> {
+            drop(self.0.lock().unwrap().take());
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn commands_and_answers() {
+        let state = tempfile::tempdir().unwrap();
+        let mut ours = UnitDir::create(state.path(), "u").unwrap();
+        ours.begin().unwrap();
+        let unit = UnitDir::open(state.path(), "u").unwrap();
+        let refused = checkpoint(&unit).unwrap_err();
+        assert!(refused.to_string().contains("does not answer"), "{refused}");
+        assert_eq!(status(&unit).unwrap().events, 0, "as written");
+
+        let listener = ours.bind_control().unwrap();
+        serve(listener, Arc::new(Fake(Mutex::new(Some(ours))))).unwrap();
+        assert_eq!(status(&unit).unwrap().events, 7, "live");
+        let refused = checkpoint(&unit).unwrap_err();
+        assert!(refused.to_string().contains("not now"), "{refused}");
+
+        let mut stream = unit.connect_control().unwrap();
+        let mut answers = BufReader::new(stream.try_clone().unwrap());
+        let mut answer = move |request: &[u8]| {
+            stream.write_all(request).unwrap();
+            let line = read_line(&mut answers, REPLY_BYTES_MAX).unwrap()?;
+            Some(serde_json::from_slice::<serde_json::Value>(&line).unwrap())
+        };
+        assert_eq!(answer(b"{\"cmd\":\"status\"}\n").unwrap()["status"]["events"], 7);
+        for bad in ["\n", "{}\n", "{\"cmd\":\"explode\"}\n", "\u{0}\n"] {
+            let reply = answer(bad.as_bytes()).unwrap();
+            assert_eq!(reply["ok"], false, "{bad:?}: {reply}");
+        }
+        assert_eq!(answer(b"{\"cmd\":\"status\"}\n").unwrap()["ok"], true);
+
+        let mut long = unit.connect_control().unwrap();
+        long.write_all(&vec![b'x'; REQUEST_BYTES_MAX as usize + 1]).unwrap();
+        let mut rest = Vec::new();
+        drop(long.read_to_end(&mut rest));
+        assert!(rest.is_empty(), "a line that is too long ends the connection");
+
+        stop(&unit).unwrap();
+        assert!(!unit.is_running());
+        assert!(stop(&unit).unwrap_err().to_string().contains("is not running"));
+    }
+}

@@ -1,0 +1,50 @@
+//! Fault points: places where tests have the unit killed.
+//!
+//! `FTRUN_FAULT=NAME[:N]` kills the unit with SIGKILL the Nth time (default 1) that point NAME is passed,
+//! and never again. Without the variable a point costs one comparison.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+/// Every point, in the order of a unit's life.
+pub const POINTS: [&str; 12] = [
+    "restore-memory",
+    "restore-end",
+    "replay-begin",
+    "replay-event",
+    "replay-end",
+    "call-entry",
+    "call-logged",
+    "call-written",
+    "signal-logged",
+    "checkpoint-begin",
+    "checkpoint-copied",
+    "checkpoint-end",
+];
+
+struct Armed {
+    name: String,
+    left: AtomicI64,
+}
+
+fn armed() -> Option<&'static Armed> {
+    static ARMED: OnceLock<Option<Armed>> = OnceLock::new();
+    ARMED
+        .get_or_init(|| {
+            let text = std::env::var("FTRUN_FAULT").ok()?;
+            let (name, n) = text.split_once(':').map_or((text.as_str(), 1), |(a, b)| (a, b.parse().unwrap_or(1)));
+            POINTS.contains(&name).then(|| Armed { name: name.to_owned(), left: AtomicI64::new(n) })
+        })
+        .as_ref()
+}
+
+/// Passes point `name`: kills process `pid` if the point is armed and its turn has come.
+pub fn point(name: &str, pid: i32) {
+    if let Some(a) = armed()
+        && a.name == name
+        && a.left.fetch_sub(1, Ordering::Relaxed) == 1
+    {
+        // SAFETY: a process of ours, alive or not yet reaped.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+}

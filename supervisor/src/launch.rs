@@ -1,0 +1,468 @@
+//! Making the unit's process: the program's first image, and a process rebuilt from a checkpoint.
+//!
+//! A process is always made the same way: the tracer forks a child that shares its descriptor table
+//! and directory, and fills it from a [`Snapshot`]. `execve` unshares the table, so the program is
+//! first executed in a scratch process that lives only until its image can be copied: starting a
+//! program is recovering it from the checkpoint at its first instruction.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+
+use ftrun_ckpt::copy::copy_out;
+use ftrun_ckpt::pages::PageStore;
+use ftrun_ckpt::state::{Mapping, MmFields, Snapshot};
+use libc::{sock_filter, user_regs_struct};
+
+use crate::marshal::raw_call;
+use crate::tracee::{self, Event, Gate, TraceError};
+
+/// Where our pages lie in every unit: far from where Linux puts programs, libraries and stacks.
+pub const GATE: Gate = Gate { base: 0x6f00_0000_0000 };
+
+/// End of user addresses (4-level paging).
+const TASK_END: u64 = 0x7fff_ffff_f000;
+
+/// The filter: the gate's own instruction and `rt_sigreturn` pass, 32-bit and x32 calls get `ENOSYS`,
+/// everything else goes to the tracer (and fails with `ENOSYS` when there is none).
+pub fn filter(gate: Gate) -> Vec<sock_filter> {
+    const LD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const JEQ: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const JGE: u16 = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
+    const RET: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+    let s = |code, k| sock_filter { code, jt: 0, jf: 0, k };
+    let j = |code, k, jt, jf| sock_filter { code, jt, jf, k };
+    let ip = gate.allowed_ip();
+    vec![
+        s(LD, 4),
+        j(JEQ, AUDIT_ARCH_X86_64, 0, 7),
+        s(LD, 8),
+        j(JEQ, ip as u32, 0, 2),
+        s(LD, 12),
+        j(JEQ, (ip >> 32) as u32, 5, 0),
+        s(LD, 0),
+        j(JEQ, libc::SYS_rt_sigreturn as u32, 3, 0),
+        j(JGE, 0x4000_0000, 0, 1),
+        s(RET, libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32),
+        s(RET, libc::SECCOMP_RET_TRACE),
+        s(RET, libc::SECCOMP_RET_ALLOW),
+    ]
+}
+
+/// Forks a child of the calling thread that waits in `pause` to be taken over.
+///
+/// With `filter` the child shares descriptors and directory with the caller and is filtered; without,
+/// it is a plain copy (the scratch process for `execve`).
+fn fork_child(set_tid: Option<i32>, filter: Option<&[sock_filter]>) -> io::Result<i32> {
+    let tids = [set_tid.unwrap_or(0)];
+    let mut args = [0u64; 11];
+    args[0] = if filter.is_some() { (libc::CLONE_FILES | libc::CLONE_FS) as u64 } else { 0 };
+    args[4] = libc::SIGCHLD as u64;
+    if set_tid.is_some() {
+        args[8] = tids.as_ptr() as u64;
+        args[9] = 1;
+    }
+    let prog = filter.map(|f| libc::sock_fprog { len: f.len() as u16, filter: f.as_ptr().cast_mut() });
+    let all = u64::MAX;
+    let r = raw_call(libc::SYS_clone3 as u64, &[args.as_ptr() as u64, 88, 0, 0, 0, 0]);
+    if r != 0 {
+        return if r < 0 { Err(io::Error::from_raw_os_error(-r as i32)) } else { Ok(r as i32) };
+    }
+    // The child: only system calls from here, since other threads of the parent may have held locks.
+    raw_call(libc::SYS_rt_sigprocmask as u64, &[libc::SIG_BLOCK as u64, (&raw const all) as u64, 0, 8, 0, 0]);
+    let default = [0u64; 4];
+    for signal in 1..=64 {
+        raw_call(libc::SYS_rt_sigaction as u64, &[signal, default.as_ptr() as u64, 0, 8, 0, 0]);
+    }
+    if let Some(prog) = &prog {
+        let prog = (&raw const *prog) as u64;
+        raw_call(libc::SYS_prctl as u64, &[libc::PR_SET_TSC as u64, libc::PR_TSC_SIGSEGV as u64, 0, 0, 0, 0]);
+        raw_call(libc::SYS_arch_prctl as u64, &[ARCH_SET_CPUID, 0, 0, 0, 0, 0]);
+        let set = [libc::SECCOMP_SET_MODE_FILTER as u64, 0, prog, 0, 0, 0];
+        if raw_call(libc::SYS_seccomp as u64, &set) != 0 {
+            raw_call(libc::SYS_prctl as u64, &[libc::PR_SET_NO_NEW_PRIVS as u64, 1, 0, 0, 0, 0]);
+            if raw_call(libc::SYS_seccomp as u64, &set) != 0 {
+                raw_call(libc::SYS_exit_group as u64, &[125, 0, 0, 0, 0, 0]);
+            }
+        }
+    }
+    loop {
+        raw_call(libc::SYS_pause as u64, &[0; 6]);
+    }
+}
+
+const ARCH_SET_CPUID: u64 = 0x1012;
+
+/// Why a program could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// `execve` failed.
+    #[error("cannot execute {program}: {source}")]
+    Exec {
+        /// The program.
+        program: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Anything else.
+    #[error("{what}: {source}")]
+    Sys {
+        /// The operation.
+        what: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The process died while it was built.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+}
+
+fn sys(what: impl Into<String>) -> impl FnOnce(io::Error) -> LaunchError {
+    let what = what.into();
+    move |source| LaunchError::Sys { what, source }
+}
+
+/// What to execute.
+#[derive(Debug)]
+pub struct Program {
+    /// Path of the file.
+    pub path: CString,
+    /// Arguments, the name first.
+    pub argv: Vec<CString>,
+    /// Environment.
+    pub envp: Vec<CString>,
+    /// Signal mask to start with.
+    pub sigmask: u64,
+}
+
+/// Executes the program in a scratch process; returns it stopped before its first instruction.
+pub fn exec_scratch(program: &Program) -> Result<i32, LaunchError> {
+    let pointers = |v: &[CString]| {
+        v.iter().map(|s| s.as_ptr() as u64).chain(std::iter::once(0)).collect::<Vec<u64>>()
+    };
+    let (argv, envp) = (pointers(&program.argv), pointers(&program.envp));
+    let tid = fork_child(None, None).map_err(sys("fork"))?;
+    tracee::seize(tid)?;
+    tracee::interrupt(tid)?;
+    while !matches!(tracee::wait_one(tid)?, Event::Stop(_)) {
+        tracee::cont(tid, 0)?;
+    }
+    tracee::set_sigmask(tid, program.sigmask)?;
+    let mut regs = tracee::get_regs(tid)?;
+    // The child may be anywhere in its loop, so that only an address known for sure will do.
+    regs.rip = syscall_instruction();
+    regs.rax = libc::SYS_execve as u64;
+    regs.orig_rax = u64::MAX;
+    regs.rdi = program.path.as_ptr() as u64;
+    regs.rsi = argv.as_ptr() as u64;
+    regs.rdx = envp.as_ptr() as u64;
+    tracee::set_regs(tid, &regs)?;
+    tracee::cont_syscall(tid)?;
+    tracee::wait_one(tid)?;
+    tracee::cont_syscall(tid)?;
+    match tracee::wait_one(tid)? {
+        Event::Other(libc::PTRACE_EVENT_EXEC) => Ok(tid),
+        _ => {
+            let errno = -(tracee::get_regs(tid)?.rax as i64) as i32;
+            kill_and_reap(tid);
+            Err(LaunchError::Exec {
+                program: program.path.to_string_lossy().into_owned(),
+                source: io::Error::from_raw_os_error(errno),
+            })
+        }
+    }
+}
+
+/// Address of a `syscall` instruction in our own text.
+fn syscall_instruction() -> u64 {
+    let at: u64;
+    // SAFETY: takes the address of a local label; the jump skips the instruction.
+    unsafe {
+        std::arch::asm!("jmp 3f", "2: syscall", "3: lea {}, [rip + 2b]", out(reg) at);
+    }
+    at
+}
+
+/// Kills a process with SIGKILL and waits until it is gone.
+pub fn kill_and_reap(pid: i32) {
+    // SAFETY: a process that we made and have not reaped.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+    while let Ok(event) = tracee::wait_one(pid) {
+        if matches!(event, Event::Ended(_)) {
+            break;
+        }
+    }
+}
+
+/// Reads the fields that [`MmFields`] holds. Uses descriptors: call it on the service thread.
+pub fn read_mm(pid: i32, brk: Option<u64>) -> io::Result<MmFields> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let rest = stat.rsplit_once(')').map_or("", |x| x.1);
+    let fields: Vec<u64> = rest.split_whitespace().map(|w| w.parse().unwrap_or(0)).collect();
+    // proc(5) numbers fields from 1 and the state, the first here, is number 3.
+    let field = |n: usize| fields.get(n - 3).copied().unwrap_or(0);
+    Ok(MmFields {
+        start_code: field(26),
+        end_code: field(27),
+        start_stack: field(28),
+        start_data: field(45),
+        end_data: field(46),
+        start_brk: field(47),
+        brk: brk.unwrap_or_else(|| field(47)),
+        arg_start: field(48),
+        arg_end: field(49),
+        env_start: field(50),
+        env_end: field(51),
+        auxv: fs::read(format!("/proc/{pid}/auxv"))?,
+        exe: String::from_utf8_lossy(fs::read_link(format!("/proc/{pid}/exe"))?.as_os_str().as_bytes()).into_owned(),
+    })
+}
+
+/// Runs one call through the gate of a thread that is stopped anywhere. Signals that would interrupt
+/// are kept from the thread and handed to `signal`.
+pub fn gate_call(
+    tid: i32,
+    user: &user_regs_struct,
+    nr: u64,
+    args: [u64; 6],
+    signal: &mut dyn FnMut(tracee::SigInfo),
+) -> tracee::Result<i64> {
+    tracee::set_regs(tid, &GATE.regs(user, nr, args))?;
+    tracee::cont(tid, 0)?;
+    loop {
+        match tracee::wait_one(tid)? {
+            Event::Seccomp => {
+                let regs = tracee::get_regs(tid)?;
+                if regs.rip == GATE.back_ip() {
+                    return Ok(regs.rdi as i64);
+                }
+                // A stop of before the registers were set cannot come here; anything else is not ours.
+                return Err(TraceError::Gone(tid));
+            }
+            Event::Signal(_) => {
+                signal(tracee::get_siginfo(tid)?);
+                tracee::cont(tid, 0)?;
+            }
+            Event::Stop(_) | Event::Other(_) => tracee::cont(tid, 0)?,
+            Event::Ended(_) => return Err(TraceError::Gone(tid)),
+        }
+    }
+}
+
+/// Builds a process from a checkpoint; its main thread stands in a stop, without the program's registers
+/// yet. Other threads are added by [`add_thread`].
+pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> Result<i32, LaunchError> {
+    let tid = fork_child(set_tid, Some(&filter(GATE))).map_err(sys("making the process"))?;
+    tracee::seize(tid)?;
+    if !matches!(tracee::wait_one(tid)?, Event::Seccomp) {
+        return Err(TraceError::Gone(tid).into());
+    }
+    // The first call replaces the `pause` that the child is stopped in; the loop brings it back here.
+    let mut regs = tracee::get_regs(tid)?;
+    regs.orig_rax = libc::SYS_mmap as u64;
+    let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let fixed = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE) as u64;
+    [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = [GATE.base, Gate::BYTES, rw, fixed, u64::MAX, 0];
+    tracee::set_regs(tid, &regs)?;
+    tracee::cont(tid, 0)?;
+    tracee::wait_one(tid)?;
+    tracee::write_mem(tid, GATE.base, &Gate::CODE)?;
+    regs.orig_rax = libc::SYS_mprotect as u64;
+    [regs.rdi, regs.rsi, regs.rdx] = [GATE.base, 4096, (libc::PROT_READ | libc::PROT_EXEC) as u64];
+    tracee::set_regs(tid, &regs)?;
+    tracee::cont(tid, 0)?;
+    tracee::wait_one(tid)?;
+
+    // SAFETY: plain integers.
+    let zero: user_regs_struct = unsafe { std::mem::zeroed() };
+    let base = user_regs_struct { cs: regs.cs, ss: regs.ss, eflags: 0x202, ..zero };
+    let mut call = |nr: libc::c_long, args: [u64; 6], what: &str| -> Result<i64, LaunchError> {
+        let r = gate_call(tid, &base, nr as u64, args, &mut |_| {})?;
+        if (-4095..0).contains(&r) {
+            return Err(sys(what.to_owned())(io::Error::from_raw_os_error(-r as i32)));
+        }
+        Ok(r)
+    };
+    call(libc::SYS_munmap, [0x1000, GATE.base - 0x1000, 0, 0, 0, 0], "unmapping")?;
+    call(libc::SYS_munmap, [GATE.end(), TASK_END - GATE.end(), 0, 0, 0, 0], "unmapping")?;
+
+    let mut file = OpenFile::default();
+    for m in &snapshot.maps {
+        let fd = file.of(m);
+        let what = format!("mapping {:x}-{:x} {}", m.start, m.end, m.path);
+        let prot = if fill(m, pages) { m.prot | libc::PROT_WRITE as u32 } else { m.prot };
+        let mut flags = libc::MAP_FIXED | if m.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        if fd < 0 {
+            flags |= libc::MAP_ANONYMOUS;
+        }
+        if m.grows_down {
+            flags |= libc::MAP_GROWSDOWN | libc::MAP_STACK;
+        }
+        if m.prot == 0 {
+            flags |= libc::MAP_NORESERVE;
+        }
+        let args = [m.start, m.end - m.start, u64::from(prot), flags as u64, fd as i64 as u64, if fd < 0 { 0 } else { m.offset }];
+        call(libc::SYS_mmap, args, &what)?;
+    }
+    drop(file);
+    for m in &snapshot.maps {
+        copy_out(tid, pages, m.start..m.end, m.inode == 0, None).map_err(sys("filling memory"))?;
+        if fill(m, pages) && m.prot & libc::PROT_WRITE as u32 == 0 {
+            call(libc::SYS_mprotect, [m.start, m.end - m.start, u64::from(m.prot), 0, 0, 0], "mprotect")?;
+        }
+    }
+    set_mm(tid, snapshot, &mut call)?;
+    for (i, action) in snapshot.sigactions.iter().enumerate() {
+        let signal = i as u64 + 1;
+        if *action != [0; 4] && signal != 9 && signal != 19 {
+            let bytes: Vec<u8> = action.iter().flat_map(|w| w.to_le_bytes()).collect();
+            tracee::write_mem(tid, GATE.slot(0), &bytes)?;
+            call(libc::SYS_rt_sigaction, [signal, GATE.slot(0), 0, 8, 0, 0], "rt_sigaction")?;
+        }
+    }
+    Ok(tid)
+}
+
+/// Pages of ours must be written into this mapping.
+fn fill(m: &Mapping, pages: &PageStore) -> bool {
+    pages.iter_range(m.start, m.end).next().is_some()
+}
+
+/// `prctl(PR_SET_MM, PR_SET_MM_MAP)`; the executable's own link can be set by the privileged alone.
+fn set_mm(
+    tid: i32,
+    snapshot: &Snapshot,
+    call: &mut dyn FnMut(libc::c_long, [u64; 6], &str) -> Result<i64, LaunchError>,
+) -> Result<(), LaunchError> {
+    let mm = &snapshot.mm;
+    let at = GATE.slot(0);
+    let auxv = at + 256;
+    let mut auxv_bytes = mm.auxv.clone();
+    auxv_bytes.truncate(1024);
+    tracee::write_mem(tid, auxv, &auxv_bytes)?;
+    let exe = CString::new(mm.exe.as_str()).unwrap_or_default();
+    // SAFETY: a NUL-terminated path.
+    let fd = unsafe { libc::open(exe.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    let mut result = Ok(0);
+    for exe_fd in [fd, -1] {
+        let words = [
+            mm.start_code, mm.end_code, mm.start_data, mm.end_data, mm.start_brk, mm.brk, mm.start_stack,
+            mm.arg_start, mm.arg_end, mm.env_start, mm.env_end, auxv,
+        ];
+        let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        bytes.extend_from_slice(&(auxv_bytes.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&(exe_fd as u32).to_le_bytes());
+        tracee::write_mem(tid, at, &bytes)?;
+        let args = [libc::PR_SET_MM as u64, libc::PR_SET_MM_MAP as u64, at, bytes.len() as u64, 0, 0];
+        result = call(libc::SYS_prctl, args, "prctl(PR_SET_MM_MAP)");
+        if result.is_ok() {
+            break;
+        }
+    }
+    if fd >= 0 {
+        // SAFETY: opened above.
+        unsafe { libc::close(fd) };
+    }
+    result.map(drop)
+}
+
+/// The file of the mapping before, kept open for the next one. It stands in the unit's table for the
+/// time of the call that maps it, while no thread of the unit runs.
+#[derive(Default)]
+struct OpenFile {
+    open: Option<(String, i32)>,
+}
+
+impl OpenFile {
+    fn of(&mut self, m: &Mapping) -> i32 {
+        if m.inode == 0 || m.path.is_empty() || m.path.ends_with(" (deleted)") {
+            return -1;
+        }
+        if let Some((path, fd)) = &self.open
+            && *path == m.path
+        {
+            return *fd;
+        }
+        self.close();
+        let fd = open_mapped(&m.path, m.shared);
+        if fd >= 0 {
+            self.open = Some((m.path.clone(), fd));
+        }
+        fd
+    }
+
+    fn close(&mut self) {
+        if let Some((_, fd)) = self.open.take() {
+            // SAFETY: opened by `of`.
+            unsafe { libc::close(fd) };
+        }
+    }
+}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Opens a file to be mapped; negative when it cannot be.
+pub fn open_mapped(path: &str, write: bool) -> i32 {
+    let Ok(path) = CString::new(path) else { return -1 };
+    let mode = if write { libc::O_RDWR } else { libc::O_RDONLY };
+    // SAFETY: a NUL-terminated path.
+    let fd = unsafe { libc::open(path.as_ptr(), mode | libc::O_CLOEXEC) };
+    if fd < 0 && write {
+        // SAFETY: as above; a mapping that is only read needs no more.
+        return unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
+    }
+    fd
+}
+
+/// Adds a thread to a process under construction through its main thread; returns the new id.
+pub fn add_thread(main: i32, user: &user_regs_struct, set_tid: Option<i32>) -> Result<i32, LaunchError> {
+    let flags = libc::CLONE_VM
+        | libc::CLONE_FS
+        | libc::CLONE_FILES
+        | libc::CLONE_SIGHAND
+        | libc::CLONE_THREAD
+        | libc::CLONE_SYSVSEM;
+    clone_through_gate(main, user, flags as u64, [0; 4], set_tid)?.map_err(sys("making a thread"))
+}
+
+/// `clone3` with flags, then (parent_tid, child_tid, stack pointer, tls); the new thread or process is
+/// stopped behind the gate when this returns.
+pub fn clone_through_gate(
+    tid: i32,
+    user: &user_regs_struct,
+    flags: u64,
+    [parent_tid, child_tid, sp, tls]: [u64; 4],
+    set_tid: Option<i32>,
+) -> tracee::Result<Result<i32, io::Error>> {
+    let at = GATE.slot(0);
+    let exit_signal = if flags & (libc::CLONE_THREAD | libc::CLONE_PARENT) as u64 != 0 { 0 } else { libc::SIGCHLD as u64 };
+    let (stack, size) = if sp == 0 { (0, 0) } else { (sp - 16, 16) };
+    let (tids, n) = if set_tid.is_some() { (at + 128, 1) } else { (0, 0) };
+    let words = [flags, 0, child_tid, parent_tid, exit_signal, stack, size, tls, tids, n, 0];
+    let bytes: Vec<u8> = words.iter().flat_map(|w: &u64| w.to_le_bytes()).collect();
+    tracee::write_mem(tid, at, &bytes)?;
+    tracee::write_mem(tid, at + 128, &set_tid.unwrap_or(0).to_le_bytes())?;
+    let mut lost = Vec::new();
+    let r = gate_call(tid, user, libc::SYS_clone3 as u64, [at, 88, 0, 0, 0, 0], &mut |info| lost.push(info))?;
+    for info in lost {
+        let (signo, ..) = tracee::siginfo_head(&info);
+        tracee::tgkill(tid, tid, signo).or_else(|_| Ok::<(), TraceError>(()))?;
+    }
+    if r < 0 {
+        return Ok(Err(io::Error::from_raw_os_error(-r as i32)));
+    }
+    let new = r as i32;
+    loop {
+        match tracee::wait_one(new)? {
+            Event::Seccomp => return Ok(Ok(new)),
+            Event::Ended(_) => return Err(TraceError::Gone(new)),
+            _ => tracee::cont(new, 0)?,
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The life of a unit: start, death, recovery, end.
+//!
+//! ```text
+//!            exec in a scratch process, first checkpoint
+//!                 │
+//!                 ▼            killed
+//!   ┌──────► restore ◄──────────────────────┐
+//!   │             │                         │
+//!   │             ▼   killed                │
+//!   │          replay ────► bury ───────────┤
+//!   │             │                         │
+//!   │             ▼   killed                │
+//!   └─ exec ─── live ─────► bury ───────────┘
+//!                 │ exit, fatal signal it asked for
+//!                 ▼
+//!              stopped          (failed: replay diverged, or a fault came back three times)
+//! ```
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use crate::launch::{self, LaunchError, Program};
+use crate::report::Error;
+use crate::run::lock;
+use crate::status::{RecoveryInfo, State as UnitState};
+use crate::tracee::{self, Event};
+use crate::unit::{Halt, Unit, now};
+
+/// How often a fault may come back at one SII before it is the program's own.
+const FAULTS_MAX: u32 = 3;
+
+/// How a unit's life ended.
+#[derive(Debug)]
+pub enum End {
+    /// The program ended; its wait status.
+    Ended(i32),
+    /// The unit cannot be recovered; what to tell the user.
+    Failed(String),
+}
+
+impl Unit {
+    /// Starts the program and keeps it alive until it ends by itself.
+    pub fn supervise(&mut self, program: &Program) -> Result<End, Error> {
+        let scratch = launch::exec_scratch(program).map_err(|e| launch_error(&e))?;
+        if self.set_tid {
+            self.vpid = scratch;
+        }
+        if let Err(e) = self.adopt_image(scratch) {
+            return Ok(End::Failed(e.to_string()));
+        }
+        let mut faults = (0, 0);
+        let mut died_at = None;
+        loop {
+            let halt = self.run_once(died_at.take());
+            match halt {
+                Halt::Ended(status) => return Ok(End::Ended(status)),
+                Halt::Exec(pid) => {
+                    close_on_exec();
+                    self.sii += 1;
+                    self.model.credentials.get_or_insert_with(Default::default);
+                    match self.adopt_image(pid) {
+                        Ok(()) => {}
+                        Err(Halt::Died) => died_at = Some(now()),
+                        Err(e) => return Ok(End::Failed(e.to_string())),
+                    }
+                }
+                Halt::Died => {
+                    let at = now();
+                    let fault = self.fault.take();
+                    let status = self.bury();
+                    if self.ending {
+                        return Ok(End::Ended(status));
+                    }
+                    if let Some((signal, addr)) = fault {
+                        faults = if faults.0 == self.sii { (self.sii, faults.1 + 1) } else { (self.sii, 1) };
+                        if faults.1 >= FAULTS_MAX {
+                            self.failed_signal = Some(signal);
+                            return Ok(End::Failed(self.own_fault(signal, addr)));
+                        }
+                    }
+                    died_at = Some(at);
+                    tracing::info!(pid = self.pid, sii = self.sii, status, "the process died; recovering");
+                }
+                Halt::Diverged(d) => {
+                    self.bury();
+                    return Ok(End::Failed(d.to_string()));
+                }
+                Halt::BadAddress => return Ok(End::Failed("a bad address in the supervisor's own work".into())),
+                Halt::EndOfLog => return Ok(End::Failed("the log ended".into())),
+                Halt::Broken(why) => {
+                    if self.is_dying() {
+                        self.bury();
+                        died_at = Some(now());
+                        continue;
+                    }
+                    self.bury();
+                    return Ok(End::Failed(why));
+                }
+            }
+        }
+    }
+
+    fn own_fault(&self, signal: i32, addr: u64) -> String {
+        let name = lock(&self.status).name.clone();
+        format!(
+            "the program failed by itself: {signal_name} (signal {signal}) at address {addr:#x} came back {FAULTS_MAX} times at event \
+             {sii}; the unit is kept as it is. `ftrun log {name} --from {from}` shows what led there",
+            signal_name = nix::sys::signal::Signal::try_from(signal).map_or("signal", |s| s.as_str()),
+            sii = self.sii,
+            from = self.sii.saturating_sub(20),
+        )
+    }
+
+    /// Restores, replays and runs the unit until it halts.
+    fn run_once(&mut self, died_at: Option<u64>) -> Halt {
+        let begin = now();
+        if died_at.is_some() {
+            lock(&self.status).state = UnitState::Recovering;
+            self.incarnation += 1;
+        }
+        if let Err(h) = self.restore() {
+            return h;
+        }
+        let restored = now();
+        let events = match self.replay() {
+            Ok(n) => n,
+            Err(h) => return h,
+        };
+        let replayed = now();
+        {
+            let mut status = lock(&self.status);
+            status.state = UnitState::Running;
+            status.incarnation = self.incarnation;
+            status.dirty_backend = self.tracker.name().to_owned();
+            if let Some(died) = died_at {
+                status.recoveries += 1;
+                status.last_recovery = Some(RecoveryInfo {
+                    total_ms: (replayed - died) as f64 / 1e6,
+                    restore_ms: (restored - begin) as f64 / 1e6,
+                    replay_ms: (replayed - restored) as f64 / 1e6,
+                    events,
+                });
+            }
+        }
+        match self.live() {
+            Ok(never) => match never {},
+            Err(h) => h,
+        }
+    }
+
+    /// Waits until a killed process is gone; returns its wait status.
+    fn bury(&mut self) -> i32 {
+        let pid = self.pid;
+        // SAFETY: our own child, not reaped yet.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        let threads = std::mem::take(&mut self.vtids);
+        let status = loop {
+            match tracee::wait(-1, 0) {
+                Ok(Some((who, Event::Ended(status)))) if who == pid => break status,
+                Ok(Some((who, Event::Ended(_)))) if threads.contains_key(&who) => {}
+                Ok(Some((who, event))) => {
+                    // Children go on meanwhile. Whatever fails here is reported by their own end.
+                    if let Err(e) = self.on_event(who, event) {
+                        tracing::debug!(pid = who, error = %e, "an event during the burial");
+                    }
+                }
+                Ok(None) => {}
+                Err(_) => break 0,
+            }
+        };
+        self.threads.clear();
+        let (pid, vpid) = (self.pid, self.vpid);
+        for queue in self.outside.signals.values_mut() {
+            queue.retain(|info| {
+                let (_, code, from) = tracee::siginfo_head(info);
+                !(code <= 0 && code != libc::SI_TIMER && (from == pid || from == vpid))
+            });
+        }
+        status
+    }
+
+    /// Serves children that outlive the program: their calls come to us, who let them through.
+    pub fn serve_children(&mut self) {
+        self.threads.clear();
+        self.vtids.clear();
+        while self.outside.children.values().any(|c| c.ended.is_none()) {
+            match tracee::wait(-1, 0) {
+                Ok(Some((who, event))) => {
+                    if let Err(e) = self.on_event(who, event) {
+                        tracing::debug!(pid = who, error = %e, "an event of a child");
+                    }
+                }
+                Ok(None) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Adds to the count of what could not be logged.
+    pub(crate) fn note_unloggable(&mut self, cause: &str) {
+        lock(&self.status).unloggable.add(cause);
+    }
+
+    /// Copies counters into the status that users see.
+    pub fn publish_counters(shared: &crate::unit::Shared, status: &mut crate::status::Status) {
+        status.events = shared.events.load(Relaxed);
+        status.calls.slow = shared.slow.load(Relaxed);
+    }
+}
+
+/// Descriptors that `execve` closes are closed in the table that stays.
+fn close_on_exec() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` outlives the call.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    for fd in 0..limit.rlim_cur.min(1 << 20) as i32 {
+        // SAFETY: the unit's descriptors; the kernel has closed them in the unit's own table.
+        unsafe {
+            let flags = libc::fcntl(fd, libc::F_GETFD);
+            if flags >= 0 && flags & libc::FD_CLOEXEC != 0 {
+                libc::close(fd);
+            }
+        }
+    }
+}
+
+fn launch_error(e: &LaunchError) -> Error {
+    match e {
+        LaunchError::Exec { program, source } => crate::run::exec_error(program, source),
+        e => Error::bug(e.to_string()),
+    }
+}

@@ -1,0 +1,486 @@
+//! Live execution: one thread of the unit runs at a time, its calls are made and logged.
+//!
+//! **Invariant.** Between two events every thread stands before a call, waits in one, or stands in user
+//! code without the turn; the thread whose event was logged last ran from there to its next call
+//! before anything else happened. So the order of events is the order of the program's steps, and
+//! replay needs no other record of the turn than the thread of each event.
+
+use ftrun_abi::record::Kind;
+use ftrun_abi::table::{self, Class, Place as Who};
+use libc::c_int;
+
+use crate::marshal::Prepared;
+use crate::tracee::{self, Event};
+use crate::unit::{Begun, Halt, Place, Result, State, Unit, Waiting, now};
+
+/// How long a thread may keep the turn while others could run, nanoseconds.
+const SLICE_NS: u64 = 2_000_000;
+/// How long a thread may compute without a call while others wait, before it is preempted.
+const PREEMPT_NS: u64 = 50_000_000;
+
+/// What came of trying a call.
+pub(crate) enum Outcome {
+    /// Complete, with this result; outputs are in the prepared call.
+    Done(i64),
+    /// Complete, with this result and these outputs.
+    With(i64, Vec<(u64, Vec<u8>)>),
+    /// It would block.
+    Block(Waiting),
+    /// The handler has logged it and let the thread go on (or ended it).
+    Handled,
+}
+
+impl Unit {
+    /// Runs the unit until something ends that.
+    pub fn live(&mut self) -> Result<std::convert::Infallible> {
+        self.current = None;
+        for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
+            self.make_ready(vtid);
+        }
+        // The thread of the last event came to its call before anything else happened.
+        if self.threads.contains_key(&self.last_ran) {
+            self.ready.retain(|v| *v != self.last_ran);
+            self.ready.push_front(self.last_ran);
+        }
+        self.arm_timers()?;
+        self.report_children()?;
+        loop {
+            self.housekeeping()?;
+            while self.current.is_none() {
+                let Some(vtid) = self.pick() else { break };
+                self.give_turn(vtid)?;
+            }
+            if self.current.is_none() {
+                self.park_all()?;
+            }
+            match tracee::wait(-1, 0) {
+                Ok(Some((tid, event))) => self.on_event(tid, event)?,
+                Ok(None) => {}
+                Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Err(Halt::Died),
+                Err(e) => return Err(Halt::Broken(format!("waitpid: {e}"))),
+            }
+        }
+    }
+
+    fn pick(&mut self) -> Option<i32> {
+        let time = now();
+        let due: Vec<i32> = self
+            .threads
+            .iter()
+            .filter(|(_, t)| match &t.state {
+                State::Blocked(w) => t.place == Place::Stopped && w.deadline.is_some_and(|d| d <= time),
+                _ => false,
+            })
+            .map(|(v, _)| *v)
+            .collect();
+        for vtid in due {
+            self.make_ready(vtid);
+        }
+        self.ready.pop_front()
+    }
+
+    fn give_turn(&mut self, vtid: i32) -> Result<()> {
+        let Some(t) = self.threads.get(&vtid) else { return Ok(()) };
+        self.turn_since = now();
+        match t.state {
+            State::Running => Ok(()),
+            State::User => {
+                self.begin_record(Kind::Sched);
+                self.append(vtid, 0, 0, 0, 0);
+                self.resume(vtid)
+            }
+            State::Entry | State::Blocked(_) => {
+                self.unpark(vtid)?;
+                self.attempt(vtid)
+            }
+        }
+    }
+
+    /// An event of some traced thread or child.
+    pub(crate) fn on_event(&mut self, tid: i32, event: Event) -> Result<()> {
+        let Some(&vtid) = self.vtids.get(&tid) else {
+            return self.on_outsider(tid, event);
+        };
+        match event {
+            Event::Seccomp => {
+                let regs = tracee::get_regs(tid)?;
+                let parked = self.thread(vtid).place == Place::Parked;
+                let t = self.thread(vtid);
+                t.place = Place::Stopped;
+                if parked {
+                    self.make_ready(vtid);
+                    return Ok(());
+                }
+                t.regs = regs;
+                t.state = State::Entry;
+                self.shared.slow.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                self.last_entry = now();
+                crate::fault::point("call-entry", self.pid);
+                self.sweep()?;
+                if self.checkpoint_due() && regs.orig_rax != libc::SYS_futex as u64 {
+                    self.current = None;
+                    self.ready.push_front(vtid);
+                    return self.checkpoint();
+                }
+                if self.slice_over() && regs.orig_rax != libc::SYS_futex as u64 {
+                    self.current = None;
+                    self.make_ready(vtid);
+                    return Ok(());
+                }
+                self.attempt(vtid)
+            }
+            Event::Signal(signal) => self.on_signal(vtid, signal),
+            Event::Stop(signal) if signal != libc::SIGTRAP && signal != 0 => Ok(tracee::listen(tid)?),
+            Event::Stop(_) | Event::Other(_) => Ok(tracee::cont(tid, 0)?),
+            Event::Ended(status) => {
+                if tid != self.pid {
+                    return Err(Halt::Died);
+                }
+                Err(if self.ending { Halt::Ended(status) } else { Halt::Died })
+            }
+        }
+    }
+
+    fn slice_over(&self) -> bool {
+        !self.ready.is_empty() && now() - self.turn_since > SLICE_NS
+    }
+
+    /// Collects what other threads reported meanwhile, when the slice of the running one is over.
+    fn sweep(&mut self) -> Result<()> {
+        let time = now();
+        if time - self.turn_since <= SLICE_NS || self.threads.len() == 1 {
+            return Ok(());
+        }
+        let parked: Vec<i32> = self.threads.values().filter(|t| t.place == Place::Parked).map(|t| t.tid).collect();
+        for tid in parked {
+            if let Ok(Some((tid, event))) = tracee::wait(tid, libc::WNOHANG) {
+                self.on_event(tid, event)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries the call that a stopped thread stands before.
+    pub(crate) fn attempt(&mut self, vtid: i32) -> Result<()> {
+        self.current = Some(vtid);
+        if self.interrupted(vtid)? {
+            return Ok(());
+        }
+        let regs = self.thread(vtid).regs;
+        let (nr, args) = (regs.orig_rax, tracee::args_of(&regs));
+        let tid = self.tid(vtid);
+        let row = table::lookup(nr, &args);
+        let pid = self.pid;
+        let mut call = Prepared::new(tid, nr, &row, &args, &|p| crate::paths::rewrite(p, pid, tid))?;
+        let tried = self.try_call(vtid, nr, &args, &mut call, &row);
+        let outcome = match tried {
+            Err(Halt::BadAddress) => Outcome::With(-i64::from(libc::EFAULT), vec![]),
+            other => other?,
+        };
+        match outcome {
+            Outcome::Done(r) => {
+                let mut outs = Vec::new();
+                if row.place == Who::Supervisor {
+                    call.outputs(r, |addr, bytes| {
+                        outs.push((addr, bytes.to_vec()));
+                        Ok(())
+                    })?;
+                }
+                self.complete(vtid, nr, r, call.digest, outs)
+            }
+            Outcome::With(r, outs) => self.complete(vtid, nr, r, call.digest, outs),
+            Outcome::Block(w) => self.block(vtid, w),
+            Outcome::Handled => Ok(()),
+        }
+    }
+
+    fn try_call(
+        &mut self,
+        vtid: i32,
+        nr: u64,
+        args: &[u64; 6],
+        call: &mut Prepared,
+        row: &table::Row,
+    ) -> Result<Outcome> {
+        let args = *args;
+        Ok(match row.class {
+            Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
+            _ if row.irregular => self.irregular(vtid, nr, &args, call, row)?,
+            Class::Unknown => {
+                let r = self.gate(vtid, nr as libc::c_long, args)?;
+                self.unloggable = Some(row.name.to_owned());
+                Outcome::Done(r)
+            }
+            _ if row.place == Who::Unit => {
+                let r = self.gate(vtid, nr as libc::c_long, args)?;
+                self.unit_outputs(vtid, nr, &args, row, r)?
+            }
+            _ => self.regular(vtid, nr, &args, call, row)?,
+        })
+    }
+
+    /// Logs a completed call, gives the thread its result and lets it run to its next call.
+    pub(crate) fn complete(
+        &mut self,
+        vtid: i32,
+        nr: u64,
+        result: i64,
+        digest: u64,
+        outs: Vec<(u64, Vec<u8>)>,
+    ) -> Result<()> {
+        self.begin_record(Kind::Call);
+        for (addr, bytes) in &outs {
+            self.output(*addr, bytes)?;
+        }
+        self.outside.begun.remove(&vtid);
+        self.append(vtid, nr as u16, result, digest, 0);
+        crate::fault::point("call-logged", self.pid);
+        self.finish_call(vtid, result, &outs)?;
+        crate::fault::point("call-written", self.pid);
+        if let Some(cause) = self.unloggable.take() {
+            self.note_unloggable(&cause);
+            // The state after the call stands in the checkpoint: the call itself is never replayed.
+            let t = self.thread(vtid);
+            t.regs.orig_rax = u64::MAX;
+            t.state = State::User;
+            self.current = None;
+            self.make_ready(vtid);
+            return self.checkpoint();
+        }
+        if self.deliver_after(vtid)? {
+            return Ok(());
+        }
+        self.resume(vtid)
+    }
+
+    /// Puts outputs and result in place.
+    pub(crate) fn finish_call(&mut self, vtid: i32, result: i64, outs: &[(u64, Vec<u8>)]) -> Result<()> {
+        let t = self.thread(vtid);
+        t.regs.rax = result as u64;
+        let (tid, own_mask) = (t.tid, t.own_mask.take());
+        if let Some(mask) = own_mask {
+            tracee::set_sigmask(tid, mask)?;
+        }
+        for (addr, bytes) in outs {
+            match tracee::write_mem(tid, *addr, bytes) {
+                Err(e @ tracee::TraceError::Gone(_)) => return Err(e.into()),
+                // The kernel would have failed with EFAULT after the effect, too.
+                Err(_) | Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The call would block: the thread waits, the turn is free.
+    pub(crate) fn block(&mut self, vtid: i32, w: Waiting) -> Result<()> {
+        let t = self.thread(vtid);
+        let tid = t.tid;
+        if let Some(mask) = w.mask
+            && t.own_mask.is_none()
+        {
+            t.own_mask = Some(tracee::get_sigmask(tid)?);
+            tracee::set_sigmask(tid, mask)?;
+        }
+        let lazy = w.futex || w.child;
+        self.thread(vtid).state = State::Blocked(w);
+        self.current = None;
+        if lazy { Ok(()) } else { self.park(vtid) }
+    }
+
+    /// Lets a blocked thread wait in the kernel, behind the gate.
+    pub(crate) fn park(&mut self, vtid: i32) -> Result<()> {
+        let t = self.thread(vtid);
+        let State::Blocked(w) = &t.state else { return Ok(()) };
+        let w = w.clone();
+        let (tid, slot, regs) = (t.tid, crate::launch::GATE.slot(t.slot), t.regs);
+        if t.xstate.is_none() {
+            t.xstate = Some(tracee::get_xstate(tid)?);
+        }
+        let mut timeout = 0;
+        let mut bytes = Vec::with_capacity(16 + w.fds.len() * 8);
+        let left = w.deadline.map(|d| d.saturating_sub(now()));
+        if let Some(left) = left {
+            timeout = slot;
+            bytes.extend_from_slice(&(left / 1_000_000_000).to_le_bytes());
+            bytes.extend_from_slice(&(left % 1_000_000_000).to_le_bytes());
+        } else {
+            bytes.extend_from_slice(&[0; 16]);
+        }
+        let room = (tracee::Gate::SLOT_BYTES as usize - 16) / 8;
+        for (fd, events) in w.fds.iter().take(room) {
+            bytes.extend_from_slice(&fd.to_le_bytes());
+            bytes.extend_from_slice(&events.to_le_bytes());
+            bytes.extend_from_slice(&[0; 2]);
+        }
+        tracee::write_mem(tid, slot, &bytes)?;
+        let n = w.fds.len().min(room) as u64;
+        let args = [slot + 16, n, timeout, 0, 8, 0];
+        tracee::set_regs(tid, &crate::launch::GATE.regs(&regs, libc::SYS_ppoll as u64, args))?;
+        tracee::cont(tid, 0)?;
+        self.thread(vtid).place = Place::Parked;
+        Ok(())
+    }
+
+    /// Nothing can run: every blocked thread waits in the kernel, so that signals can wake it.
+    pub(crate) fn park_all(&mut self) -> Result<()> {
+        let stopped: Vec<i32> = self
+            .threads
+            .iter()
+            .filter(|(_, t)| t.place == Place::Stopped && matches!(t.state, State::Blocked(_)))
+            .map(|(v, _)| *v)
+            .collect();
+        for vtid in stopped {
+            self.park(vtid)?;
+        }
+        Ok(())
+    }
+
+    /// Checkpoints that are due, requests, preemption.
+    fn housekeeping(&mut self) -> Result<()> {
+        use std::sync::atomic::Ordering::Relaxed;
+        if self.shared.stop.swap(false, Relaxed) {
+            self.ending = true;
+            // SAFETY: our own child.
+            unsafe { libc::kill(self.pid, libc::SIGTERM) };
+            if self.model.actions.get(libc::SIGTERM as usize - 1).is_none_or(|a| a[0] == 0) {
+                return Ok(());
+            }
+        }
+        let time = now();
+        let due = self.shared.checkpoint.load(Relaxed)
+            || (time - self.checkpoint_at >= self.checkpoint_every && self.log.bytes > 0)
+            || self.log.bytes >= self.checkpoint_log;
+        let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
+        let starving = self.current.is_some_and(|c| {
+                !self.ready.is_empty() || self.outside.signals.get(&c).is_some_and(|q| !q.is_empty()) || others
+            });
+        if let Some(vtid) = self.current {
+            let waited = if due { 20_000_000 } else { PREEMPT_NS };
+            if (due || starving) && time - self.turn_since.max(self.last_entry) > waited {
+                return self.preempt(vtid);
+            }
+            return Ok(());
+        }
+        if due { self.checkpoint() } else { Ok(()) }
+    }
+
+    /// Stops a thread in the middle of its computation. Replay could not find that point again, so a
+    /// checkpoint is taken there (DESIGN rule 4) and execution goes on from it.
+    fn preempt(&mut self, vtid: i32) -> Result<()> {
+        let tid = self.tid(vtid);
+        tracee::interrupt(tid)?;
+        loop {
+            match tracee::wait_one(tid)? {
+                Event::Stop(_) => break,
+                Event::Seccomp => {
+                    // It came to a call by itself. The stop follows when it is continued.
+                    let regs = tracee::get_regs(tid)?;
+                    let t = self.thread(vtid);
+                    t.place = Place::Stopped;
+                    t.regs = regs;
+                    t.state = State::Entry;
+                    self.current = None;
+                    self.make_ready(vtid);
+                    return if self.checkpoint_due() { self.checkpoint() } else { Ok(()) };
+                }
+                event => {
+                    self.on_event(tid, event)?;
+                    if self.current != Some(vtid) {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        let regs = tracee::get_regs(tid)?;
+        let t = self.thread(vtid);
+        t.regs = regs;
+        t.place = Place::Stopped;
+        t.state = State::User;
+        self.current = None;
+        self.make_ready(vtid);
+        self.checkpoint()?;
+        self.deliver_preempted(vtid)
+    }
+
+    fn checkpoint_due(&self) -> bool {
+        self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed)
+            || now() - self.checkpoint_at >= self.checkpoint_every
+    }
+
+    /// A thread or process that is not of the unit: its child, or a new one.
+    fn on_outsider(&mut self, tid: i32, event: Event) -> Result<()> {
+        // An outsider that dies under our hands reports its end by itself.
+        let ignore_gone = |r: tracee::Result<()>| match r {
+            Err(tracee::TraceError::Sys { .. }) | Ok(()) | Err(tracee::TraceError::Gone(_)) => Ok(()),
+        };
+        match event {
+            Event::Seccomp | Event::Other(_) => ignore_gone(tracee::cont(tid, 0)),
+            Event::Signal(signal) => ignore_gone(tracee::cont(tid, signal)),
+            Event::Stop(signal) if signal == libc::SIGTRAP || signal == 0 => ignore_gone(tracee::cont(tid, 0)),
+            Event::Stop(_) => ignore_gone(tracee::listen(tid)),
+            Event::Ended(status) => self.child_ended(tid, status),
+        }
+    }
+
+    /// A child's end becomes an input of the unit.
+    pub(crate) fn child_ended(&mut self, pid: i32, status: c_int) -> Result<()> {
+        let Some(child) = self.outside.children.get_mut(&pid) else { return Ok(()) };
+        child.ended = Some(status);
+        if self.threads.is_empty() {
+            return Ok(());
+        }
+        self.report_children()
+    }
+
+    /// Gives the unit the signals of children that ended, and wakes those who wait for them.
+    pub(crate) fn report_children(&mut self) -> Result<()> {
+        let news: Vec<(i32, i32)> = self
+            .outside
+            .children
+            .iter()
+            .filter(|(_, c)| !c.reported)
+            .filter_map(|(pid, c)| Some((*pid, c.ended?)))
+            .collect();
+        for (pid, status) in news {
+            if let Some(c) = self.outside.children.get_mut(&pid) {
+                c.reported = true;
+            }
+            let (code, value) = if libc::WIFEXITED(status) {
+                (libc::CLD_EXITED, libc::WEXITSTATUS(status))
+            } else {
+                (libc::CLD_KILLED, libc::WTERMSIG(status))
+            };
+            // SAFETY: no arguments.
+            let uid = unsafe { libc::getuid() };
+            let info = tracee::make_siginfo(libc::SIGCHLD, code, pid, uid, value);
+            self.outside.signals.entry(-1).or_default().push_back(info);
+            // The kernel chooses the thread and honours masks; the information above replaces its own.
+            // SAFETY: our own child.
+            unsafe { libc::kill(self.pid, libc::SIGCHLD) };
+        }
+        let waiting: Vec<i32> = self
+            .threads
+            .iter()
+            .filter(|(_, t)| matches!(&t.state, State::Blocked(w) if w.child))
+            .map(|(v, _)| *v)
+            .collect();
+        for vtid in waiting {
+            self.make_ready(vtid);
+        }
+        Ok(())
+    }
+
+    /// Adds an output to the record under construction.
+    pub(crate) fn output(&mut self, addr: u64, bytes: &[u8]) -> Result<()> {
+        self.record.push_output(addr, bytes).map_err(|e| Halt::Broken(format!("an event is too large: {e:?}")))
+    }
+
+    /// The memory of a call begun by this thread, fresh if it is another call.
+    pub(crate) fn begun(&mut self, vtid: i32, digest: u64) -> &mut Begun {
+        let b = self.outside.begun.entry(vtid).or_default();
+        if b.digest != digest {
+            *b = Begun { digest, ..Begun::default() };
+        }
+        b
+    }
+}

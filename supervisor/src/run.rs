@@ -1,0 +1,472 @@
+//! `ftrun run`: the keeper and the supervisor.
+//!
+//! The keeper is the process that the user started: it holds the unit's lock, passes signals on and ends
+//! with the program's status. The supervisor is its child; its main thread is the tracer.
+
+use std::ffi::{CString, OsStr};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use ftrun_ckpt::dirty;
+
+use crate::cli::RunOptions;
+use crate::journal::Journal;
+use crate::launch::Program;
+use crate::lifecycle::End;
+use crate::report::Error;
+use crate::service::Service;
+use crate::status::{State, Status, Timestamp};
+use crate::unit::{Shared, Unit};
+use crate::unitdir::UnitDir;
+
+/// Locks a mutex; a panic elsewhere ends the process, so that none is ever poisoned.
+pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    match m.lock() {
+        Ok(g) => g,
+        Err(e) => e.into_inner(),
+    }
+}
+
+/// What keeper and supervisor share: a page that both map.
+struct Board {
+    /// The unit's process.
+    pid: AtomicI32,
+    /// Exit status of the run, -1 while it goes on.
+    code: AtomicI32,
+}
+
+/// Runs a program as a unit; returns the exit status for the user.
+pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
+    let program = program(&options)?;
+    dir.begin()?;
+    // SAFETY: a fresh shared mapping; both processes only use the atomics in it.
+    let board: &'static Board = unsafe {
+        let at = libc::mmap(
+            std::ptr::null_mut(),
+            4096,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        );
+        if at == libc::MAP_FAILED {
+            return Err(Error::bug(format!("mmap: {}", io::Error::last_os_error())));
+        }
+        &*at.cast::<Board>()
+    };
+    board.code.store(-1, Ordering::SeqCst);
+    let keeper = std::process::id() as i32;
+    let unit_fds = inherited();
+    // SAFETY: signal sets are plain data; the mask of this thread, the only one, is changed.
+    let old_mask = unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut old: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        libc::sigprocmask(libc::SIG_BLOCK, &raw const all, &raw mut old);
+        old
+    };
+    // SAFETY: this process has one thread, so the child may go on as a whole program.
+    let child = unsafe { libc::fork() };
+    match child {
+        -1 => Err(Error::bug(format!("fork: {}", io::Error::last_os_error()))),
+        0 => {
+            let code = supervisor(&options, &dir, program, unit_fds, keeper, board, &old_mask);
+            crate::logging::flush();
+            // SAFETY: ends the supervisor without running the keeper's destructors a second time.
+            unsafe { libc::_exit(code) }
+        }
+        supervisor => Ok(keep(supervisor, board)),
+    }
+}
+
+/// The keeper: passes signals on until the run is over.
+fn keep(supervisor: i32, board: &Board) -> i32 {
+    // The program's own standard input and output must not be kept open by us.
+    // SAFETY: replaces descriptors 0 and 1 of this process, which it does not use any more.
+    unsafe {
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        if null >= 0 {
+            libc::dup2(null, 0);
+            libc::dup2(null, 1);
+        }
+    }
+    loop {
+        // SAFETY: plain data; the calls are given objects that outlive them.
+        let (signal, info) = unsafe {
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&raw mut all);
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            let wait = libc::timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+            (libc::sigtimedwait(&raw const all, &raw mut info, &raw const wait), info)
+        };
+        let code = board.code.load(Ordering::SeqCst);
+        if code >= 0 {
+            return code;
+        }
+        if signal > 0 && signal != libc::SIGCHLD {
+            let pid = board.pid.load(Ordering::SeqCst);
+            // What the terminal sends to the foreground group reaches the program by itself.
+            if pid > 0 && info.si_code <= 0 {
+                // SAFETY: a process of this unit.
+                unsafe { libc::kill(pid, signal) };
+            }
+            continue;
+        }
+        let mut status = 0;
+        // SAFETY: `status` outlives the call.
+        if unsafe { libc::waitpid(supervisor, &raw mut status, libc::WNOHANG) } == supervisor {
+            let code = board.code.load(Ordering::SeqCst);
+            if code >= 0 {
+                return code;
+            }
+            if libc::WIFEXITED(status) {
+                return libc::WEXITSTATUS(status);
+            }
+            crate::logging::line(
+                b"ftrun: the supervisor was killed, and the unit with it (durability `process` survives only the \
+                  program's death)\n"
+                    .to_vec(),
+            );
+            return 125;
+        }
+    }
+}
+
+struct Control {
+    shared: Arc<Shared>,
+    status: Arc<Mutex<Status>>,
+}
+
+impl crate::control::Handler for Control {
+    fn status(&self) -> Status {
+        let mut status = lock(&self.status).clone();
+        Unit::publish_counters(&self.shared, &mut status);
+        status.updated_at = Timestamp::now();
+        status
+    }
+
+    fn checkpoint(&self) -> Result<Status, String> {
+        let before = self.shared.checkpoints.load(Ordering::SeqCst);
+        self.shared.checkpoint.store(true, Ordering::SeqCst);
+        for _ in 0..3000 {
+            if self.shared.checkpoints.load(Ordering::SeqCst) > before {
+                return Ok(self.status());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Err("no checkpoint within 30 seconds".into())
+    }
+
+    fn stop(&self) -> Result<(), String> {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+fn supervisor(
+    options: &RunOptions,
+    dir: &UnitDir,
+    program: Program,
+    unit_fds: Vec<i32>,
+    keeper: i32,
+    board: &'static Board,
+    old_mask: &libc::sigset_t,
+) -> i32 {
+    match try_supervisor(options, dir, &program, &unit_fds, keeper, board, old_mask) {
+        Ok(code) => code,
+        Err(e) => {
+            let mut text = Vec::new();
+            if e.print(&mut text).is_ok() {
+                crate::logging::line(text);
+            }
+            i32::from(e.exit_code())
+        }
+    }
+}
+
+fn try_supervisor(
+    options: &RunOptions,
+    dir: &UnitDir,
+    program: &Program,
+    unit_fds: &[i32],
+    keeper: i32,
+    board: &'static Board,
+    old_mask: &libc::sigset_t,
+) -> Result<i32, Error> {
+    let os = |what: &str, e: io::Error| Error::bug(format!("{what}: {e}"));
+    // SAFETY: changes an attribute of this process.
+    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+    let service = Service::start(unit_fds.to_vec()).map_err(|e| os("the service thread", e))?;
+    service.run(crate::logging::start_thread).map_err(|e| os("the logging thread", e))?;
+    let shared = Arc::new(Shared::default());
+    let mut status = Status {
+        name: dir.name().to_owned(),
+        state: State::Running,
+        supervisor_pid: Some(std::process::id() as i32),
+        keeper_pid: Some(keeper),
+        incarnation: 1,
+        durability: options.durability.name().to_owned(),
+        program: options.program.to_string_lossy().into_owned(),
+        args: options.args.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
+        started_at: Timestamp::now(),
+        ..Status::default()
+    };
+    let backend = dirty::choose();
+    status.dirty_backend = backend.name().to_owned();
+    let status = Arc::new(Mutex::new(status));
+    let journal = service.run(|| -> Result<Journal, Error> {
+        dir.write_status(&lock(&status))?;
+        let listener = dir.bind_control()?;
+        let handler = Control { shared: Arc::clone(&shared), status: Arc::clone(&status) };
+        crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
+        Journal::open(&dir.log_dir(), dir.ckpt_dir())
+    })?;
+    // SAFETY: no arguments.
+    let tracer = unsafe { libc::syscall(libc::SYS_gettid) };
+    start_ticks(&service, tracer)?;
+    keep_only(unit_fds);
+    if let Some(cwd) = &options.cwd {
+        std::env::set_current_dir(cwd)
+            .map_err(|e| Error::environment(format!("--cwd {}: {e}", cwd.display()), "name a directory that exists"))?;
+    }
+    catch_signals();
+    let mut unit = Unit::new(service.clone(), Arc::clone(&shared), Arc::clone(&status), backend);
+    unit.journal = Some(journal);
+    unit.board_pid = Some(&board.pid);
+    unit.checkpoint_every = options.checkpoint_every.as_nanos() as u64;
+    unit.checkpoint_log = options.checkpoint_log_bytes;
+    unit.set_tid = can_set_tid();
+    let program = Program {
+        path: program.path.clone(),
+        argv: program.argv.clone(),
+        envp: program.envp.clone(),
+        sigmask: mask_word(old_mask),
+    };
+    let end = unit.supervise(&program);
+    if let Some(journal) = &mut unit.journal {
+        journal.flush(&service);
+    }
+    let (code, state, reason) = match end {
+        Ok(End::Ended(s)) if libc::WIFEXITED(s) => (libc::WEXITSTATUS(s), State::Stopped, None),
+        Ok(End::Ended(s)) => (128 + libc::WTERMSIG(s), State::Stopped, None),
+        Ok(End::Failed(why)) => {
+            crate::logging::line(format!("ftrun: {}: {why}\n", dir.name()).into_bytes());
+            (unit.failed_signal.map_or(125, |s| 128 + s), State::Failed, Some(why))
+        }
+        Err(e) => {
+            write_end(&service, dir, &shared, &status, State::Stopped, Some(i32::from(e.exit_code())), None);
+            return Err(e);
+        }
+    };
+    write_end(&service, dir, &shared, &status, state, Some(code), reason);
+    crate::logging::flush();
+    board.code.store(code, Ordering::SeqCst);
+    // The program's end has closed its descriptors; ours of the shared table go with it.
+    keep_only(&[]);
+    unit.serve_children();
+    Ok(code)
+}
+
+fn write_end(
+    service: &Service,
+    dir: &UnitDir,
+    shared: &Shared,
+    status: &Mutex<Status>,
+    state: State,
+    code: Option<i32>,
+    reason: Option<String>,
+) {
+    let mut s = lock(status).clone();
+    Unit::publish_counters(shared, &mut s);
+    s.state = state;
+    s.pid = None;
+    s.exit_code = code;
+    s.reason = reason;
+    s.updated_at = Timestamp::now();
+    *lock(status) = s.clone();
+    service.run(|| {
+        if let Err(e) = dir.write_status(&s) {
+            tracing::warn!("the last status cannot be written: {e}");
+        }
+    });
+}
+
+/// Makes the tracer's waits return from time to time, so that it sees requests and deadlines.
+fn start_ticks(service: &Service, tracer: libc::c_long) -> Result<(), Error> {
+    extern "C" fn tick(_: libc::c_int) {}
+    // SAFETY: installs a handler that does nothing; without SA_RESTART it interrupts waitpid.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = tick as *const () as usize;
+        libc::sigaction(libc::SIGUSR2, &raw const action, std::ptr::null_mut());
+    }
+    let started = service.run(|| {
+        std::thread::Builder::new().name("ftrun-tick".into()).spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_millis(10));
+                // SAFETY: a thread of this process that lives as long as the process.
+                unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tracer, libc::SIGUSR2) };
+            }
+        })
+    });
+    started.map(drop).map_err(|e| Error::bug(format!("the clock thread: {e}")))
+}
+
+/// Signals meant for the program do not end the supervisor. Handlers, unlike ignoring, are not inherited by
+/// what is executed. The tracer takes only its clock's signal.
+fn catch_signals() {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: installs handlers that do nothing, and sets the mask of this thread.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as *const () as usize;
+        action.sa_flags = libc::SA_RESTART;
+        for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1, libc::SIGALRM] {
+            libc::sigaction(signal, &raw const action, std::ptr::null_mut());
+        }
+        let mut mask: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut mask);
+        libc::sigdelset(&raw mut mask, libc::SIGUSR2);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut());
+    }
+}
+
+/// A process id can be chosen (`clone3` with `set_tid`): CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
+fn can_set_tid() -> bool {
+    caps::has_cap(None, caps::CapSet::Effective, caps::Capability::CAP_SYS_ADMIN).unwrap_or(false)
+        || caps::has_cap(None, caps::CapSet::Effective, caps::Capability::CAP_CHECKPOINT_RESTORE).unwrap_or(false)
+}
+
+fn mask_word(set: &libc::sigset_t) -> u64 {
+    (1..=64)
+        // SAFETY: a valid set and signal number.
+        .filter(|s| unsafe { libc::sigismember(&raw const *set, *s) } == 1)
+        .fold(0, |m, s| m | 1 << (s - 1))
+}
+
+/// Descriptors that we inherited: ours are all close-on-exec, those of the one who started us cannot be.
+fn inherited() -> Vec<i32> {
+    let listed = std::fs::read_dir("/proc/self/fd").map(|d| {
+        d.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect::<Vec<i32>>()
+    });
+    listed
+        .unwrap_or_else(|_| vec![0, 1, 2])
+        .into_iter()
+        .filter(|fd| {
+            // SAFETY: a query about a number.
+            let flags = unsafe { libc::fcntl(*fd, libc::F_GETFD) };
+            flags >= 0 && flags & libc::FD_CLOEXEC == 0
+        })
+        .collect()
+}
+
+/// Closes every descriptor of the calling thread's table but these.
+fn keep_only(fds: &[i32]) {
+    let mut keep = fds.to_vec();
+    keep.sort_unstable();
+    let mut from = 0u32;
+    for fd in keep {
+        let fd = fd as u32;
+        if fd > from {
+            // SAFETY: closes numbers that nothing in this thread owns.
+            unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
+        }
+        from = fd + 1;
+    }
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_close_range, from, u32::MAX, 0) };
+}
+
+/// An `execve` that failed, as the user sees it.
+pub fn exec_error(program: &str, e: &io::Error) -> Error {
+    if e.raw_os_error() == Some(libc::ENOENT) {
+        return Error::NotFound { program: program.into() };
+    }
+    Error::NotExecutable { program: program.into(), reason: e.to_string(), hint: String::new() }
+}
+
+/// Finds the program and refuses what cannot be run.
+fn program(options: &RunOptions) -> Result<Program, Error> {
+    let path = find(&options.program)?;
+    let not = |reason: &str, hint: &str| Error::NotExecutable {
+        program: options.program.clone(),
+        reason: reason.into(),
+        hint: hint.into(),
+    };
+    let meta = std::fs::metadata(&path).map_err(|e| exec_error(&path.to_string_lossy(), &e))?;
+    if meta.is_dir() {
+        return Err(not("it is a directory", ""));
+    }
+    if meta.permissions().mode() & 0o111 == 0 {
+        return Err(not("it has no execute permission", "chmod +x"));
+    }
+    if meta.mode() & (libc::S_ISUID | libc::S_ISGID) != 0 && meta.uid() != nix::unistd::geteuid().as_raw() {
+        return Err(not(&set_id_text(&path), "run ftrun as that user, or a copy without the bit"));
+    }
+    if meta.mode() & (libc::S_ISUID | libc::S_ISGID) != 0 {
+        return Err(not(&set_id_text(&path), "a traced program gets no other identity; use a copy without the bit"));
+    }
+    let mut head = [0u8; 20];
+    if let Ok(mut f) = std::fs::File::open(&path)
+        && io::Read::read(&mut f, &mut head).is_ok_and(|n| n >= 20)
+        && head[..4] == *b"\x7fELF"
+        && (head[4] != 2 || head[18] != 62)
+    {
+        return Err(not("it is not a 64-bit x86-64 program (32-bit programs are not supported)", ""));
+    }
+    let c = |s: &OsStr| {
+        CString::new(s.as_bytes()).map_err(|_| Error::environment("an argument contains a NUL byte", ""))
+    };
+    let mut argv = vec![c(&options.program)?];
+    for a in &options.args {
+        argv.push(c(a)?);
+    }
+    let mut env: Vec<(std::ffi::OsString, std::ffi::OsString)> = std::env::vars_os().collect();
+    env.retain(|(k, _)| k != "FTRUN_FAULT" && options.env.iter().all(|(o, _)| o != k));
+    env.extend(options.env.iter().cloned());
+    let mut envp = Vec::new();
+    for (k, v) in env {
+        let mut s = k.into_vec();
+        s.push(b'=');
+        s.extend(v.into_vec());
+        envp.push(CString::new(s).map_err(|_| Error::environment("a variable contains a NUL byte", ""))?);
+    }
+    Ok(Program { path: c(path.as_os_str())?, argv, envp, sigmask: 0 })
+}
+
+fn set_id_text(path: &Path) -> String {
+    format!("{} is a set-user-ID or set-group-ID program", path.display())
+}
+
+/// The file that `execvp` would take.
+fn find(program: &OsStr) -> Result<PathBuf, Error> {
+    if program.as_bytes().contains(&b'/') {
+        return Ok(program.into());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
+    let mut denied = false;
+    for dir in std::env::split_paths(&path) {
+        let file = dir.join(program);
+        if let Ok(meta) = std::fs::metadata(&file)
+            && meta.is_file()
+        {
+            if meta.permissions().mode() & 0o111 != 0 {
+                return Ok(file);
+            }
+            denied = true;
+        }
+    }
+    if denied {
+        return Err(Error::NotExecutable {
+            program: program.into(),
+            reason: "it has no execute permission".into(),
+            hint: String::new(),
+        });
+    }
+    Err(Error::NotFound { program: program.into() })
+}

@@ -1,0 +1,500 @@
+//! The unit: its threads, the model of what the kernel does not keep for us, and its event log.
+//!
+//! Truth is of two kinds. The **model** ([`Model`]) and the threads belong to the unit's execution: they
+//! are part of a checkpoint, roll back with it and are rebuilt by replay. What came from **outside**
+//! ([`Outside`]) happened once: it survives the death of the process and is never rolled back.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use ftrun_abi::record::{Kind, RecordBuf, flag};
+use ftrun_ckpt::pages::PageStore;
+use ftrun_ckpt::state::Snapshot;
+use libc::user_regs_struct;
+use serde::{Deserialize, Serialize};
+
+use crate::divergence::Divergence;
+use crate::service::Service;
+use crate::tracee::{self, SigInfo, TraceError};
+
+/// Why the unit's execution stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum Halt {
+    /// A thread vanished: somebody killed the process.
+    #[error("the process died")]
+    Died,
+    /// The program ended by itself; the wait status.
+    #[error("the program ended with wait status {0:#x}")]
+    Ended(i32),
+    /// The program executed a new image; the process is stopped before its first instruction.
+    #[error("the program executed a new image")]
+    Exec(i32),
+    /// Replay did not reproduce the log.
+    #[error(transparent)]
+    Diverged(Box<Divergence>),
+    /// The checkpoint being verified was reached.
+    #[error("end of the log")]
+    EndOfLog,
+    /// A call named an address that the unit does not have.
+    #[error("a bad address")]
+    BadAddress,
+    /// The supervisor cannot go on.
+    #[error("{0}")]
+    Broken(String),
+}
+
+impl From<TraceError> for Halt {
+    fn from(e: TraceError) -> Self {
+        match e {
+            TraceError::Gone(_) => Halt::Died,
+            TraceError::Sys { ref source, .. } if source.raw_os_error() == Some(libc::EFAULT) => Halt::BadAddress,
+            TraceError::Sys { .. } => Halt::Broken(e.to_string()),
+        }
+    }
+}
+
+impl From<crate::launch::LaunchError> for Halt {
+    fn from(e: crate::launch::LaunchError) -> Self {
+        match e {
+            crate::launch::LaunchError::Trace(e) => e.into(),
+            e => Halt::Broken(e.to_string()),
+        }
+    }
+}
+
+/// Result of running the unit.
+pub type Result<T> = std::result::Result<T, Halt>;
+
+/// What a thread waits for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// Descriptors and `POLL*` events, as for poll(2).
+    pub fds: Vec<(i32, i16)>,
+    /// `CLOCK_MONOTONIC` nanoseconds.
+    pub deadline: Option<u64>,
+    /// Signal mask while it waits (`ppoll`, `rt_sigsuspend`, ...).
+    pub mask: Option<u64>,
+    /// Waits in a futex queue.
+    pub futex: bool,
+    /// Waits for a child to end.
+    pub child: bool,
+}
+
+/// Where a thread is, as the supervisor sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// In user code with the turn.
+    Running,
+    /// Before a call that has to be tried.
+    Entry,
+    /// In a call that has been tried and would block.
+    Blocked(Waiting),
+    /// In user code without the turn: new, or preempted.
+    User,
+}
+
+/// Where the thread's kernel side is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In a ptrace stop.
+    Stopped,
+    /// Executing the program.
+    Program,
+    /// Waiting in a call behind the gate.
+    Parked,
+}
+
+/// One thread.
+#[derive(Debug)]
+pub struct Thread {
+    /// The kernel's id.
+    pub tid: i32,
+    /// Index of its scratch memory; 0 is the supervisor's own.
+    pub slot: usize,
+    /// What it does.
+    pub state: State,
+    /// Where it is.
+    pub place: Place,
+    /// Its registers: in a call as they were at its entry.
+    pub regs: user_regs_struct,
+    /// Its own signal mask while a temporary one is in force.
+    pub own_mask: Option<u64>,
+    /// Extended state read since it last ran.
+    pub xstate: Option<Vec<u8>>,
+    /// Alternate signal stack.
+    pub altstack: (u64, u64, u32),
+    /// `clear_child_tid`.
+    pub clear_tid: u64,
+    /// Robust list.
+    pub robust: (u64, u64),
+    /// It let others go first (`sched_yield`).
+    pub yielded: bool,
+}
+
+/// A timer of `timer_create(2)` or `setitimer(2)`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Timer {
+    /// Clock, or `ITIMER_*` for interval timers.
+    pub clock: i32,
+    /// `struct sigevent` (64 bytes), empty for interval timers.
+    pub event: Vec<u8>,
+    /// `CLOCK_MONOTONIC` nanoseconds of the next expiry.
+    pub next: Option<u64>,
+    /// Period in nanoseconds, 0 for one shot.
+    pub period: u64,
+    /// The kernel's id in this process, when it exists.
+    #[serde(skip)]
+    pub kernel_id: Option<i32>,
+}
+
+/// A waiter of a futex.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiter {
+    /// Address of the word.
+    pub addr: u64,
+    /// Thread.
+    pub vtid: i32,
+    /// Bit set of `FUTEX_WAIT_BITSET`.
+    pub bits: u32,
+}
+
+/// What the kernel keeps for a process and would lose with it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Model {
+    /// Signal actions 1 to 64: handler, flags, restorer, mask.
+    pub actions: Vec<[u64; 4]>,
+    /// Waiters of futexes in the order of their arrival.
+    pub futexes: Vec<Waiter>,
+    /// Threads woken from a futex that have not gone on yet.
+    pub woken: Vec<i32>,
+    /// Current end of the heap.
+    pub brk: u64,
+    /// `(vtid, waiting)` of threads that were blocked.
+    pub blocked: Vec<(i32, Waiting)>,
+    /// Threads that stood in user code without the turn.
+    pub user: Vec<i32>,
+    /// Resource limits (soft, hard) by number.
+    pub limits: Vec<(u64, u64)>,
+    /// Real, effective, saved user and group ids and groups, when they differ from ours.
+    pub credentials: Option<Credentials>,
+}
+
+/// Credentials of the process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Real, effective, saved user id.
+    pub uids: [u32; 3],
+    /// Real, effective, saved group id.
+    pub gids: [u32; 3],
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+/// A child process of the unit. It runs on its own.
+#[derive(Clone, Debug)]
+pub struct Child {
+    /// Wait status when it has ended.
+    pub ended: Option<i32>,
+    /// The signal of its end has been given to the unit.
+    pub reported: bool,
+}
+
+/// A call that a thread has begun: what a retry must remember.
+#[derive(Clone, Debug, Default)]
+pub struct Begun {
+    /// Digest of the call, so that nothing is applied to another one.
+    pub digest: u64,
+    /// `CLOCK_MONOTONIC` nanoseconds.
+    pub deadline: Option<u64>,
+    /// Bytes already written.
+    pub done: usize,
+    /// `connect` has been started.
+    pub started: bool,
+}
+
+/// What happened outside; never rolled back.
+#[derive(Debug, Default)]
+pub struct Outside {
+    /// Children by pid.
+    pub children: BTreeMap<i32, Child>,
+    /// Calls begun and not completed, by thread.
+    pub begun: HashMap<i32, Begun>,
+    /// POSIX timers by the program's id: time passes whether the process lives or not.
+    pub timers: BTreeMap<i32, Timer>,
+    /// Interval timers by `ITIMER_*`.
+    pub itimers: BTreeMap<i32, Timer>,
+    /// Signals that arrived and have not been delivered, by thread.
+    pub signals: HashMap<i32, VecDeque<SigInfo>>,
+}
+
+/// What others ask of the tracer, and what they may read.
+#[derive(Debug, Default)]
+pub struct Shared {
+    /// A checkpoint is wanted.
+    pub checkpoint: AtomicBool,
+    /// The unit shall be ended.
+    pub stop: AtomicBool,
+    /// Events so far.
+    pub events: AtomicU64,
+    /// Calls on the slow path so far.
+    pub slow: AtomicU64,
+    /// Process id of the unit.
+    pub pid: std::sync::atomic::AtomicI32,
+    /// Checkpoints taken.
+    pub checkpoints: AtomicU64,
+}
+
+/// The log since the checkpoint before last, in memory.
+#[derive(Debug, Default)]
+pub struct EventLog {
+    /// Records in order: (SII, bytes).
+    pub records: VecDeque<(u64, Box<[u8]>)>,
+    /// Their size.
+    pub bytes: u64,
+}
+
+/// A unit under supervision.
+#[derive(Debug)]
+pub struct Unit {
+    /// The root process.
+    pub pid: i32,
+    /// The root process as the program knows it.
+    pub vpid: i32,
+    /// The kernel lets us choose process ids.
+    pub set_tid: bool,
+    /// Threads by the id that the program knows.
+    pub threads: BTreeMap<i32, Thread>,
+    /// The program's id by the kernel's.
+    pub vtids: HashMap<i32, i32>,
+    /// The thread that has the turn.
+    pub current: Option<i32>,
+    /// When it got it, `CLOCK_MONOTONIC` nanoseconds.
+    pub turn_since: u64,
+    /// Threads that can go on.
+    pub ready: VecDeque<i32>,
+    /// Number of events so far.
+    pub sii: u64,
+    /// What rolls back.
+    pub model: Model,
+    /// What does not.
+    pub outside: Outside,
+    /// Events are taken from the log.
+    pub replaying: bool,
+    /// Signals that replay produced anew and the log has not delivered yet.
+    pub regenerated: HashMap<i32, VecDeque<SigInfo>>,
+    /// The log.
+    pub log: EventLog,
+    /// Where new records are also sent to be kept on disk.
+    pub journal: Option<crate::journal::Journal>,
+    /// The newest checkpoint.
+    pub snapshot: Option<Arc<Snapshot>>,
+    /// Its pages.
+    pub pages: PageStore,
+    /// Dirty-page tracking.
+    pub tracker: Box<dyn ftrun_ckpt::dirty::DirtyTracker + Send>,
+    /// Descriptor work.
+    pub service: Service,
+    /// Asked and shown.
+    pub shared: Arc<Shared>,
+    /// Full status shown to users.
+    pub status: Arc<std::sync::Mutex<crate::status::Status>>,
+    /// Incarnation number.
+    pub incarnation: u32,
+    /// The program is ending by itself (status if known).
+    pub ending: bool,
+    /// A fault whose default action ends the program: signal and address.
+    pub fault: Option<(i32, u64)>,
+    /// Time between checkpoints, nanoseconds.
+    pub checkpoint_every: u64,
+    /// Log bytes that make a checkpoint due.
+    pub checkpoint_log: u64,
+    /// When the last one was taken.
+    pub checkpoint_at: u64,
+    /// An unloggable call was made: a checkpoint must follow.
+    pub unloggable: Option<String>,
+    /// Signal masks read for a checkpoint.
+    pub(crate) masks: HashMap<i32, u64>,
+    /// Results of futex calls that replay has tried ahead of their events.
+    pub(crate) futex_results: HashMap<i32, i64>,
+    /// The thread that ran last in replay.
+    pub(crate) last_ran: i32,
+    /// When the running thread last came to a call.
+    pub(crate) last_entry: u64,
+    /// How written pages are found.
+    pub(crate) backend: ftrun_ckpt::dirty::Kind,
+    /// Where the keeper reads the unit's process id.
+    pub(crate) board_pid: Option<&'static std::sync::atomic::AtomicI32>,
+    /// The signal of a fault that made the unit fail.
+    pub(crate) failed_signal: Option<i32>,
+    pub(crate) record: RecordBuf,
+}
+
+impl Unit {
+    /// A unit that has not been started.
+    pub fn new(
+        service: Service,
+        shared: Arc<Shared>,
+        status: Arc<std::sync::Mutex<crate::status::Status>>,
+        backend: ftrun_ckpt::dirty::Kind,
+    ) -> Self {
+        Self {
+            pid: 0,
+            vpid: 0,
+            set_tid: false,
+            threads: BTreeMap::new(),
+            vtids: HashMap::new(),
+            current: None,
+            turn_since: 0,
+            ready: VecDeque::new(),
+            sii: 0,
+            model: Model::default(),
+            outside: Outside::default(),
+            replaying: false,
+            regenerated: HashMap::new(),
+            log: EventLog::default(),
+            journal: None,
+            snapshot: None,
+            pages: PageStore::new(),
+            tracker: Box::new(ftrun_ckpt::dirty::Full::new()),
+            service,
+            shared,
+            status,
+            incarnation: 1,
+            ending: false,
+            fault: None,
+            checkpoint_every: 1_000_000_000,
+            checkpoint_log: 64 << 20,
+            checkpoint_at: 0,
+            unloggable: None,
+            masks: HashMap::new(),
+            futex_results: HashMap::new(),
+            last_ran: 0,
+            last_entry: 0,
+            backend,
+            board_pid: None,
+            failed_signal: None,
+            record: RecordBuf::new(Kind::Call),
+        }
+    }
+
+    /// The thread with the program's id `vtid`.
+    ///
+    /// # Panics
+    /// When there is none: callers take ids from the table itself.
+    pub fn thread(&mut self, vtid: i32) -> &mut Thread {
+        match self.threads.get_mut(&vtid) {
+            Some(t) => t,
+            None => panic!("no thread {vtid} in the unit"),
+        }
+    }
+
+    /// The kernel's id of a thread.
+    pub fn tid(&self, vtid: i32) -> i32 {
+        self.threads.get(&vtid).map_or(-1, |t| t.tid)
+    }
+
+    /// Appends the record under construction to the log as the next event.
+    pub fn append(&mut self, vtid: i32, nr: u16, result: i64, digest: u64, flags: u32) {
+        let sii = self.sii + 1;
+        self.record.tid(vtid as u32).nr(nr).flags(flags).result(result).digest(digest).sii(sii);
+        let bytes: Box<[u8]> = self.record.finish().into();
+        self.sii += 1;
+        self.log.bytes += bytes.len() as u64;
+        if let Some(journal) = &mut self.journal {
+            journal.append(&self.service, self.sii, &bytes);
+        }
+        self.log.records.push_back((self.sii, bytes));
+        self.shared.events.store(self.sii, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Starts a record.
+    pub fn begin_record(&mut self, kind: Kind) {
+        self.record.reset(kind);
+    }
+
+    /// Lets a thread go on in the program with its registers.
+    pub fn resume(&mut self, vtid: i32) -> Result<()> {
+        let t = self.thread(vtid);
+        t.regs.orig_rax = u64::MAX;
+        t.state = State::Running;
+        t.place = Place::Program;
+        t.xstate = None;
+        t.yielded = false;
+        let (tid, regs) = (t.tid, t.regs);
+        self.current = Some(vtid);
+        tracee::set_regs(tid, &regs)?;
+        tracee::cont(tid, 0)?;
+        Ok(())
+    }
+
+    /// Runs a call inside the unit in the name of a stopped thread. Signals that arrive are kept.
+    pub fn gate(&mut self, vtid: i32, nr: libc::c_long, args: [u64; 6]) -> Result<i64> {
+        let t = self.thread(vtid);
+        let (tid, regs) = (t.tid, t.regs);
+        t.place = Place::Stopped;
+        let mut caught = Vec::new();
+        let r = crate::launch::gate_call(tid, &regs, nr as u64, args, &mut |info| caught.push(info));
+        for info in caught {
+            self.keep_signal(vtid, info);
+        }
+        Ok(r?)
+    }
+
+    /// Takes a thread out of its wait; it stands in a stop afterwards.
+    pub fn unpark(&mut self, vtid: i32) -> Result<()> {
+        let t = self.thread(vtid);
+        if t.place != Place::Parked {
+            return Ok(());
+        }
+        let tid = t.tid;
+        tracee::interrupt(tid)?;
+        loop {
+            match tracee::wait_one(tid)? {
+                tracee::Event::Stop(_) | tracee::Event::Seccomp => break,
+                tracee::Event::Signal(_) => {
+                    let info = tracee::get_siginfo(tid)?;
+                    self.keep_signal(vtid, info);
+                    tracee::cont(tid, 0)?;
+                }
+                tracee::Event::Other(_) => tracee::cont(tid, 0)?,
+                tracee::Event::Ended(_) => return Err(Halt::Died),
+            }
+        }
+        self.thread(vtid).place = Place::Stopped;
+        Ok(())
+    }
+
+    /// Puts a thread on the list of those that can go on.
+    pub fn make_ready(&mut self, vtid: i32) {
+        if !self.ready.contains(&vtid) {
+            self.ready.push_back(vtid);
+        }
+    }
+
+    /// The kernel's id for an id of the program (a thread, the unit, or anybody else).
+    pub fn real_id(&self, id: i32) -> i32 {
+        if id == self.vpid {
+            return self.pid;
+        }
+        self.threads.get(&id).map_or(id, |t| t.tid)
+    }
+
+    /// First scratch slot that no thread uses.
+    pub fn free_slot(&self) -> usize {
+        (1..).find(|s| self.threads.values().all(|t| t.slot != *s)).unwrap_or(1)
+    }
+
+    /// Flags for a signal event.
+    pub fn signal_flags(after: bool, suspended: bool) -> u32 {
+        (if after { flag::AFTER_CALL } else { 0 }) | (if suspended { flag::SUSPENDED } else { 0 })
+    }
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds.
+pub fn now() -> u64 {
+    let mut ts = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `ts` outlives the call.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut ts) };
+    ts.tv_sec as u64 * 1_000_000_000 + ts.tv_nsec as u64
+}

@@ -1,0 +1,493 @@
+//! One unit in a directory of its own: start it, kill it, ask about it, stop it.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::binaries::{self, Mode};
+use crate::process::{self, Process};
+use crate::{Error, error};
+
+/// How long a start, a recovery or a stop may take.
+pub const LIMIT: Duration = Duration::from_secs(30);
+/// Between two looks at something that cannot be awaited.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// How a program shows that it can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ready {
+    /// It prints `ready PORT`.
+    Line,
+    /// It accepts connections at this port.
+    Port(u16),
+    /// It need not be waited for.
+    AtOnce,
+}
+
+/// A unit to be: what to run, how, and where.
+#[derive(Debug)]
+pub struct Launch {
+    name: String,
+    dir: tempfile::TempDir,
+    argv: Vec<OsString>,
+    options: Vec<OsString>,
+    env: Vec<(OsString, OsString)>,
+    uid: Option<u32>,
+    ready: Ready,
+}
+
+impl Launch {
+    /// A unit whose name begins with `name`, in a fresh directory.
+    pub fn new(name: &str) -> Result<Self, Error> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("{name}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let dir = tempfile::Builder::new().prefix("ftrun-test-").tempdir()?;
+        for part in ["work", "state"] {
+            std::fs::create_dir(dir.path().join(part))?;
+        }
+        Ok(Self { name, dir, argv: Vec::new(), options: Vec::new(), env: Vec::new(), uid: None, ready: Ready::AtOnce })
+    }
+
+    /// The program's working directory.
+    pub fn work(&self) -> PathBuf {
+        self.dir.path().join("work")
+    }
+
+    /// Sets the program and its arguments.
+    pub fn run<A: AsRef<OsStr>>(&mut self, program: impl AsRef<OsStr>, args: impl IntoIterator<Item = A>) -> &mut Self {
+        self.argv = vec![program.as_ref().to_owned()];
+        self.argv.extend(args.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    /// Adds arguments for the program.
+    pub fn add_args<A: AsRef<OsStr>>(&mut self, args: impl IntoIterator<Item = A>) -> &mut Self {
+        self.argv.extend(args.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    /// Adds options for `ftrun run`.
+    pub fn options<A: AsRef<OsStr>>(&mut self, options: impl IntoIterator<Item = A>) -> &mut Self {
+        self.options.extend(options.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    /// Adds a variable to ftrun's environment, and so to the program's.
+    pub fn env(&mut self, key: &str, value: impl AsRef<OsStr>) -> &mut Self {
+        self.env.push((key.into(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Runs it all as another user (we have to be root), who gets the directory.
+    pub fn as_user(&mut self, uid: u32) -> &mut Self {
+        self.uid = Some(uid);
+        self
+    }
+
+    /// Says how the program shows that it can be used.
+    pub fn ready(&mut self, ready: Ready) -> &mut Self {
+        self.ready = ready;
+        self
+    }
+
+    /// Copies a file into the directory, where any user may run it.
+    pub fn copy(&self, file: &Path) -> Result<PathBuf, Error> {
+        let to = self.dir.path().join(file.file_name().unwrap_or_default());
+        binaries::copy_executable(file, &to)?;
+        Ok(to)
+    }
+
+    /// Starts the unit and waits until it is ready.
+    pub fn start(self) -> Result<Unit, Error> {
+        let mut ftrun = match binaries::mode()? {
+            Mode::Bare => None,
+            Mode::Under(path) => Some(path.clone()),
+        };
+        if let Some(uid) = self.uid {
+            if let Some(path) = &mut ftrun {
+                *path = self.copy(path)?;
+            }
+            for dir in [self.dir.path(), &self.work(), &self.dir.path().join("state")] {
+                std::os::unix::fs::chown(dir, Some(uid), Some(uid))?;
+            }
+        }
+        let mut command = match &ftrun {
+            None => Command::new(&self.argv[0]),
+            Some(ftrun) => {
+                let mut command = Command::new(ftrun);
+                command.args(["run", "--name", &self.name]).args(&self.options).arg("--").arg(&self.argv[0]);
+                command
+            }
+        };
+        command.args(&self.argv[1..]).envs(self.env.iter().map(|(k, v)| (k, v)));
+        command.env("FTRUN_STATE_DIR", self.dir.path().join("state")).current_dir(self.work());
+        let (out, err) = (self.dir.path().join("stdout"), self.dir.path().join("stderr"));
+        command.stdin(Stdio::null()).stdout(File::create(out)?).stderr(File::create(err)?).process_group(0);
+        if let Some(uid) = self.uid {
+            command.uid(uid).gid(uid);
+        }
+        let child = command.spawn().map_err(|e| error!("{}: {e}", command.get_program().display()))?;
+        let unit = Unit {
+            name: self.name,
+            ftrun,
+            uid: self.uid,
+            port: match self.ready {
+                Ready::Port(port) => port,
+                Ready::Line | Ready::AtOnce => 0,
+            },
+            child: Mutex::new(child),
+            dir: Some(self.dir),
+            done: AtomicBool::new(false),
+            last_killed: AtomicI32::new(0),
+        };
+        unit.await_ready(self.ready)
+    }
+}
+
+/// A running unit. Dropped without [`Unit::stop`] or [`Unit::wait`] having gone well, it is killed, and its
+/// directory stays and its logs' ends are printed.
+#[derive(Debug)]
+pub struct Unit {
+    /// Its name for `ftrun`.
+    pub name: String,
+    /// The port it listens at; 0 if it has none.
+    pub port: u16,
+    ftrun: Option<PathBuf>,
+    uid: Option<u32>,
+    child: Mutex<Child>,
+    dir: Option<tempfile::TempDir>,
+    done: AtomicBool,
+    last_killed: AtomicI32,
+}
+
+/// A kill that was carried out.
+#[derive(Debug, Clone, Copy)]
+pub struct Killed {
+    /// The process.
+    pub pid: i32,
+    /// When the signal was sent.
+    pub sent: Instant,
+    /// When the process was gone.
+    pub gone: Instant,
+}
+
+impl Unit {
+    /// The unit's directory.
+    pub fn path(&self) -> &Path {
+        self.dir.as_ref().map_or(Path::new("/"), |d| d.path())
+    }
+
+    /// The program's working directory.
+    pub fn work(&self) -> PathBuf {
+        self.path().join("work")
+    }
+
+    /// What the program (and ftrun) has printed to stdout.
+    pub fn stdout(&self) -> Result<String, Error> {
+        Ok(std::fs::read_to_string(self.path().join("stdout"))?)
+    }
+
+    /// What the program (and ftrun) has printed to stderr.
+    pub fn stderr(&self) -> Result<String, Error> {
+        Ok(std::fs::read_to_string(self.path().join("stderr"))?)
+    }
+
+    /// Whether ftrun, run by this user, can give a process the number that it had.
+    pub fn may_choose_pids(&self) -> bool {
+        process::is_root() && self.uid.is_none_or(|uid| uid == 0)
+    }
+
+    /// Whether it runs without ftrun.
+    pub fn is_bare(&self) -> bool {
+        self.ftrun.is_none()
+    }
+
+    fn await_ready(mut self, ready: Ready) -> Result<Self, Error> {
+        let start = Instant::now();
+        loop {
+            match ready {
+                Ready::AtOnce => return Ok(self),
+                Ready::Port(port) if TcpStream::connect(("127.0.0.1", port)).is_ok() => return Ok(self),
+                Ready::Port(_) => {}
+                Ready::Line => {
+                    let text = self.stdout()?;
+                    let line = text.lines().find_map(|l| l.strip_prefix("ready "));
+                    if let Some(port) = line.filter(|_| text.ends_with('\n')).and_then(|p| p.trim().parse().ok()) {
+                        self.port = port;
+                        return Ok(self);
+                    }
+                }
+            }
+            if let Some(status) = self.child().try_wait()? {
+                return Err(error!("{} ended before it was ready: {status}", self.name));
+            }
+            if start.elapsed() > LIMIT {
+                return Err(error!("{} is not ready after {} s", self.name, LIMIT.as_secs()));
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    fn child(&self) -> std::sync::MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of the process that was started: `ftrun run`, or the bare program.
+    pub fn started_pid(&self) -> i32 {
+        i32::try_from(self.child().id()).unwrap_or(0)
+    }
+
+    /// A finished `ftrun ARGS` against this unit's state directory.
+    pub fn ftrun<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Result<Output, Error> {
+        let ftrun = self.ftrun.as_ref().ok_or_else(|| error!("a bare program has no ftrun to ask"))?;
+        let mut command = Command::new(ftrun);
+        command.args(args).env("FTRUN_STATE_DIR", self.path().join("state")).current_dir(self.work());
+        if let Some(uid) = self.uid {
+            command.uid(uid).gid(uid);
+        }
+        Ok(command.stdin(Stdio::null()).output()?)
+    }
+
+    /// `ftrun status NAME --json`.
+    pub fn status(&self) -> Result<Value, Error> {
+        let output = self.ftrun(["status", &self.name, "--json"])?;
+        if !output.status.success() {
+            return Err(error!("ftrun status: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim()));
+        }
+        serde_json::from_slice(&output.stdout).map_err(|e| error!("ftrun status --json: {e}"))
+    }
+
+    /// The number under `key` in the status.
+    pub fn status_number(&self, key: &str) -> Result<u64, Error> {
+        let status = self.status()?;
+        status[key].as_u64().ok_or_else(|| error!("ftrun status --json: no number {key} in {status}"))
+    }
+
+    /// The unit's state in words.
+    pub fn state(&self) -> Result<String, Error> {
+        let status = self.status()?;
+        Ok(status["state"].as_str().ok_or_else(|| error!("no state in {status}"))?.to_owned())
+    }
+
+    /// How often it has been recovered.
+    pub fn recoveries(&self) -> Result<u64, Error> {
+        self.status_number("recoveries")
+    }
+
+    /// Process id of the unit's root process now.
+    pub fn pid(&self) -> Result<i32, Error> {
+        if self.is_bare() {
+            return Ok(self.started_pid());
+        }
+        let pid = self.status_number("pid")?;
+        i32::try_from(pid).map_err(|_| error!("a pid of {pid}"))
+    }
+
+    /// Kills the unit's root process with SIGKILL, and waits for its death.
+    ///
+    /// While the unit is between two processes this waits for the next one. One that is still being restored
+    /// has no number in the status, but where numbers can be chosen it has the old one, so it is struck too.
+    /// Only a process that belongs to the unit's supervisor is ever killed.
+    pub fn kill9(&self) -> Result<Killed, Error> {
+        let start = Instant::now();
+        while start.elapsed() < LIMIT {
+            let status = self.status()?;
+            let of = |key: &str| status[key].as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
+            let owners = [of("supervisor_pid"), of("keeper_pid")];
+            let pid = if of("pid") > 0 { of("pid") } else { self.last_killed.load(Ordering::Relaxed) };
+            if let Some(process) = (pid > 0).then(|| Process::open(pid).ok()).flatten()
+                && belongs_to(pid, owners)
+                && !process.ended_within(Duration::ZERO)
+            {
+                let sent = Instant::now();
+                process.signal(libc::SIGKILL)?;
+                if !process.ended_within(LIMIT) {
+                    return Err(error!("process {pid} lives on after SIGKILL"));
+                }
+                self.last_killed.store(pid, Ordering::Relaxed);
+                return Ok(Killed { pid, sent, gone: Instant::now() });
+            }
+            if let Some(status) = self.child().try_wait()? {
+                return Err(error!("ftrun ended: {status}"));
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        Err(error!("no living process to kill in {} s: {}", LIMIT.as_secs(), self.status()?))
+    }
+
+    /// Waits until the unit runs and has been recovered at least `count` times.
+    pub fn await_recoveries(&self, count: u64) -> Result<Value, Error> {
+        let start = Instant::now();
+        loop {
+            let status = self.status()?;
+            let state = status["state"].as_str().unwrap_or_default();
+            if state == "running" && status["recoveries"].as_u64() >= Some(count) {
+                return Ok(status);
+            }
+            if state == "failed" || state == "stopped" {
+                return Err(error!("the unit is {state}: {status}"));
+            }
+            if start.elapsed() > LIMIT {
+                return Err(error!("no recovery number {count} within {} s: {status}", LIMIT.as_secs()));
+            }
+            std::thread::sleep(4 * LOOK_AGAIN);
+        }
+    }
+
+    /// Waits for the end of what was started, and returns its status.
+    pub fn wait(&self) -> Result<ExitStatus, Error> {
+        let status = self.wait_quietly()?;
+        self.done.store(true, Ordering::Relaxed);
+        Ok(status)
+    }
+
+    fn wait_quietly(&self) -> Result<ExitStatus, Error> {
+        // An ended child stays a zombie, with its number, until it is waited for here.
+        let process = Process::open(self.started_pid());
+        if let Ok(process) = process
+            && !process.ended_within(LIMIT)
+        {
+            return Err(error!("{} has not ended within {} s", self.name, LIMIT.as_secs()));
+        }
+        Ok(self.child().wait()?)
+    }
+
+    /// Asks for the end (`ftrun stop`, or SIGTERM for a bare program) and waits for it.
+    pub fn stop(&self) -> Result<ExitStatus, Error> {
+        if self.is_bare() {
+            Process::open(self.started_pid())?.signal(libc::SIGTERM)?;
+        } else {
+            let output = self.ftrun(["stop", &self.name])?;
+            if !output.status.success() {
+                return Err(error!(
+                    "ftrun stop: {}: {}",
+                    output.status,
+                    String::from_utf8_lossy(&output.stderr).trim()
+                ));
+            }
+        }
+        self.wait()
+    }
+
+    /// Ends a self-checking program by the file that it looks for; it has to say `ok` and leave with 0.
+    ///
+    /// Returns the number of rounds, each of which has been printed exactly once and in order.
+    pub fn finish_rounds(&self) -> Result<u64, Error> {
+        File::create(self.work().join("stop"))?;
+        let status = self.wait_quietly()?;
+        let text = self.stdout()?;
+        if status.code() != Some(0) {
+            return Err(error!("the program ended with {status}: {}", tail(&self.path().join("stderr"), 3)));
+        }
+        let mut lines = text.lines();
+        if !lines.next().is_some_and(|l| l.starts_with("ready ")) {
+            return Err(error!("the output does not begin with the line `ready`"));
+        }
+        let mut rounds = 0;
+        for line in lines.by_ref() {
+            if line == format!("ok {rounds}") {
+                break;
+            }
+            rounds += 1;
+            if line != format!("round {rounds}") {
+                return Err(error!("`{line}` in the output where `round {rounds}` belongs"));
+            }
+        }
+        if let Some(line) = lines.next() {
+            return Err(error!("`{line}` in the output after the end"));
+        }
+        if !text.ends_with(&format!("ok {rounds}\n")) || rounds == 0 {
+            return Err(error!("the output ends after round {rounds} without `ok`"));
+        }
+        self.done.store(true, Ordering::Relaxed);
+        Ok(rounds)
+    }
+
+    /// Keeps the directory and shows the logs although everything else went well.
+    pub fn failed(&self) {
+        self.done.store(false, Ordering::Relaxed);
+    }
+
+    fn end_by_force(&self) {
+        // The keeper first, or it would start a new supervisor; then the supervisor, which takes the unit along.
+        let status = self.status().unwrap_or_default();
+        let named = ["keeper_pid", "supervisor_pid", "pid"].map(|key| status[key].as_i64().unwrap_or(0));
+        let started = std::iter::once(self.started_pid());
+        let pids = started.chain(named.into_iter().filter_map(|pid| i32::try_from(pid).ok()));
+        let processes: Vec<_> = pids.filter(|pid| *pid > 1).filter_map(|pid| Process::open(pid).ok()).collect();
+        for process in processes {
+            let _already_gone = process.signal(libc::SIGKILL);
+            process.ended_within(Duration::from_secs(2));
+        }
+        let _reaped = self.child().wait();
+    }
+}
+
+impl Drop for Unit {
+    fn drop(&mut self) {
+        let ended = self.child().try_wait().ok().flatten();
+        if self.done.load(Ordering::Relaxed) && !std::thread::panicking() {
+            return;
+        }
+        let status = self.status().map_or_else(|e| e.0, |s| s.to_string());
+        if ended.is_none() {
+            self.end_by_force();
+        }
+        let Some(dir) = self.dir.take() else { return };
+        let path = dir.keep();
+        let ended = ended.map_or("was running".into(), |s| match s.signal() {
+            Some(signal) => format!("had died of signal {signal}"),
+            None => format!("had ended with {s}"),
+        });
+        eprintln!("---- {} {ended}; kept in {}\n{status}", self.name, path.display());
+        for log in ["stdout", "stderr"] {
+            eprintln!("---- end of {log}:\n{}", tail(&path.join(log), 20));
+        }
+    }
+}
+
+/// Whether `pid` is traced by, or a child of, one of these processes.
+fn belongs_to(pid: i32, owners: [i32; 2]) -> bool {
+    let tracer = process::proc_number(pid, "TracerPid").and_then(|tid| process::proc_number(tid, "Tgid"));
+    let parent = process::proc_number(pid, "PPid");
+    [tracer, parent].into_iter().flatten().any(|p| p > 0 && owners.contains(&p))
+}
+
+/// The last `lines` lines of a file, of which at most 16 KiB are read.
+fn tail(path: &Path, lines: usize) -> String {
+    let read = || -> std::io::Result<String> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(16384)))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    let text = read().unwrap_or_default();
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// A port that is free now and that no outgoing connection will be given: below the ephemeral range.
+pub fn free_port() -> Result<u16, Error> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Processes start at different places, so that tests that run side by side seldom meet.
+    let start = std::process::id().wrapping_mul(257);
+    for _ in 0..10_000 {
+        let n = start.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000;
+        let port = u16::try_from(10_000 + n).unwrap_or(10_000);
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    Err(error!("no free port between 10000 and 30000"))
+}

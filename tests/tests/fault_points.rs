@@ -1,0 +1,94 @@
+//! The unit dies at each seam, on purpose: between what the kernel did and what the log says, inside a
+//! checkpoint, inside a restore, inside a replay.
+//!
+//! `FTRUN_FAULT=POINT:N` in ftrun's environment kills the unit the Nth time that POINT is passed.
+
+use std::time::Duration;
+
+use ftrun_tests::binaries::is_bare;
+use ftrun_tests::load::Load;
+use ftrun_tests::scenarios::{echo_server, guest_launch, rounds};
+use ftrun_tests::unit::Launch;
+use ftrun_tests::{Error, error};
+
+/// The names between the brackets of `POINTS` in the supervisor's source.
+fn points() -> Vec<&'static str> {
+    let source = include_str!("../../supervisor/src/fault.rs");
+    let list = source.split_once("POINTS").and_then(|(_, rest)| rest.split_once("];")).map_or("", |(list, _)| list);
+    list.split('"').skip(1).step_by(2).collect()
+}
+
+/// Which of the groups below walks a point: by its name's first word.
+const GROUPS: [&str; 5] = ["call-", "signal-", "checkpoint-", "restore-", "replay-"];
+
+fn of(group: &str) -> Vec<&'static str> {
+    points().into_iter().filter(|p| p.starts_with(group)).collect()
+}
+
+/// Runs with the fault armed, and `kills` kills from outside; at least one recovery must have been.
+fn walk(
+    group: &str,
+    passes: &[u64],
+    kills: u64,
+    run: impl Fn(&Load, Launch) -> Result<(), Error>,
+) -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    for point in of(group) {
+        for pass in passes {
+            let fault = format!("{point}:{pass}");
+            let load = Load { clients: 4, at_least: Duration::from_millis(800), ..Load::from_env().kills(kills) };
+            let guest = if group == "signal-" { "timers" } else { "epoll_echo" };
+            let mut launch = guest_launch(guest)?;
+            launch.env("FTRUN_FAULT", &fault).options(["--checkpoint-every", "100ms"]);
+            run(&load, launch).map_err(|e| error!("with FTRUN_FAULT={fault}: {e}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn echo(load: &Load, launch: Launch) -> Result<(), Error> {
+    let report = echo_server(load, launch)?;
+    if report.recoveries == 0 { Err(error!("the unit was not killed:\n{report}")) } else { Ok(()) }
+}
+
+fn alone(load: &Load, launch: Launch) -> Result<(), Error> {
+    let report = rounds(load, launch, |_, _| Ok(()))?;
+    if report.recoveries == 0 { Err(error!("the unit was not killed:\n{report}")) } else { Ok(()) }
+}
+
+#[test]
+fn every_point_is_walked() {
+    assert!(points().len() >= 10, "{:?}", points());
+    for point in points() {
+        assert!(GROUPS.iter().any(|g| point.starts_with(g)), "no test walks {point}");
+    }
+}
+
+#[test]
+fn killed_around_a_call() -> Result<(), Error> {
+    // Early in the program's own start, in ld.so; at its first connections; in the middle of its work.
+    walk("call-", &[3, 60, 500], 0, echo)
+}
+
+#[test]
+fn killed_around_a_signal() -> Result<(), Error> {
+    walk("signal-", &[1, 4], 0, alone)
+}
+
+#[test]
+fn killed_inside_a_checkpoint() -> Result<(), Error> {
+    // The first checkpoint is the one right after exec.
+    walk("checkpoint-", &[1, 2, 5], 0, echo)
+}
+
+#[test]
+fn killed_inside_a_restore() -> Result<(), Error> {
+    walk("restore-", &[1, 2], 3, echo)
+}
+
+#[test]
+fn killed_inside_a_replay() -> Result<(), Error> {
+    walk("replay-", &[1, 2], 3, echo)
+}
