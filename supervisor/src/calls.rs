@@ -190,6 +190,11 @@ impl Unit {
             }
             libc::SYS_set_robust_list => self.thread(vtid).robust = (args[0], args[1]),
             libc::SYS_set_tid_address => self.thread(vtid).clear_tid = args[0],
+            libc::SYS_arch_prctl => {
+                let now = tracee::get_regs(tid)?;
+                let t = self.thread(vtid);
+                (t.regs.fs_base, t.regs.gs_base) = (now.fs_base, now.gs_base);
+            }
             libc::SYS_brk => self.model.brk = result as u64,
             libc::SYS_setuid | libc::SYS_setgid | libc::SYS_setresuid | libc::SYS_setresgid | libc::SYS_setreuid
             | libc::SYS_setregid | libc::SYS_setgroups | libc::SYS_setfsuid | libc::SYS_setfsgid => {
@@ -572,6 +577,9 @@ impl Unit {
             Ok(child) => child,
             Err(e) => return Ok(err(e.raw_os_error().unwrap_or(libc::EAGAIN)).into_with()),
         };
+        // The child runs on its own: its time-stamp counter is nobody's input.
+        let tsc = [libc::PR_SET_TSC as u64, libc::PR_TSC_ENABLE as u64, 0, 0, 0, 0];
+        launch::gate_call(child, &regs, libc::SYS_prctl as u64, tsc, &mut |_| {})?;
         self.outside.children.insert(child, Child { ended: None, reported: false });
         let mut outs = Vec::new();
         if request.flags & libc::CLONE_PARENT_SETTID as u64 != 0 {

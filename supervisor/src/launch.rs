@@ -242,7 +242,13 @@ pub fn gate_call(
                 return Err(TraceError::Gone(tid));
             }
             Event::Signal(_) => {
-                signal(tracee::get_siginfo(tid)?);
+                let info = tracee::get_siginfo(tid)?;
+                let (number, code, _) = tracee::siginfo_head(&info);
+                if code > 0 && matches!(number, libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGTRAP) {
+                    let source = io::Error::other(format!("signal {number} at the gate"));
+                    return Err(TraceError::Sys { op: "a call through the gate", tid, source });
+                }
+                signal(info);
                 tracee::cont(tid, 0)?;
             }
             Event::Stop(_) | Event::Other(_) => tracee::cont(tid, 0)?,
@@ -275,6 +281,14 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
     tracee::cont(tid, 0)?;
     tracee::wait_one(tid)?;
 
+    // The copy of our own restartable-sequence area goes with our memory; the kernel must not write there.
+    if let Some((at, bytes, signature)) = tracee::rseq_of(tid)? {
+        regs.orig_rax = libc::SYS_rseq as u64;
+        [regs.rdi, regs.rsi, regs.rdx, regs.r10] = [at, u64::from(bytes), 1, u64::from(signature)];
+        tracee::set_regs(tid, &regs)?;
+        tracee::cont(tid, 0)?;
+        tracee::wait_one(tid)?;
+    }
     // SAFETY: plain integers.
     let zero: user_regs_struct = unsafe { std::mem::zeroed() };
     let base = user_regs_struct { cs: regs.cs, ss: regs.ss, eflags: 0x202, ..zero };

@@ -55,7 +55,8 @@ impl Unit {
                 Halt::Ended(status) => return Ok(End::Ended(status)),
                 Halt::Exec(pid) => {
                     close_on_exec();
-                    self.sii += 1;
+                    self.begin_record(ftrun_abi::record::Kind::Exec);
+                    self.append(self.vpid, libc::SYS_execve as u16, 0, 0, 0);
                     self.model.credentials.get_or_insert_with(Default::default);
                     match self.adopt_image(pid) {
                         Ok(()) => {}

@@ -154,6 +154,17 @@ const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
 const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
 const PTRACE_PEEKSIGINFO: libc::c_uint = 0x4209;
 
+/// The thread's restartable-sequence area: address, size and signature (rseq(2)); `None` without one.
+pub fn rseq_of(tid: i32) -> Result<Option<(u64, u32, u32)>> {
+    const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+    // struct ptrace_rseq_configuration: pointer, size, signature, flags, padding.
+    let mut words = [0u32; 6];
+    let at = words.as_mut_ptr() as u64;
+    ptrace("PTRACE_GET_RSEQ_CONFIGURATION", PTRACE_GET_RSEQ_CONFIGURATION, tid, 24, at)?;
+    let address = u64::from(words[0]) | u64::from(words[1]) << 32;
+    Ok((address != 0).then_some((address, words[2], words[3])))
+}
+
 /// A `siginfo_t`, 128 bytes, in the kernel's layout.
 pub type SigInfo = [u8; 128];
 
