@@ -446,6 +446,9 @@ impl Unit {
     /// Dirty-page tracking for a new process. Its first scan reports everything, so the store is rebuilt by
     /// the next checkpoint.
     fn new_tracker(&mut self) -> Result<()> {
+        // The old one owns a descriptor of the service thread's table: it must be closed there.
+        let old = std::mem::replace(&mut self.tracker, Box::new(Full::new()));
+        self.service.run(move || drop(old));
         self.tracker = match self.backend {
             Kind::WpAsync => {
                 // Made inside the process, where it appears in the shared table, and taken from there.
