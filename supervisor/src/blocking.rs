@@ -120,17 +120,16 @@ impl Unit {
         }
         if let Some(flags) = changed {
             // MSG_WAITALL: wait until all of it is there, or the end of the stream.
-            if args[flags] & libc::MSG_WAITALL as u64 != 0 && nr as i64 == libc::SYS_recvfrom && !enough(fd, args[2]) {
-                if !ready(fd, libc::POLLRDHUP) {
-                    let timeout = socket_timeout(fd, libc::SO_RCVTIMEO);
-                    let outcome = self.wait_fd(vtid, call.digest, fd, libc::POLLRDHUP, timeout.or(Some(5_000_000)));
-                    if timeout.is_none() {
-                        // Polled by time: readiness cannot say "this many bytes". The deadline starts anew.
-                        self.begun(vtid, call.digest).deadline = None;
-                    }
-                    if let Outcome::Block(_) = outcome {
-                        return Ok(outcome);
-                    }
+            let all = args[flags] & libc::MSG_WAITALL as u64 != 0 && nr as i64 == libc::SYS_recvfrom;
+            if all && !enough(fd, args[2]) && !ready(fd, libc::POLLRDHUP) {
+                let timeout = socket_timeout(fd, libc::SO_RCVTIMEO);
+                let outcome = self.wait_fd(vtid, call.digest, fd, libc::POLLRDHUP, timeout.or(Some(5_000_000)));
+                if timeout.is_none() {
+                    // Polled by time: readiness cannot say "this many bytes". The deadline starts anew.
+                    self.begun(vtid, call.digest).deadline = None;
+                }
+                if let Outcome::Block(_) = outcome {
+                    return Ok(outcome);
                 }
             }
             call.args[flags] |= libc::MSG_DONTWAIT as u64;
@@ -174,7 +173,15 @@ impl Unit {
     }
 
     /// Goes on with a blocking write where it was left.
-    fn write_on(&mut self, vtid: i32, nr: u64, call: &mut Prepared, fd: i32, kind: Kind, flags: Option<usize>) -> Outcome {
+    fn write_on(
+        &mut self,
+        vtid: i32,
+        nr: u64,
+        call: &mut Prepared,
+        fd: i32,
+        kind: Kind,
+        flags: Option<usize>,
+    ) -> Outcome {
         let (digest, total) = (call.digest, call.payload().len());
         loop {
             let done = self.begun(vtid, digest).done;
@@ -189,9 +196,13 @@ impl Unit {
                     }
                     _ => {
                         let rest = &call.payload()[done..];
-                        let (f, addr, len) = if flags.is_some() { (call.args[3], call.args[4], call.args[5]) } else { (0, 0, 0) };
+                        let (f, addr, len) =
+                            if flags.is_some() { (call.args[3], call.args[4], call.args[5]) } else { (0, 0, 0) };
                         let f = f | (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as u64;
-                        raw_call(libc::SYS_sendto as u64, &[fd as u64, rest.as_ptr() as u64, rest.len() as u64, f, addr, len])
+                        raw_call(
+                            libc::SYS_sendto as u64,
+                            &[fd as u64, rest.as_ptr() as u64, rest.len() as u64, f, addr, len],
+                        )
                     }
                 }
             } else {

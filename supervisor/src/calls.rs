@@ -58,7 +58,10 @@ impl Unit {
             libc::SYS_execve | libc::SYS_execveat => self.exec(vtid, nr, args),
             libc::SYS_exit => self.exit_thread(vtid, call.digest),
             libc::SYS_exit_group => self.exit_group(vtid, args[0], call.digest),
-            libc::SYS_kill | libc::SYS_tkill | libc::SYS_tgkill | libc::SYS_rt_sigqueueinfo
+            libc::SYS_kill
+            | libc::SYS_tkill
+            | libc::SYS_tgkill
+            | libc::SYS_rt_sigqueueinfo
             | libc::SYS_rt_tgsigqueueinfo => self.kill(vtid, nr, args, call),
             libc::SYS_clock_gettime => {
                 let clock = args[0] as i32;
@@ -196,8 +199,15 @@ impl Unit {
                 (t.regs.fs_base, t.regs.gs_base) = (now.fs_base, now.gs_base);
             }
             libc::SYS_brk => self.model.brk = result as u64,
-            libc::SYS_setuid | libc::SYS_setgid | libc::SYS_setresuid | libc::SYS_setresgid | libc::SYS_setreuid
-            | libc::SYS_setregid | libc::SYS_setgroups | libc::SYS_setfsuid | libc::SYS_setfsgid => {
+            libc::SYS_setuid
+            | libc::SYS_setgid
+            | libc::SYS_setresuid
+            | libc::SYS_setresgid
+            | libc::SYS_setreuid
+            | libc::SYS_setregid
+            | libc::SYS_setgroups
+            | libc::SYS_setfsuid
+            | libc::SYS_setfsgid => {
                 self.follow_credentials()?;
             }
             libc::SYS_prlimit64 | libc::SYS_setrlimit => self.follow_limits(),
@@ -734,11 +744,10 @@ impl Unit {
         self.outside.begun.remove(&vtid);
         self.current = None;
         if clear != 0 {
-            if let Some(other) = self.threads.values().next().map(|t| t.tid) {
-                match tracee::write_mem(other, clear, &[0; 4]) {
-                    Err(e @ tracee::TraceError::Gone(_)) => return Err(e.into()),
-                    Err(_) | Ok(()) => {}
-                }
+            if let Some(other) = self.threads.values().next().map(|t| t.tid)
+                && let Err(e @ tracee::TraceError::Gone(_)) = tracee::write_mem(other, clear, &[0; 4])
+            {
+                return Err(e.into());
             }
             self.wake_futex(clear, 1, u32::MAX);
         }
@@ -820,7 +829,7 @@ impl Unit {
         let mut outs = Vec::new();
         if r >= 0 {
             let (which, first, period) = if alarm {
-                (libc::ITIMER_REAL as i32, args[0] as u32 as u64 * SEC, 0)
+                (libc::ITIMER_REAL, args[0] as u32 as u64 * SEC, 0)
             } else if args[1] == 0 {
                 (args[0] as i32, 0, 0)
             } else {
@@ -828,9 +837,7 @@ impl Unit {
                 (args[0] as i32, w(2)? * SEC + w(3)? * 1000, w(0)? * SEC + w(1)? * 1000)
             };
             let next = (first > 0).then(|| now() + first);
-            self.outside
-                .itimers
-                .insert(which, Timer { clock: which, event: vec![], next, period, kernel_id: Some(0) });
+            self.outside.itimers.insert(which, Timer { clock: which, event: vec![], next, period, kernel_id: Some(0) });
             if !alarm && args[2] != 0 {
                 let mut old = vec![0; 32];
                 tracee::read_mem(tid, args[2], &mut old)?;
@@ -913,7 +920,11 @@ impl Unit {
         let left = |t: &Timer| {
             t.next.map_or(0, |n| {
                 let time = now();
-                if n > time || t.period == 0 { n.saturating_sub(time).max(1000) } else { t.period - (time - n) % t.period }
+                if n > time || t.period == 0 {
+                    n.saturating_sub(time).max(1000)
+                } else {
+                    t.period - (time - n) % t.period
+                }
             })
         };
         for id in self.outside.timers.keys().copied().collect::<Vec<_>>() {

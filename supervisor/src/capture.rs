@@ -356,7 +356,7 @@ impl Unit {
         let user: Vec<i32> = self.model.user.iter().map(|v| if *v == 0 { self.vpid } else { *v }).collect();
         for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
             if !user.contains(&vtid) {
-                self.to_entry(vtid)?;
+                self.go_to_entry(vtid)?;
             }
         }
         for (vtid, waiting) in self.model.blocked.clone() {
@@ -419,7 +419,7 @@ impl Unit {
     }
 
     /// Lets a thread that was saved before a call come to it again.
-    fn to_entry(&mut self, vtid: i32) -> Result<()> {
+    fn go_to_entry(&mut self, vtid: i32) -> Result<()> {
         let t = self.thread(vtid);
         let (tid, regs) = (t.tid, t.regs);
         tracee::set_regs(tid, &regs)?;
@@ -509,7 +509,8 @@ fn read_credentials(pid: i32) -> std::io::Result<Credentials> {
             .map(|l| l.split_whitespace().filter_map(|w| w.parse().ok()).collect())
             .unwrap_or_default()
     };
-    let three = |v: Vec<u32>| [v.first().copied().unwrap_or(0), v.get(1).copied().unwrap_or(0), v.get(2).copied().unwrap_or(0)];
+    let three =
+        |v: Vec<u32>| [v.first().copied().unwrap_or(0), v.get(1).copied().unwrap_or(0), v.get(2).copied().unwrap_or(0)];
     Ok(Credentials { uids: three(numbers("Uid:")), gids: three(numbers("Gid:")), groups: numbers("Groups:") })
 }
 
@@ -528,12 +529,7 @@ fn apply_fs_credentials(c: &Credentials) {
 
 /// Makes the auxiliary vector on the stack and in the kernel's copy forget the vDSO, so that time is asked
 /// for by system calls. `sp` is the stack pointer at the first instruction (argc is there).
-fn hide_vdso(
-    pages: &mut ftrun_ckpt::pages::PageStore,
-    auxv: &mut [u8],
-    sp: u64,
-    vdso: u64,
-) -> std::io::Result<()> {
+fn hide_vdso(pages: &mut ftrun_ckpt::pages::PageStore, auxv: &mut [u8], sp: u64, vdso: u64) -> std::io::Result<()> {
     const AT_IGNORE: u64 = 1;
     const AT_SYSINFO_EHDR: u64 = 33;
     for entry in auxv.chunks_exact_mut(16) {

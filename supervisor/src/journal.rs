@@ -114,7 +114,8 @@ impl Disk {
             }
             self.chain.prune(2).map(|_| ())
         });
-        if let Some(oldest) = self.chain.entries().next_back().and_then(|_| self.chain.entries().rev().nth(1)).map(|e| e.sii)
+        if let Some(oldest) =
+            self.chain.entries().next_back().and_then(|_| self.chain.entries().rev().nth(1)).map(|e| e.sii)
             && let Err(e) = self.log.truncate_below(oldest)
         {
             tracing::warn!(error = %e, "old log segments cannot be removed");
@@ -127,7 +128,10 @@ impl Disk {
             Ok(()) => self.warned = false,
             Err(error) if !self.warned => {
                 self.warned = true;
-                tracing::warn!(error, "the state directory does not take what is written; recovery from memory goes on");
+                tracing::warn!(
+                    error,
+                    "the state directory does not take what is written; recovery from memory goes on"
+                );
             }
             Err(_) => {}
         }

@@ -139,9 +139,7 @@ pub struct Program {
 
 /// Executes the program in a scratch process; returns it stopped before its first instruction.
 pub fn exec_scratch(program: &Program) -> Result<i32, LaunchError> {
-    let pointers = |v: &[CString]| {
-        v.iter().map(|s| s.as_ptr() as u64).chain(std::iter::once(0)).collect::<Vec<u64>>()
-    };
+    let pointers = |v: &[CString]| v.iter().map(|s| s.as_ptr() as u64).chain(std::iter::once(0)).collect::<Vec<u64>>();
     let (argv, envp) = (pointers(&program.argv), pointers(&program.envp));
     let tid = fork_child(None, None).map_err(sys("fork"))?;
     tracee::seize(tid)?;
@@ -317,7 +315,14 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
         if m.prot == 0 {
             flags |= libc::MAP_NORESERVE;
         }
-        let args = [m.start, m.end - m.start, u64::from(prot), flags as u64, fd as i64 as u64, if fd < 0 { 0 } else { m.offset }];
+        let args = [
+            m.start,
+            m.end - m.start,
+            u64::from(prot),
+            flags as u64,
+            fd as i64 as u64,
+            if fd < 0 { 0 } else { m.offset },
+        ];
         call(libc::SYS_mmap, args, &what)?;
     }
     drop(file);
@@ -344,12 +349,11 @@ fn fill(m: &Mapping, pages: &PageStore) -> bool {
     pages.iter_range(m.start, m.end).next().is_some()
 }
 
+/// Runs a call of the process under construction; the text says what for.
+type GateCall<'a> = dyn FnMut(libc::c_long, [u64; 6], &str) -> Result<i64, LaunchError> + 'a;
+
 /// `prctl(PR_SET_MM, PR_SET_MM_MAP)`; the executable's own link can be set by the privileged alone.
-fn set_mm(
-    tid: i32,
-    snapshot: &Snapshot,
-    call: &mut dyn FnMut(libc::c_long, [u64; 6], &str) -> Result<i64, LaunchError>,
-) -> Result<(), LaunchError> {
+fn set_mm(tid: i32, snapshot: &Snapshot, call: &mut GateCall<'_>) -> Result<(), LaunchError> {
     let mm = &snapshot.mm;
     let at = GATE.slot(0);
     let auxv = at + 256;
@@ -362,8 +366,18 @@ fn set_mm(
     let mut result = Ok(0);
     for exe_fd in [fd, -1] {
         let words = [
-            mm.start_code, mm.end_code, mm.start_data, mm.end_data, mm.start_brk, mm.brk, mm.start_stack,
-            mm.arg_start, mm.arg_end, mm.env_start, mm.env_end, auxv,
+            mm.start_code,
+            mm.end_code,
+            mm.start_data,
+            mm.end_data,
+            mm.start_brk,
+            mm.brk,
+            mm.start_stack,
+            mm.arg_start,
+            mm.arg_end,
+            mm.env_start,
+            mm.env_end,
+            auxv,
         ];
         let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         bytes.extend_from_slice(&(auxv_bytes.len() as u32).to_le_bytes());
@@ -455,7 +469,8 @@ pub fn clone_through_gate(
     set_tid: Option<i32>,
 ) -> tracee::Result<Result<i32, io::Error>> {
     let at = GATE.slot(0);
-    let exit_signal = if flags & (libc::CLONE_THREAD | libc::CLONE_PARENT) as u64 != 0 { 0 } else { libc::SIGCHLD as u64 };
+    let exit_signal =
+        if flags & (libc::CLONE_THREAD | libc::CLONE_PARENT) as u64 != 0 { 0 } else { libc::SIGCHLD as u64 };
     let (stack, size) = if sp == 0 { (0, 0) } else { (sp - 16, 16) };
     let (tids, n) = if set_tid.is_some() { (at + 128, 1) } else { (0, 0) };
     let words = [flags, 0, child_tid, parent_tid, exit_signal, stack, size, tls, tids, n, 0];
@@ -466,7 +481,9 @@ pub fn clone_through_gate(
     let r = gate_call(tid, user, libc::SYS_clone3 as u64, [at, 88, 0, 0, 0, 0], &mut |info| lost.push(info))?;
     for info in lost {
         let (signo, ..) = tracee::siginfo_head(&info);
-        tracee::tgkill(tid, tid, signo).or_else(|_| Ok::<(), TraceError>(()))?;
+        if let Err(e @ TraceError::Sys { .. }) = tracee::tgkill(tid, tid, signo) {
+            return Err(e);
+        }
     }
     if r < 0 {
         return Ok(Err(io::Error::from_raw_os_error(-r as i32)));

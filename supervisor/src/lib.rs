@@ -1,29 +1,29 @@
 //! The parts of `ftrun`; the binary only calls [`cli::main`].
 
-pub mod cli;
-pub mod control;
-pub mod doctor;
-pub mod logging;
-pub mod report;
-pub mod status;
-pub mod unitdir;
 pub mod blocking;
 pub mod calls;
 pub mod capture;
+pub mod cli;
+pub mod control;
 pub mod divergence;
+pub mod doctor;
 pub mod fault;
 pub mod futex;
 pub mod journal;
 pub mod launch;
 pub mod lifecycle;
 pub mod live;
+pub mod logging;
 pub mod marshal;
 pub mod paths;
 pub mod print;
 pub mod replay;
+pub mod report;
 pub mod run;
 pub mod service;
 pub mod signals;
+pub mod status;
 pub mod tracee;
 pub mod unit;
+pub mod unitdir;
 pub mod verify;

@@ -154,6 +154,8 @@ impl Unit {
         // SAFETY: our own child, not reaped yet.
         unsafe { libc::kill(pid, libc::SIGKILL) };
         let threads = std::mem::take(&mut self.vtids);
+        // What children report from here on is for the next incarnation.
+        self.threads.clear();
         let status = loop {
             match tracee::wait(-1, 0) {
                 Ok(Some((who, Event::Ended(status)))) if who == pid => break status,
@@ -168,7 +170,6 @@ impl Unit {
                 Err(_) => break 0,
             }
         };
-        self.threads.clear();
         let (pid, vpid) = (self.pid, self.vpid);
         for queue in self.outside.signals.values_mut() {
             queue.retain(|info| {

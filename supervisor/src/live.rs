@@ -33,16 +33,25 @@ pub(crate) enum Outcome {
 impl Unit {
     /// Runs the unit until something ends that.
     pub fn live(&mut self) -> Result<std::convert::Infallible> {
+        // The thread of the last event may be on its way to its next call; the others have arrived.
+        let running = self.current.filter(|v| self.threads.get(v).is_some_and(|t| t.place == Place::Program));
         self.current = None;
+        self.turn_since = now();
+        self.last_entry = now();
         for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
-            self.make_ready(vtid);
+            if Some(vtid) != running {
+                self.make_ready(vtid);
+            }
         }
-        // The thread of the last event came to its call before anything else happened.
-        if self.threads.contains_key(&self.last_ran) {
-            self.ready.retain(|v| *v != self.last_ran);
-            self.ready.push_front(self.last_ran);
+        match running {
+            Some(vtid) => self.arm_on_the_way(vtid)?,
+            None => self.arm_timers()?,
         }
-        self.arm_timers()?;
+        if self.outside.signals.get(&-1).is_some_and(|q| !q.is_empty()) {
+            // A child's end was announced to the process that died.
+            // SAFETY: our own child.
+            unsafe { libc::kill(self.pid, libc::SIGCHLD) };
+        }
         self.report_children()?;
         loop {
             self.housekeeping()?;
@@ -60,6 +69,38 @@ impl Unit {
                 Err(e) => return Err(Halt::Broken(format!("waitpid: {e}"))),
             }
         }
+    }
+
+    /// Sets timers through a thread that is in user code, which does not notice.
+    fn arm_on_the_way(&mut self, vtid: i32) -> Result<()> {
+        self.current = Some(vtid);
+        if self.outside.timers.is_empty() && self.outside.itimers.is_empty() {
+            return Ok(());
+        }
+        let tid = self.tid(vtid);
+        tracee::interrupt(tid)?;
+        loop {
+            match tracee::wait_one(tid)? {
+                Event::Stop(_) => break,
+                Event::Seccomp => {
+                    let regs = tracee::get_regs(tid)?;
+                    let t = self.thread(vtid);
+                    t.place = Place::Stopped;
+                    t.regs = regs;
+                    t.state = State::Entry;
+                    self.current = None;
+                    self.ready.push_front(vtid);
+                    return self.arm_timers();
+                }
+                event => self.on_event(tid, event)?,
+            }
+        }
+        let regs = tracee::get_regs(tid)?;
+        let t = self.thread(vtid);
+        t.regs = regs;
+        t.place = Place::Stopped;
+        self.arm_timers()?;
+        self.resume(vtid)
     }
 
     fn pick(&mut self) -> Option<i32> {
@@ -262,10 +303,9 @@ impl Unit {
             tracee::set_sigmask(tid, mask)?;
         }
         for (addr, bytes) in outs {
-            match tracee::write_mem(tid, *addr, bytes) {
-                Err(e @ tracee::TraceError::Gone(_)) => return Err(e.into()),
-                // The kernel would have failed with EFAULT after the effect, too.
-                Err(_) | Ok(()) => {}
+            // A bad address is left at that: the kernel would have failed with EFAULT after the effect, too.
+            if let Err(e @ tracee::TraceError::Gone(_)) = tracee::write_mem(tid, *addr, bytes) {
+                return Err(e.into());
             }
         }
         Ok(())
@@ -352,8 +392,8 @@ impl Unit {
             || self.log.bytes >= self.checkpoint_log;
         let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
         let starving = self.current.is_some_and(|c| {
-                !self.ready.is_empty() || self.outside.signals.get(&c).is_some_and(|q| !q.is_empty()) || others
-            });
+            !self.ready.is_empty() || self.outside.signals.get(&c).is_some_and(|q| !q.is_empty()) || others
+        });
         if let Some(vtid) = self.current {
             let waited = if due { 20_000_000 } else { PREEMPT_NS };
             if (due || starving) && time - self.turn_since.max(self.last_entry) > waited {

@@ -48,7 +48,8 @@ pub struct Prepared {
     bufs: Vec<Vec<u8>>,
     outs: Vec<OutBuf>,
     msg: Option<Msg>,
-    /// Local array of iovecs (one element, all data gathered).
+    /// Local iovecs (one element each, all data gathered); boxed because their addresses are arguments.
+    #[expect(clippy::vec_box, reason = "the call holds the address of each element")]
     iovs: Vec<Box<libc::iovec>>,
     /// Index of the buffer that holds the data to be written, for write-like calls.
     pub data: Option<usize>,
@@ -241,16 +242,7 @@ impl Prepared {
         if !receive {
             self.data = Some(first + 2);
         }
-        self.msg = Some(Msg {
-            addr,
-            name,
-            control,
-            pieces,
-            header,
-            iov,
-            bufs: [first, first + 1, first + 2],
-            receive,
-        });
+        self.msg = Some(Msg { addr, name, control, pieces, header, iov, bufs: [first, first + 1, first + 2], receive });
         Ok(())
     }
 

@@ -64,7 +64,6 @@ impl Unit {
                 Applied::Gone => {}
             }
         }
-        self.current = None;
         Ok(n)
     }
 
@@ -170,7 +169,10 @@ impl Unit {
                     return Err(Halt::Broken(format!("making thread {result} again: {e}")));
                 }
             }
-            libc::SYS_kill | libc::SYS_tkill | libc::SYS_tgkill | libc::SYS_rt_sigqueueinfo
+            libc::SYS_kill
+            | libc::SYS_tkill
+            | libc::SYS_tgkill
+            | libc::SYS_rt_sigqueueinfo
             | libc::SYS_rt_tgsigqueueinfo
                 if !failed && self.is_self_signal(nr, &args) =>
             {
@@ -257,9 +259,7 @@ impl Unit {
         // A thread that a checkpoint found before its call, and whose call is the first event after it.
         let args = tracee::args_of(&self.thread(vtid).regs);
         match self.futex_step(vtid, &args)? {
-            Outcome::With(r, _) if r != result => {
-                Err(self.diverged(record, sii, format!("the futex call gives {r}")))
-            }
+            Outcome::With(r, _) if r != result => Err(self.diverged(record, sii, format!("the futex call gives {r}"))),
             _ => {
                 self.model.futexes.retain(|w| w.vtid != vtid);
                 Ok(())
@@ -270,6 +270,10 @@ impl Unit {
     /// Lets a running thread come to its next call (or trapped instruction).
     fn run_to_call(&mut self, vtid: i32, next: Option<&ftrun_abi::record::Header>) -> Result<()> {
         let tid = self.tid(vtid);
+        if next.is_none() {
+            // From here on it is live, and may compute for long.
+            return Ok(());
+        }
         loop {
             match tracee::wait_one(tid)? {
                 Event::Seccomp => break,
@@ -287,7 +291,6 @@ impl Unit {
         t.regs = regs;
         t.place = Place::Stopped;
         t.state = State::Entry;
-        self.last_ran = vtid;
         // A futex call was tried as soon as the thread came to it, and may have changed the list.
         let Some(next) = next else { return Ok(()) };
         let signal_first = next.kind == Kind::Signal as u16 && next.tid as i32 == vtid && next.flags == 0;

@@ -351,9 +351,8 @@ fn mask_word(set: &libc::sigset_t) -> u64 {
 
 /// Descriptors that we inherited: ours are all close-on-exec, those of the one who started us cannot be.
 fn inherited() -> Vec<i32> {
-    let listed = std::fs::read_dir("/proc/self/fd").map(|d| {
-        d.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect::<Vec<i32>>()
-    });
+    let listed = std::fs::read_dir("/proc/self/fd")
+        .map(|d| d.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect::<Vec<i32>>());
     listed
         .unwrap_or_else(|_| vec![0, 1, 2])
         .into_iter()
@@ -419,9 +418,8 @@ fn program(options: &RunOptions) -> Result<Program, Error> {
     {
         return Err(not("it is not a 64-bit x86-64 program (32-bit programs are not supported)", ""));
     }
-    let c = |s: &OsStr| {
-        CString::new(s.as_bytes()).map_err(|_| Error::environment("an argument contains a NUL byte", ""))
-    };
+    let c =
+        |s: &OsStr| CString::new(s.as_bytes()).map_err(|_| Error::environment("an argument contains a NUL byte", ""));
     let mut argv = vec![c(&options.program)?];
     for a in &options.args {
         argv.push(c(a)?);

@@ -56,7 +56,7 @@ impl Unit {
     }
 
     /// The signal was sent by the unit itself: replay sends it again.
-    fn from_self(&self, info: &SigInfo) -> bool {
+    fn sent_by_unit(&self, info: &SigInfo) -> bool {
         let (_, code, pid) = tracee::siginfo_head(info);
         code <= 0 && code != libc::SI_TIMER && (pid == self.pid || pid == self.vpid)
     }
@@ -75,7 +75,7 @@ impl Unit {
         if self.disposition(signal) == Disposition::Ignore {
             return;
         }
-        let own = self.from_self(&info);
+        let own = self.sent_by_unit(&info);
         let queue = if own && self.replaying {
             self.regenerated.entry(vtid).or_default()
         } else {

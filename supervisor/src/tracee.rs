@@ -62,11 +62,7 @@ pub const OPTIONS: c_int = libc::PTRACE_O_TRACESECCOMP
 /// Makes an error of the last `errno`.
 fn last(op: &'static str, tid: i32) -> TraceError {
     let source = io::Error::last_os_error();
-    if source.raw_os_error() == Some(libc::ESRCH) {
-        TraceError::Gone(tid)
-    } else {
-        TraceError::Sys { op, tid, source }
-    }
+    if source.raw_os_error() == Some(libc::ESRCH) { TraceError::Gone(tid) } else { TraceError::Sys { op, tid, source } }
 }
 
 /// `ptrace(2)` with integer arguments.
@@ -190,13 +186,7 @@ pub fn pending(tid: i32, shared: bool) -> Result<Vec<SigInfo>> {
     }
     let mut found = vec![[0u8; 128]; 32];
     let peek = Peek { off: 0, flags: u32::from(shared), nr: found.len() as i32 };
-    let n = ptrace(
-        "PTRACE_PEEKSIGINFO",
-        PTRACE_PEEKSIGINFO,
-        tid,
-        (&raw const peek) as u64,
-        found.as_mut_ptr() as u64,
-    )?;
+    let n = ptrace("PTRACE_PEEKSIGINFO", PTRACE_PEEKSIGINFO, tid, (&raw const peek) as u64, found.as_mut_ptr() as u64)?;
     found.truncate(n as usize);
     Ok(found)
 }

@@ -317,8 +317,6 @@ pub struct Unit {
     pub(crate) masks: HashMap<i32, u64>,
     /// Results of futex calls that replay has tried ahead of their events.
     pub(crate) futex_results: HashMap<i32, i64>,
-    /// The thread that ran last in replay.
-    pub(crate) last_ran: i32,
     /// When the running thread last came to a call.
     pub(crate) last_entry: u64,
     /// How written pages are found.
@@ -369,7 +367,6 @@ impl Unit {
             unloggable: None,
             masks: HashMap::new(),
             futex_results: HashMap::new(),
-            last_ran: 0,
             last_entry: 0,
             backend,
             board_pid: None,
