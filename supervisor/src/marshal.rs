@@ -94,7 +94,8 @@ impl Prepared {
                     match tracee::read_mem(tid, value, &mut b) {
                         Ok(()) => {
                             digest.add_bytes(&b);
-                            p.data = Some(p.bufs.len());
+                            // The data comes before the address it goes to.
+                            p.data = p.data.or(Some(p.bufs.len()));
                             p.give(i, b);
                             p.shorten(len, n);
                         }
