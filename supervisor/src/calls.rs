@@ -768,9 +768,20 @@ impl Unit {
         tracee::set_regs(tid, &GATE.regs(&regs, libc::SYS_exit_group as u64, [code, 0, 0, 0, 0, 0]))?;
         tracee::cont(tid, 0)?;
         loop {
-            match tracee::wait_one(self.pid)? {
-                Event::Ended(status) => return Err(Halt::Ended(status)),
-                _ => tracee::cont(self.pid, 0)?,
+            // The main thread is reported last, when all others have been reaped.
+            let (who, event) = match tracee::wait(-1, 0) {
+                Ok(Some(x)) => x,
+                Ok(None) => continue,
+                Err(_) => return Err(Halt::Died),
+            };
+            match event {
+                Event::Ended(status) if who == self.pid => return Err(Halt::Ended(status)),
+                Event::Ended(_) if self.vtids.contains_key(&who) => {}
+                _ if self.vtids.contains_key(&who) => match tracee::cont(who, 0) {
+                    Err(e @ tracee::TraceError::Sys { .. }) => return Err(e.into()),
+                    Ok(()) | Err(tracee::TraceError::Gone(_)) => {}
+                },
+                _ => self.on_event(who, event)?,
             }
         }
     }
