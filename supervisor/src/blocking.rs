@@ -96,6 +96,9 @@ impl Unit {
     }
 
     fn read_like(&mut self, vtid: i32, nr: u64, args: &[u64; 6], call: &mut Prepared, fd: i32) -> Result<Outcome> {
+        if nr as i64 == libc::SYS_read && is_signalfd(fd) {
+            return self.read_signalfd(vtid, args, call.digest);
+        }
         let kind = kind(fd);
         let mut changed = None;
         if kind == Kind::Socket {
@@ -140,6 +143,38 @@ impl Unit {
         }
         let timeout = (kind == Kind::Socket).then(|| socket_timeout(fd, libc::SO_RCVTIMEO)).flatten();
         Ok(self.wait_fd(vtid, call.digest, fd, libc::POLLIN, timeout))
+    }
+
+    /// `read` of a signalfd: it gives the signals of its caller, so the unit reads it itself.
+    fn read_signalfd(&mut self, vtid: i32, args: &[u64; 6], digest: u64) -> Result<Outcome> {
+        let fd = args[0] as i32;
+        if !self.unit_poll(vtid, fd)? {
+            // SAFETY: queries about a descriptor number.
+            let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+            if flags & libc::O_NONBLOCK != 0 {
+                return Ok(Outcome::With(AGAIN, vec![]));
+            }
+            return Ok(self.wait_fd(vtid, digest, fd, libc::POLLIN, None));
+        }
+        let r = self.gate(vtid, libc::SYS_read, *args)?;
+        let mut outs = Vec::new();
+        if r > 0 {
+            let mut bytes = vec![0; r as usize];
+            tracee::read_mem(self.tid(vtid), args[1], &mut bytes)?;
+            outs.push((args[1], bytes));
+        }
+        Ok(Outcome::With(r, outs))
+    }
+
+    /// Asks in the unit whether a descriptor is readable now.
+    pub(crate) fn unit_poll(&mut self, vtid: i32, fd: i32) -> Result<bool> {
+        let t = self.thread(vtid);
+        let (tid, at) = (t.tid, crate::launch::GATE.slot(t.slot));
+        let mut bytes = fd.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&libc::POLLIN.to_le_bytes());
+        bytes.extend_from_slice(&[0; 2]);
+        tracee::write_mem(tid, at, &bytes)?;
+        Ok(self.gate(vtid, libc::SYS_poll, [at, 1, 0, 0, 0, 0])? > 0)
     }
 
     fn write_like(&mut self, vtid: i32, nr: u64, args: &[u64; 6], call: &mut Prepared, fd: i32) -> Result<Outcome> {
@@ -254,6 +289,18 @@ impl Unit {
         }
         Ok(())
     }
+}
+
+/// The descriptor is a signalfd. Anonymous inodes have no file type; their name tells.
+pub(crate) fn is_signalfd(fd: i32) -> bool {
+    // SAFETY: plain integers, for which zero is valid.
+    let mut st: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: `st` outlives the call.
+    let r = unsafe { libc::fstat(fd, &raw mut st) };
+    r == 0
+        && st.st_mode & libc::S_IFMT == 0
+        && std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
+            .is_ok_and(|l| l.as_os_str().as_encoded_bytes() == b"anon_inode:[signalfd]")
 }
 
 /// At least `want` bytes can be read.

@@ -250,6 +250,16 @@ impl Unit {
             tracee::read_mem(tid, args[0], &mut fds)?;
         }
         let r = raw_call(libc::SYS_poll as u64, &[fds.as_mut_ptr() as u64, (fds.len() / 8) as u64, 0, 0, 0, 0]);
+        // A signalfd is readable for its own process only.
+        let mut r = r;
+        for at in (0..fds.len()).step_by(8) {
+            let fd = i32::from_le_bytes([fds[at], fds[at + 1], fds[at + 2], fds[at + 3]]);
+            let wants = i16::from_le_bytes([fds[at + 4], fds[at + 5]]) & libc::POLLIN != 0;
+            if wants && crate::blocking::is_signalfd(fd) && self.unit_poll(vtid, fd)? {
+                fds[at + 6..at + 8].copy_from_slice(&libc::POLLIN.to_le_bytes());
+                r = r.max(0) + 1;
+            }
+        }
         if r != 0 && r != -i64::from(libc::EINTR) {
             return Ok(Outcome::With(r, if r > 0 { vec![(args[0], fds)] } else { vec![] }));
         }

@@ -157,6 +157,10 @@ impl Unit {
             let (signal, ..) = tracee::siginfo_head(&info);
             match self.disposition(signal) {
                 Disposition::Handler if found.is_none() && mask & (1 << (signal - 1)) == 0 => found = Some(info),
+                Disposition::Fatal if found.is_none() && mask & (1 << (signal - 1)) == 0 => {
+                    self.ending = true;
+                    found = Some(info);
+                }
                 Disposition::Ignore => {}
                 _ => self.outside.signals.entry(vtid).or_default().push_back(info),
             }
