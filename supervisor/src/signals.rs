@@ -72,6 +72,7 @@ impl Unit {
                 info = true_info;
             }
         }
+        self.note_expiry(&info);
         if self.disposition(signal) == Disposition::Ignore {
             return;
         }
@@ -83,6 +84,22 @@ impl Unit {
         };
         if signal >= 32 || !queue.iter().any(|i| tracee::siginfo_head(i).0 == signal) {
             queue.push_back(info);
+        }
+    }
+
+    /// A timer's signal has left the kernel: a recovery must not let that expiry happen again.
+    fn note_expiry(&mut self, info: &SigInfo) {
+        const SI_KERNEL: c_int = 0x80;
+        let (signal, code, id) = tracee::siginfo_head(info);
+        let timer = if code == libc::SI_TIMER {
+            self.outside.timers.values_mut().find(|t| t.kernel_id == Some(id))
+        } else if code == SI_KERNEL && signal == libc::SIGALRM {
+            self.outside.itimers.get_mut(&libc::ITIMER_REAL)
+        } else {
+            None
+        };
+        if let Some(t) = timer {
+            t.next = if t.period == 0 { None } else { Some(crate::unit::now() + t.period) };
         }
     }
 

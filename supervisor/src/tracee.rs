@@ -243,11 +243,24 @@ pub fn wait_one(tid: i32) -> Result<Event> {
     loop {
         match wait(tid, 0) {
             Ok(Some((_, event))) => return Ok(event),
+            // A main thread that was killed is not reported while its process has other threads that
+            // nobody has waited for.
+            Ok(None) if is_zombie(tid) => match wait(tid, libc::WNOHANG) {
+                Ok(Some((_, event))) => return Ok(event),
+                _ => return Err(TraceError::Gone(tid)),
+            },
             Ok(None) => {}
             Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Err(TraceError::Gone(tid)),
             Err(source) => return Err(TraceError::Sys { op: "waitpid", tid, source }),
         }
     }
+}
+
+/// The thread has ended and waits to be reaped. The file is open for the time of the call only, while no
+/// thread of the unit makes a call.
+fn is_zombie(tid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
+    matches!(stat.rsplit_once(") ").and_then(|x| x.1.chars().next()), Some('Z' | 'X') | None)
 }
 
 /// Reads memory of the process; all of `buf` or an error (`EFAULT`).
