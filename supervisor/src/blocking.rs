@@ -162,6 +162,7 @@ impl Unit {
             let mut bytes = vec![0; r as usize];
             tracee::read_mem(self.tid(vtid), args[1], &mut bytes)?;
             outs.push((args[1], bytes));
+            self.took_signal = true;
         }
         Ok(Outcome::With(r, outs))
     }

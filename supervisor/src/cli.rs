@@ -198,7 +198,7 @@ enum Command {
         #[arg(long, value_name = "SII")]
         to: Option<u64>,
     },
-    /// Replay a unit's log off line and compare with its next checkpoint
+    /// Read every stored checkpoint and event of a unit and check them
     Verify {
         /// Name of the unit
         name: String,

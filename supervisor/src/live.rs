@@ -5,7 +5,7 @@
 //! before anything else happened. So the order of events is the order of the program's steps, and
 //! replay needs no other record of the turn than the thread of each event.
 
-use ftrun_abi::record::Kind;
+use ftrun_abi::record::{Kind, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
 use libc::c_int;
 
@@ -274,7 +274,8 @@ impl Unit {
             self.output(*addr, bytes)?;
         }
         self.outside.begun.remove(&vtid);
-        self.append(vtid, nr as u16, result, digest, 0);
+        let flags = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
+        self.append(vtid, nr as u16, result, digest, flags);
         crate::fault::point("call-logged", self.pid);
         self.finish_call(vtid, result, &outs)?;
         crate::fault::point("call-written", self.pid);

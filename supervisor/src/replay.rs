@@ -194,10 +194,28 @@ impl Unit {
             }
             _ => {}
         }
+        if nr == libc::SYS_rt_sigtimedwait as u64 && result > 0 {
+            self.take_pending(vtid, result as u32)?;
+        } else if h.flags & flag::TOOK_SIGNAL != 0 {
+            for info in record.outputs().flat_map(|o| o.1.chunks_exact(128)) {
+                self.take_pending(vtid, u32::from_le_bytes([info[0], info[1], info[2], info[3]]))?;
+            }
+        }
         let outs: Vec<(u64, Vec<u8>)> =
             record.outputs().filter(|(addr, _)| *addr != 0).map(|(addr, b)| (addr, b.to_vec())).collect();
         self.finish_call(vtid, result, &outs)?;
         Ok(Applied::Stopped)
+    }
+
+    /// Takes a signal that is pending because replay has sent it again; one from outside is not there.
+    fn take_pending(&mut self, vtid: i32, signal: u32) -> Result<()> {
+        let t = self.thread(vtid);
+        let (tid, at) = (t.tid, crate::launch::GATE.slot(t.slot));
+        let mut bytes = (1u64 << signal.clamp(1, 64).wrapping_sub(1)).to_le_bytes().to_vec();
+        bytes.extend_from_slice(&[0; 16]);
+        tracee::write_mem(tid, at, &bytes)?;
+        self.gate(vtid, libc::SYS_rt_sigtimedwait, [at, 0, at + 8, 8, 0, 0])?;
+        Ok(())
     }
 
     /// Makes a call about the process itself again, so that it comes out where it did.

@@ -325,6 +325,8 @@ pub struct Unit {
     pub(crate) board_pid: Option<&'static std::sync::atomic::AtomicI32>,
     /// The signal of a fault that made the unit fail.
     pub(crate) failed_signal: Option<i32>,
+    /// The call being made took a pending signal of the unit: replay must take it, too.
+    pub(crate) took_signal: bool,
     pub(crate) record: RecordBuf,
 }
 
@@ -371,6 +373,7 @@ impl Unit {
             backend,
             board_pid: None,
             failed_signal: None,
+            took_signal: false,
             record: RecordBuf::new(Kind::Call),
         }
     }

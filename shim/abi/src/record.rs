@@ -25,6 +25,8 @@ pub mod flag {
     pub const UNLOGGABLE: u32 = 4;
     /// The operation was begun; whether it took effect is settled by a later record, or by recovery.
     pub const STARTED: u32 = 8;
+    /// A call took a pending signal of the unit (signalfd): replay takes it as well.
+    pub const TOOK_SIGNAL: u32 = 16;
 }
 
 /// What kind of event a record describes. Values are part of the log format: append only.
