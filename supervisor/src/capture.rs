@@ -122,6 +122,7 @@ impl Unit {
             sigactions: self.model.actions.clone(),
             model: postcard::to_stdvec(&self.model).map_err(broken("encoding the model"))?,
         });
+        self.model.irregular = None;
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
         self.log.records.clear();
@@ -141,7 +142,8 @@ impl Unit {
         }
         self.shared.checkpoints.fetch_add(1, Relaxed);
         if let Some(journal) = &mut self.journal {
-            journal.checkpoint(&self.service, Capture { snapshot, parent, staged, gone: scan.gone }, &self.pages);
+            // What fails here has been told; recovery uses memory.
+            let _told = journal.checkpoint(Capture { snapshot, parent, staged, gone: scan.gone }, &self.pages);
         }
         crate::fault::point("checkpoint-end", self.pid);
         Ok(())
@@ -260,6 +262,9 @@ impl Unit {
             user: vec![self.vpid],
             credentials: self.model.credentials.take().map(|_| credentials),
             limits: self.model.limits.clone(),
+            irregular: Some("execve".into()),
+            affinity: self.model.affinity.get(&self.vpid).map(|m| (self.vpid, m.clone())).into_iter().collect(),
+            cpu: self.cpu,
             ..Model::default()
         };
         let snapshot = Snapshot {
@@ -289,7 +294,13 @@ impl Unit {
         self.checkpoint_at = now();
         if let Some(journal) = &mut self.journal {
             let capture = Capture { snapshot, parent: None, staged, gone: vec![] };
-            journal.checkpoint(&self.service, capture, &self.pages);
+            let stored = journal.checkpoint(capture, &self.pages);
+            if self.sii == 0 {
+                stored.map_err(|e| {
+                    let remedy = "make room there, or name another directory with --state-dir";
+                    Halt::Broken(format!("the first checkpoint cannot be stored: {e}; {remedy}"))
+                })?;
+            }
         }
         Ok(())
     }
@@ -306,6 +317,9 @@ impl Unit {
         self.fault = None;
         self.unloggable = None;
         self.model = postcard::from_bytes(&snapshot.model).map_err(broken("decoding the model"))?;
+        self.model.irregular = None;
+        self.cpu = self.model.cpu.or(self.cpu);
+        self.bind_to_cpu();
         let want = (self.set_tid && self.vpid != 0).then_some(self.vpid);
         let pid = launch::rebuild(&snapshot, &self.pages, want)?;
         self.pid = pid;

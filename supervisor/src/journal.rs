@@ -1,10 +1,13 @@
 //! The part of the event log and the checkpoints that is kept in the state directory.
 //!
-//! Everything is written by the service thread, in order: records before the checkpoint that follows
-//! them. A full disk stops nothing and loses nothing at level `process`, where recovery uses memory;
-//! what could not be written is written when there is room again, up to a bound.
+//! Everything is written by a thread of its own, in order: records before the checkpoint that follows
+//! them. What waits for it is bounded; the unit waits when the disk is slower than that. A full disk stops
+//! nothing and loses nothing at level `process`, where recovery uses memory: the disk then misses
+//! something until the next checkpoint, which is stored whole.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ftrun_ckpt::image::{self, Chain, WriteOptions};
@@ -17,11 +20,19 @@ use crate::service::Service;
 /// Records collected before they are handed to the service thread, bytes.
 const BATCH_BYTES: usize = 256 << 10;
 
+/// Checkpoints that stay on disk, with the events behind the oldest of them.
+pub const KEPT: usize = 2;
+
+/// Bytes that may wait to be written before the unit waits, too.
+const WAITING_MAX: u64 = 256 << 20;
+
 #[derive(Debug)]
 struct Disk {
     log: LogWriter,
     dir: PathBuf,
     chain: Chain,
+    /// Records that the disk did not take.
+    pending: VecDeque<(u64, Box<[u8]>)>,
     warned: bool,
 }
 
@@ -29,8 +40,12 @@ struct Disk {
 #[derive(Debug)]
 pub struct Journal {
     disk: Arc<Mutex<Disk>>,
+    worker: Service,
     batch: Vec<(u64, Box<[u8]>)>,
     bytes: usize,
+    waiting: Arc<AtomicU64>,
+    /// Something could not be written, so that changes alone would hang in the air.
+    gap: Arc<AtomicBool>,
 }
 
 impl Journal {
@@ -39,88 +54,131 @@ impl Journal {
         let chain = Chain::open(&checkpoints).map_err(|e| {
             crate::report::Error::environment(e.to_string(), "remove the unit with `ftrun rm` if it is not needed")
         })?;
-        let disk = Disk { log: LogWriter::open(log)?, dir: checkpoints, chain, warned: false };
-        Ok(Self { disk: Arc::new(Mutex::new(disk)), batch: Vec::new(), bytes: 0 })
+        let worker =
+            Service::start(Vec::new()).map_err(|e| crate::report::Error::bug(format!("the journal's thread: {e}")))?;
+        let disk =
+            Disk { log: LogWriter::open(log)?, dir: checkpoints, chain, pending: VecDeque::new(), warned: false };
+        Ok(Self {
+            disk: Arc::new(Mutex::new(disk)),
+            worker,
+            batch: Vec::new(),
+            bytes: 0,
+            waiting: Arc::default(),
+            gap: Arc::default(),
+        })
     }
 
     /// Adds a record.
-    pub fn append(&mut self, service: &Service, sii: u64, record: &[u8]) {
+    pub fn append(&mut self, sii: u64, record: &[u8]) {
         self.bytes += record.len();
         self.batch.push((sii, record.into()));
         if self.bytes >= BATCH_BYTES {
-            self.flush(service);
+            self.hand_over();
         }
     }
 
-    /// Hands collected records over.
-    pub fn flush(&mut self, service: &Service) {
+    fn hand_over(&mut self) {
         if self.batch.is_empty() {
             return;
         }
         let batch = std::mem::take(&mut self.batch);
-        self.bytes = 0;
-        let disk = Arc::clone(&self.disk);
-        service.post(move || {
-            let disk = &mut *crate::run::lock(&disk);
-            let mut result = Ok(());
-            for (sii, record) in &batch {
-                result = result.and_then(|()| disk.log.append(*sii, record));
-            }
-            let result = result.and_then(|()| disk.log.flush());
-            disk.tell(result.map_err(|e| e.to_string()));
+        let bytes = std::mem::take(&mut self.bytes) as u64;
+        self.post(bytes, move |disk| {
+            disk.pending.extend(batch);
+            disk.write_records()
         });
     }
 
-    /// Adds a checkpoint: what changed, or all of `pages` when a new base is due.
-    pub fn checkpoint(&mut self, service: &Service, capture: Capture, pages: &PageStore) {
-        self.flush(service);
-        let disk = Arc::clone(&self.disk);
-        let sii = capture.snapshot.sii;
-        let full = capture.parent.is_none() || crate::run::lock(&disk).base_due(capture.parent);
-        if full {
-            // The store changes with the next checkpoint, so a base is written before going on.
-            service.run(|| {
-                let disk = &mut *crate::run::lock(&disk);
-                let r = image::write(&disk.dir, &capture.snapshot, None, pages, &[], WriteOptions::default());
-                disk.added(sii, r.map(|_| ()));
-            });
-            return;
+    /// Queues a piece of work that holds so many bytes.
+    fn post(&self, bytes: u64, work: impl FnOnce(&mut Disk) -> Result<(), String> + Send + 'static) {
+        if self.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes > WAITING_MAX {
+            self.sync();
         }
-        service.post(move || {
+        let (disk, waiting, gap) = (Arc::clone(&self.disk), Arc::clone(&self.waiting), Arc::clone(&self.gap));
+        self.worker.post(move || {
             let disk = &mut *crate::run::lock(&disk);
-            let r = image::write(
-                &disk.dir,
-                &capture.snapshot,
-                capture.parent,
-                &capture.staged,
-                &capture.gone,
-                WriteOptions::default(),
-            );
-            disk.added(sii, r.map(|_| ()));
+            let result = work(disk);
+            if result.is_err() {
+                gap.store(true, Ordering::SeqCst);
+            }
+            disk.tell(result);
+            waiting.fetch_sub(bytes, Ordering::Relaxed);
         });
+    }
+
+    /// The thread that writes: what is run there is run behind what was handed over before.
+    pub fn writer(&self) -> Service {
+        self.worker.clone()
+    }
+
+    /// Waits until everything handed over has been written.
+    pub fn sync(&self) {
+        self.worker.run(|| ());
+    }
+
+    /// Writes all that was appended.
+    pub fn flush(&mut self) {
+        self.hand_over();
+        self.sync();
+    }
+
+    /// Adds a checkpoint: what changed, or all of `pages` when a new base is due.
+    ///
+    /// # Errors
+    /// A base cannot be written. What is on disk stays as it is, and the next checkpoint tries again.
+    pub fn checkpoint(&mut self, capture: Capture, pages: &PageStore) -> Result<(), String> {
+        self.hand_over();
+        let sii = capture.snapshot.sii;
+        if capture.parent.is_some() && !self.gap.load(Ordering::SeqCst) {
+            self.post(capture.staged.bytes(), move |disk| {
+                let (parent, pages) = (capture.parent, &capture.staged);
+                let written =
+                    image::write(&disk.dir, &capture.snapshot, parent, pages, &capture.gone, WriteOptions::default());
+                disk.added(sii, written.map(drop))
+            });
+            return Ok(());
+        }
+        // The store changes with the next checkpoint, so a base is written before going on.
+        let disk = Arc::clone(&self.disk);
+        let result = self.worker.run(|| {
+            let disk = &mut *crate::run::lock(&disk);
+            let written = image::write(&disk.dir, &capture.snapshot, None, pages, &[], WriteOptions::default());
+            // Memory does not hold these events any more either; the base stands for them.
+            disk.pending.clear();
+            let whole = self.gap.load(Ordering::SeqCst);
+            let result = disk
+                .added(sii, written.map(drop))
+                .and_then(|()| if whole { disk.log.truncate_from(0).map_err(|e| e.to_string()) } else { Ok(()) });
+            disk.tell(result.clone());
+            result
+        });
+        self.gap.store(result.is_err(), Ordering::SeqCst);
+        result
     }
 }
 
 impl Disk {
-    /// The checkpoint before is not on disk, so that changes alone would hang in the air.
-    fn base_due(&self, parent: Option<u64>) -> bool {
-        self.chain.newest() != parent
+    fn write_records(&mut self) -> Result<(), String> {
+        while let Some((sii, record)) = self.pending.front() {
+            self.log.append(*sii, record).map_err(|e| e.to_string())?;
+            self.pending.pop_front();
+        }
+        self.log.flush().map_err(|e| e.to_string())
     }
 
-    fn added(&mut self, sii: u64, written: Result<(), image::Error>) {
-        let result = written.and_then(|()| self.chain.add(sii)).and_then(|()| {
-            if self.chain.base_needed() {
-                self.chain.rebase(sii, WriteOptions::default())?;
-            }
-            self.chain.prune(2).map(|_| ())
-        });
-        if let Some(oldest) =
-            self.chain.entries().next_back().and_then(|_| self.chain.entries().rev().nth(1)).map(|e| e.sii)
+    fn added(&mut self, sii: u64, written: Result<(), image::Error>) -> Result<(), String> {
+        written.and_then(|()| self.chain.add(sii)).map_err(|e| e.to_string())?;
+        if self.chain.base_needed() {
+            self.chain.rebase(sii, WriteOptions::default()).map_err(|e| e.to_string())?;
+        }
+        self.chain.prune(KEPT).map_err(|e| e.to_string())?;
+        let oldest = self.chain.entries().rev().nth(KEPT - 1).map(|e| e.sii);
+        if let Some(oldest) = oldest
             && let Err(e) = self.log.truncate_below(oldest)
         {
             tracing::warn!(error = %e, "old log segments cannot be removed");
         }
-        self.tell(result.map_err(|e| e.to_string()));
+        Ok(())
     }
 
     fn tell(&mut self, result: Result<(), String>) {

@@ -86,7 +86,6 @@ impl Unit {
                     return Ok(End::Failed(d.to_string()));
                 }
                 Halt::BadAddress => return Ok(End::Failed("a bad address in the supervisor's own work".into())),
-                Halt::EndOfLog => return Ok(End::Failed("the log ended".into())),
                 Halt::Broken(why) => {
                     if self.is_dying() {
                         self.bury();
@@ -149,7 +148,7 @@ impl Unit {
     }
 
     /// Waits until a killed process is gone; returns its wait status.
-    fn bury(&mut self) -> i32 {
+    pub(crate) fn bury(&mut self) -> i32 {
         let pid = self.pid;
         // SAFETY: our own child, not reaped yet.
         unsafe { libc::kill(pid, libc::SIGKILL) };

@@ -11,7 +11,7 @@ use libc::c_int;
 
 use crate::marshal::Prepared;
 use crate::tracee::{self, Event};
-use crate::unit::{Begun, Halt, Place, Result, State, Unit, Waiting, now};
+use crate::unit::{Begun, Halt, PREEMPTED, Place, Result, State, Unit, Waiting, now};
 
 /// How long a thread may keep the turn while others could run, nanoseconds.
 const SLICE_NS: u64 = 2_000_000;
@@ -220,13 +220,7 @@ impl Unit {
         };
         match outcome {
             Outcome::Done(r) => {
-                let mut outs = Vec::new();
-                if row.place == Who::Supervisor {
-                    call.outputs(r, |addr, bytes| {
-                        outs.push((addr, bytes.to_vec()));
-                        Ok(())
-                    })?;
-                }
+                let outs = if row.place == Who::Supervisor { call.written(r) } else { Vec::new() };
                 self.complete(vtid, nr, r, call.digest, outs)
             }
             Outcome::With(r, outs) => self.complete(vtid, nr, r, call.digest, outs),
@@ -253,8 +247,8 @@ impl Unit {
                 Outcome::Done(r)
             }
             _ if row.place == Who::Unit => {
-                let r = self.gate(vtid, nr as libc::c_long, args)?;
-                self.unit_outputs(vtid, nr, &args, row, r)?
+                let r = self.gate(vtid, nr as libc::c_long, self.real_ids(row, &args))?;
+                self.unit_outputs(vtid, nr, &args, call, row, r)?
             }
             _ => self.regular(vtid, nr, &args, call, row)?,
         })
@@ -281,6 +275,7 @@ impl Unit {
         crate::fault::point("call-written", self.pid);
         if let Some(cause) = self.unloggable.take() {
             self.note_unloggable(&cause);
+            self.model.irregular = Some(cause);
             // The state after the call stands in the checkpoint: the call itself is never replayed.
             let t = self.thread(vtid);
             t.regs.orig_rax = u64::MAX;
@@ -439,6 +434,7 @@ impl Unit {
         t.state = State::User;
         self.current = None;
         self.make_ready(vtid);
+        self.model.irregular = Some(PREEMPTED.to_owned());
         self.checkpoint()?;
         self.deliver_preempted(vtid)
     }

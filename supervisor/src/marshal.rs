@@ -276,8 +276,36 @@ impl Prepared {
         }
     }
 
+    /// After the unit itself has made the call: copies what it wrote.
+    pub fn read_back(&mut self, tid: i32) -> Result<()> {
+        for out in &self.outs {
+            let b = &mut self.bufs[out.buf];
+            let mut at = 0;
+            for &(addr, n) in &out.pieces {
+                let n = n.min(b.len() - at);
+                match tracee::read_mem(tid, addr, &mut b[at..at + n]) {
+                    Err(e @ tracee::TraceError::Gone(_)) => return Err(e),
+                    // The kernel could not write there either.
+                    Ok(()) | Err(_) => at += n,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every piece of memory that the call wrote: address and content.
+    pub fn written(&self, result: i64) -> Vec<(u64, Vec<u8>)> {
+        let mut outs = Vec::new();
+        let collected = self.outputs(result, |addr, bytes| {
+            outs.push((addr, bytes.to_vec()));
+            Ok(())
+        });
+        debug_assert!(collected.is_ok(), "collecting cannot fail");
+        outs
+    }
+
     /// Calls `write` with every piece of memory that the call wrote.
-    pub fn outputs(&self, result: i64, mut write: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+    fn outputs(&self, result: i64, mut write: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
         if result < 0 && result > -4096 {
             return Ok(());
         }

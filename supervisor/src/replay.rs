@@ -149,7 +149,7 @@ impl Unit {
         let (nr, args) = (regs.orig_rax, tracee::args_of(&regs));
         let tid = self.tid(vtid);
         let row = table::lookup(nr, &args);
-        let call = Prepared::new(tid, nr, &row, &args, &|p| p)?;
+        let mut call = Prepared::new(tid, nr, &row, &args, &|p| p)?;
         if nr != u64::from(h.nr) || (h.digest != 0 && h.digest != call.digest) {
             return Err(self.diverged(record, sii, describe_call(nr, &args, call.digest)));
         }
@@ -179,12 +179,15 @@ impl Unit {
                 let real = self.signal_args(nr, &args);
                 self.gate(vtid, nr as libc::c_long, real)?;
             }
+            libc::SYS_sched_setaffinity if !failed && self.is_own(args[0] as i32) => {
+                self.affinity(vtid, nr, &args, &mut call);
+            }
             libc::SYS_set_tid_address => {
                 self.gate(vtid, nr as libc::c_long, args)?;
                 self.local_effect(vtid, nr, &args, result)?;
             }
             _ if row.class == Class::Local && row.place == Who::Unit && !failed => {
-                let r = self.execute_again(vtid, nr, args, record)?;
+                let r = self.execute_again(vtid, nr, self.real_ids(&row, &args), record)?;
                 self.local_effect(vtid, nr, &args, r)?;
                 if r != result {
                     let found = format!("{} = {r:#x}, logged {result:#x}", describe_call(nr, &args, call.digest));
@@ -229,6 +232,9 @@ impl Unit {
                 if args[3] & libc::MAP_ANONYMOUS as u64 == 0 {
                     let path = record.outputs().find(|o| o.0 == 0).map(|o| String::from_utf8_lossy(o.1).into_owned());
                     let path = path.unwrap_or_default();
+                    if self.off_line {
+                        args[3] = args[3] & !(libc::MAP_TYPE as u64) | libc::MAP_PRIVATE as u64;
+                    }
                     let shared = args[3] & libc::MAP_SHARED as u64 != 0;
                     opened = crate::launch::open_mapped(&path, shared && args[2] & libc::PROT_WRITE as u64 != 0);
                     if opened < 0 {
@@ -288,7 +294,7 @@ impl Unit {
     /// Lets a running thread come to its next call (or trapped instruction).
     fn run_to_call(&mut self, vtid: i32, next: Option<&ftrun_abi::record::Header>) -> Result<()> {
         let tid = self.tid(vtid);
-        if next.is_none() {
+        if next.is_none() && !self.arrive_last {
             // From here on it is live, and may compute for long.
             return Ok(());
         }

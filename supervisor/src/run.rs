@@ -138,6 +138,7 @@ fn keep(supervisor: i32, board: &Board) -> i32 {
 }
 
 struct Control {
+    writer: Service,
     shared: Arc<Shared>,
     status: Arc<Mutex<Status>>,
 }
@@ -155,6 +156,8 @@ impl crate::control::Handler for Control {
         self.shared.checkpoint.store(true, Ordering::SeqCst);
         for _ in 0..3000 {
             if self.shared.checkpoints.load(Ordering::SeqCst) > before {
+                // Behind what writes it to disk.
+                self.writer.run(|| ());
                 return Ok(self.status());
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -221,10 +224,11 @@ fn try_supervisor(
     let status = Arc::new(Mutex::new(status));
     let journal = service.run(|| -> Result<Journal, Error> {
         dir.write_status(&lock(&status))?;
+        let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir())?;
         let listener = dir.bind_control()?;
-        let handler = Control { shared: Arc::clone(&shared), status: Arc::clone(&status) };
+        let handler = Control { writer: journal.writer(), shared: Arc::clone(&shared), status: Arc::clone(&status) };
         crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
-        Journal::open(&dir.log_dir(), dir.ckpt_dir())
+        Ok(journal)
     })?;
     // SAFETY: no arguments.
     let tracer = unsafe { libc::syscall(libc::SYS_gettid) };
@@ -241,6 +245,7 @@ fn try_supervisor(
     unit.checkpoint_every = options.checkpoint_every.as_nanos() as u64;
     unit.checkpoint_log = options.checkpoint_log_bytes;
     unit.set_tid = can_set_tid();
+    unit.choose_cpu();
     let program = Program {
         path: program.path.clone(),
         argv: program.argv.clone(),
@@ -249,7 +254,7 @@ fn try_supervisor(
     };
     let end = unit.supervise(&program);
     if let Some(journal) = &mut unit.journal {
-        journal.flush(&service);
+        journal.flush();
     }
     let (code, state, reason) = match end {
         Ok(End::Ended(s)) if libc::WIFEXITED(s) => (libc::WEXITSTATUS(s), State::Stopped, None),
@@ -297,7 +302,7 @@ fn write_end(
 }
 
 /// Makes the tracer's waits return from time to time, so that it sees requests and deadlines.
-fn start_ticks(service: &Service, tracer: libc::c_long) -> Result<(), Error> {
+pub(crate) fn start_ticks(service: &Service, tracer: libc::c_long) -> Result<(), Error> {
     extern "C" fn tick(_: libc::c_int) {}
     // SAFETY: installs a handler that does nothing; without SA_RESTART it interrupts waitpid.
     unsafe {
@@ -365,7 +370,7 @@ fn inherited() -> Vec<i32> {
 }
 
 /// Closes every descriptor of the calling thread's table but these.
-fn keep_only(fds: &[i32]) {
+pub(crate) fn keep_only(fds: &[i32]) {
     let mut keep = fds.to_vec();
     keep.sort_unstable();
     let mut from = 0u32;

@@ -33,9 +33,6 @@ pub enum Halt {
     /// Replay did not reproduce the log.
     #[error(transparent)]
     Diverged(Box<Divergence>),
-    /// The checkpoint being verified was reached.
-    #[error("end of the log")]
-    EndOfLog,
     /// A call named an address that the unit does not have.
     #[error("a bad address")]
     BadAddress,
@@ -174,11 +171,21 @@ pub struct Model {
     pub blocked: Vec<(i32, Waiting)>,
     /// Threads that stood in user code without the turn.
     pub user: Vec<i32>,
+    /// Why the checkpoint was taken, when the events before it do not lead there by replay: the call that
+    /// could not be logged, [`PREEMPTED`], or `execve`.
+    pub irregular: Option<String>,
+    /// Processors that threads asked for (sched_setaffinity(2)), by thread.
+    pub affinity: BTreeMap<i32, Vec<u8>>,
+    /// Processor that the unit is bound to.
+    pub cpu: Option<u32>,
     /// Resource limits (soft, hard) by number.
     pub limits: Vec<(u64, u64)>,
     /// Real, effective, saved user and group ids and groups, when they differ from ours.
     pub credentials: Option<Credentials>,
 }
+
+/// [`Model::irregular`] of a checkpoint in the middle of a computation.
+pub const PREEMPTED: &str = "a computation was preempted";
 
 /// Credentials of the process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -281,6 +288,10 @@ pub struct Unit {
     pub outside: Outside,
     /// Events are taken from the log.
     pub replaying: bool,
+    /// The unit is a shadow (see [`crate::shadow`]): its execution must not reach the world.
+    pub off_line: bool,
+    /// Replay ends when the last thread has come to its next call; otherwise it is left on its way.
+    pub arrive_last: bool,
     /// Signals that replay produced anew and the log has not delivered yet.
     pub regenerated: HashMap<i32, VecDeque<SigInfo>>,
     /// The log.
@@ -325,6 +336,10 @@ pub struct Unit {
     pub(crate) board_pid: Option<&'static std::sync::atomic::AtomicI32>,
     /// The signal of a fault that made the unit fail.
     pub(crate) failed_signal: Option<i32>,
+    /// The processor that the unit is bound to.
+    pub(crate) cpu: Option<u32>,
+    /// The processors that it was given.
+    pub(crate) given_cpus: Vec<u8>,
     /// The call being made took a pending signal of the unit: replay must take it, too.
     pub(crate) took_signal: bool,
     pub(crate) record: RecordBuf,
@@ -351,6 +366,8 @@ impl Unit {
             model: Model::default(),
             outside: Outside::default(),
             replaying: false,
+            off_line: false,
+            arrive_last: false,
             regenerated: HashMap::new(),
             log: EventLog::default(),
             journal: None,
@@ -373,6 +390,8 @@ impl Unit {
             backend,
             board_pid: None,
             failed_signal: None,
+            cpu: None,
+            given_cpus: Vec::new(),
             took_signal: false,
             record: RecordBuf::new(Kind::Call),
         }
@@ -389,6 +408,22 @@ impl Unit {
         }
     }
 
+    /// A thread of the unit, or the unit itself; 0 stands for the caller.
+    pub(crate) fn is_own(&self, id: i32) -> bool {
+        id == 0 || id == self.vpid || self.threads.contains_key(&id)
+    }
+
+    /// The arguments of a call with the kernel's process and thread ids.
+    pub(crate) fn real_ids(&self, row: &ftrun_abi::table::Row, args: &[u64; 6]) -> [u64; 6] {
+        let mut real = *args;
+        for (i, arg) in row.args.iter().enumerate() {
+            if *arg == ftrun_abi::table::Arg::Pid && args[i] != 0 && self.is_own(args[i] as i32) {
+                real[i] = self.real_id(args[i] as i32) as u64;
+            }
+        }
+        real
+    }
+
     /// The kernel's id of a thread.
     pub fn tid(&self, vtid: i32) -> i32 {
         self.threads.get(&vtid).map_or(-1, |t| t.tid)
@@ -402,7 +437,7 @@ impl Unit {
         self.sii += 1;
         self.log.bytes += bytes.len() as u64;
         if let Some(journal) = &mut self.journal {
-            journal.append(&self.service, self.sii, &bytes);
+            journal.append(self.sii, &bytes);
         }
         self.log.records.push_back((self.sii, bytes));
         self.shared.events.store(self.sii, std::sync::atomic::Ordering::Relaxed);

@@ -4,6 +4,7 @@ use super::make::*;
 use super::{Len, Place, Row, Used};
 
 const VIRTUAL: &str = "the number that the program knows, whatever the kernel's is after recovery";
+const ONE_CPU: &str = "remembered and answered, not applied: a unit stays on one processor";
 const TURN: &str = "passes the turn";
 
 pub(super) const ROWS: &[Row] = &[
@@ -43,8 +44,8 @@ pub(super) const ROWS: &[Row] = &[
     own(125, "capget", &[INOUT8, Out(Len::Fixed(24), Used::All)]).note("version 1 headers use 12 bytes of data only"),
     local(126, "capset", &[IN8, In(Len::Fixed(24))]),
     local(135, "personality", &[Hex]),
-    own(140, "getpriority", &[Int, Int]),
-    local(141, "setpriority", &[Int, Int, Int]),
+    own(140, "getpriority", &[Int, Pid]),
+    local(141, "setpriority", &[Int, Pid, Int]),
     local(142, "sched_setparam", &[Pid, IN4]),
     own(143, "sched_getparam", &[Pid, OUT4]),
     local(144, "sched_setscheduler", &[Pid, Int, IN4]),
@@ -57,8 +58,8 @@ pub(super) const ROWS: &[Row] = &[
     local(160, "setrlimit", &[Int, IN16]),
     own(186, "gettid", &[]).irregular().note(VIRTUAL),
     control(202, "futex", &[Addr, Hex, Int, Addr, Addr, Int]).special(),
-    local(203, "sched_setaffinity", &[Pid, Int, In(Len::Arg32(1))]),
-    own(204, "sched_getaffinity", &[Pid, Int, Out(Len::Arg32(1), Used::Result)]),
+    own(203, "sched_setaffinity", &[Pid, Int, In(Len::Arg32(1))]).irregular().note(ONE_CPU),
+    own(204, "sched_getaffinity", &[Pid, Int, Out(Len::Arg32(1), Used::Result)]).irregular().note(ONE_CPU),
     own(218, "set_tid_address", &[Addr]).irregular().note(VIRTUAL),
     control(219, "restart_syscall", &[]).special().note("only the result of the restarted call is logged"),
     control(231, "exit_group", &[Int]),

@@ -1,0 +1,211 @@
+//! A shadow of a unit: a checkpoint and the events after it are replayed off line, in a process of its own,
+//! and the state that comes out is compared with the next checkpoint.
+//!
+//! Replay makes no input and no output call, so the shadow touches nothing of the unit's world. The two
+//! exceptions are taken care of: files mapped shared are mapped private, and process ids are virtual.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+use ftrun_abi::record::Record;
+use ftrun_ckpt::dirty::Kind;
+use ftrun_ckpt::pages::{Page, PageStore};
+use ftrun_ckpt::state::{Mapping, PAGE_BYTES, Snapshot, ThreadState};
+
+use crate::service::Service;
+use crate::unit::{Halt, Model, PREEMPTED, Shared, Unit};
+
+/// A checkpoint.
+pub type State = (Snapshot, PageStore);
+
+/// What came of replaying an interval.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Finding {
+    /// Replayed; registers and memory are those of the next checkpoint.
+    Equal,
+    /// Replayed; there is no later checkpoint to compare with.
+    Replayed,
+    /// Replayed; the checkpoint was taken because of something that replay cannot make, so states are not
+    /// compared.
+    NotComparable(String),
+    /// The first difference.
+    Different(String),
+}
+
+/// Replays `records`, which follow the checkpoint `from`, and compares the outcome with `to`.
+///
+/// The calling thread becomes a tracer; `service` must have been started by it.
+///
+/// # Errors
+/// The shadow could not be made or run; that says nothing about the unit.
+pub fn replay(
+    service: &Service,
+    from: State,
+    records: Vec<(u64, Box<[u8]>)>,
+    to: Option<&State>,
+) -> Result<Finding, String> {
+    let (mut snapshot, pages) = from;
+    let cause = match to {
+        None => None,
+        Some((to, _)) => model(to)?.irregular,
+    };
+    for m in &mut snapshot.maps {
+        m.shared &= m.inode == 0;
+    }
+    let mut unit = Unit::new(service.clone(), Arc::new(Shared::default()), Arc::new(Mutex::default()), Kind::Full);
+    unit.off_line = true;
+    unit.vpid = snapshot.threads.first().map_or(0, |t| t.tid);
+    if unit.vpid == 0 {
+        // The first image of an unprivileged unit was stored before its process had an id.
+        unit.vpid = records.first().and_then(|(_, b)| Record::parse(b).ok()).map_or(0, |r| r.0.header.tid as i32);
+    }
+    unit.pages = pages;
+    unit.snapshot = Some(Arc::new(snapshot));
+    unit.log.records = records.into();
+    if cause.as_ref().is_some_and(|c| c != PREEMPTED) {
+        // The last event led to the checkpoint, which holds its effect.
+        unit.log.records.pop_back();
+    }
+    unit.arrive_last = to.is_some() && cause.is_none();
+    let finding = match run(&mut unit) {
+        Ok(()) if cause.is_some() => Ok(Finding::NotComparable(cause.unwrap_or_default())),
+        Ok(()) => match to {
+            None => Ok(Finding::Replayed),
+            Some(to) => compare(&unit, to).map(|d| d.map_or(Finding::Equal, Finding::Different)),
+        },
+        Err(Halt::Ended(_)) => Ok(Finding::Replayed),
+        Err(Halt::Diverged(d)) => Ok(Finding::Different(d.to_string())),
+        Err(Halt::Died) => {
+            Ok(Finding::Different(format!("the replayed process died at event {}; the unit did not", unit.sii)))
+        }
+        Err(h) => Err(h.to_string()),
+    };
+    unit.bury();
+    finding
+}
+
+fn run(unit: &mut Unit) -> Result<(), Halt> {
+    unit.restore()?;
+    unit.replay()?;
+    if unit.arrive_last { unit.checkpoint() } else { Ok(()) }
+}
+
+fn model(snapshot: &Snapshot) -> Result<Model, String> {
+    postcard::from_bytes(&snapshot.model).map_err(|e| format!("the checkpoint's model cannot be read: {e}"))
+}
+
+/// The first difference between the state that replay came to and the checkpoint `to`.
+fn compare(unit: &Unit, to: &State) -> Result<Option<String>, String> {
+    let Some(found) = unit.snapshot.as_deref() else { return Err("the shadow has no checkpoint".into()) };
+    let (logged, pages) = to;
+    let (a, b) = (model(logged)?, model(found)?);
+    let whole = [
+        (logged.sii == found.sii, "the number of events"),
+        (logged.sigactions == found.sigactions, "the signal actions"),
+        (a.brk == b.brk, "the end of the heap"),
+        (a.futexes == b.futexes, "the queues of futex waiters"),
+        (layout(logged) == layout(found), "the memory layout"),
+    ];
+    let thread = || {
+        let ids = |s: &Snapshot| s.threads.iter().map(|t| t.tid).collect::<BTreeSet<_>>();
+        if ids(logged) != ids(found) {
+            return Some(format!("threads: checkpoint {:?}, replay {:?}", ids(logged), ids(found)));
+        }
+        logged.threads.iter().find_map(|l| {
+            let f = found.threads.iter().find(|t| t.tid == l.tid)?;
+            thread_difference(l, f).map(|d| format!("thread {}: {d}", l.tid))
+        })
+    };
+    let what = whole
+        .iter()
+        .find(|(same, _)| !same)
+        .map(|(_, what)| (*what).to_owned())
+        .or_else(thread)
+        .or_else(|| memory_difference(&logged.maps, pages, &unit.pages));
+    Ok(what.map(|w| format!("after event {} the replayed state is not that of the checkpoint: {w}", logged.sii)))
+}
+
+/// The parts of a mapping that the program can tell, neighbours that differ in nothing else joined: the
+/// kernel joins and splits mappings by their history.
+fn layout(snapshot: &Snapshot) -> Vec<(u64, u64, u32, String)> {
+    let mut out: Vec<(u64, u64, u32, String, u64)> = Vec::new();
+    for m in &snapshot.maps {
+        let path = if m.inode == 0 { String::new() } else { m.path.clone() };
+        match out.last_mut() {
+            Some(l) if l.1 == m.start && l.2 == m.prot && l.3 == path && (m.inode == 0 || l.4 == m.offset) => {
+                l.1 = m.end
+            }
+            _ => out.push((m.start, m.end, m.prot, path, 0)),
+        }
+        if let Some(l) = out.last_mut() {
+            l.4 = m.offset + (m.end - m.start);
+        }
+    }
+    out.into_iter().map(|(start, end, prot, path, _)| (start, end, prot, path)).collect()
+}
+
+fn thread_difference(logged: &ThreadState, found: &ThreadState) -> Option<String> {
+    const NAMES: [&str; 27] = [
+        "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi",
+        "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs",
+    ];
+    if let Some(i) = (0..27).find(|i| logged.regs[*i] != found.regs[*i]) {
+        return Some(format!("{}: checkpoint {:#x}, replay {:#x}", NAMES[i], logged.regs[i], found.regs[i]));
+    }
+    if let Some(i) = extended(&logged.xstate).zip(extended(&found.xstate)).position(|(a, b)| a != b) {
+        return Some(format!("extended state, byte {i} of what is compared"));
+    }
+    let rest = [
+        (logged.sigmask == found.sigmask, "signal mask"),
+        (logged.altstack == found.altstack, "alternate signal stack"),
+        (logged.clear_child_tid == found.clear_child_tid, "clear_child_tid"),
+        (logged.robust_list == found.robust_list, "robust list"),
+        (logged.comm == found.comm, "name"),
+    ];
+    rest.iter().find(|(same, _)| !same).map(|(_, what)| (*what).to_owned())
+}
+
+/// The extended state without what the processor does not define: the last x87 instruction's place, the
+/// reserved words, and the header, which says how registers that hold their initial value are stored.
+fn extended(xstate: &[u8]) -> impl Iterator<Item = u8> + '_ {
+    xstate.iter().enumerate().filter(|(i, _)| !matches!(i, 6..24 | 464..576)).map(|(_, b)| *b)
+}
+
+/// Compares every page that either side has stored. A page that one of them has not is what its mapping
+/// began with: zeros, or the file's.
+fn memory_difference(maps: &[Mapping], logged: &PageStore, found: &PageStore) -> Option<String> {
+    let addrs: BTreeSet<u64> = logged.iter().chain(found.iter()).map(|(addr, _)| addr).collect();
+    let mut first = None;
+    let mut count = 0u64;
+    for addr in addrs {
+        let Some(m) = maps.iter().find(|m| m.start <= addr && addr < m.end) else { continue };
+        if m.shared && m.inode != 0 {
+            continue;
+        }
+        let of = |store: &PageStore| store.get(addr).copied().unwrap_or_else(|| fresh(m, addr));
+        let (l, f) = (of(logged), of(found));
+        let Some(at) = (0..PAGE_BYTES as usize).find(|i| l[*i] != f[*i]) else { continue };
+        count += 1;
+        first.get_or_insert_with(|| {
+            let (l, f) = (&l[at & !7..][..8], &f[at & !7..][..8]);
+            let name = if m.path.is_empty() { "anonymous memory" } else { &m.path };
+            format!("{:#x} in {name}: checkpoint {l:02x?}, replay {f:02x?}", addr + (at & !7) as u64)
+        });
+    }
+    first.map(|f| format!("{count} pages of memory differ, the first at {f}"))
+}
+
+/// What a page of a mapping holds before it is written.
+fn fresh(m: &Mapping, addr: u64) -> Page {
+    use std::os::unix::fs::FileExt;
+    let mut page = [0u8; PAGE_BYTES as usize];
+    if m.inode != 0
+        && let Ok(file) = std::fs::File::open(&m.path)
+    {
+        let mut done = 0;
+        while let Ok(n @ 1..) = file.read_at(&mut page[done..], m.offset + (addr - m.start) + done as u64) {
+            done += n;
+        }
+    }
+    page
+}
