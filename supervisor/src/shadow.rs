@@ -133,7 +133,7 @@ fn layout(snapshot: &Snapshot) -> Vec<(u64, u64, u32, String)> {
         let path = if m.inode == 0 { String::new() } else { m.path.clone() };
         match out.last_mut() {
             Some(l) if l.1 == m.start && l.2 == m.prot && l.3 == path && (m.inode == 0 || l.4 == m.offset) => {
-                l.1 = m.end
+                l.1 = m.end;
             }
             _ => out.push((m.start, m.end, m.prot, path, 0)),
         }

@@ -355,4 +355,7 @@ fn check_unit(unit: &Unit, report: &mut Report) {
     if unit.may_choose_pids() && report.pids.len() != 1 {
         report.fault("unit", &Fault::error(format!("the pid changed: {:?}", report.pids)));
     }
+    if let Err(e) = unit.verify() {
+        report.fault("verify", &Fault::error(e.0));
+    }
 }

@@ -292,6 +292,22 @@ impl Unit {
         i32::try_from(pid).map_err(|_| error!("a pid of {pid}"))
     }
 
+    /// Takes a checkpoint and has `ftrun verify` replay the events up to it: no divergence may be found.
+    pub fn verify(&self) -> Result<String, Error> {
+        self.told("checkpoint")?;
+        self.told("verify")
+    }
+
+    /// What `ftrun VERB NAME` prints when it succeeds.
+    fn told(&self, verb: &str) -> Result<String, Error> {
+        let output = self.ftrun([verb, &self.name])?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() {
+            return Ok(text);
+        }
+        Err(error!("ftrun {verb}: {}: {text}{}", output.status, String::from_utf8_lossy(&output.stderr)))
+    }
+
     /// Kills the unit's root process with SIGKILL, and waits for its death.
     ///
     /// While the unit is between two processes this waits for the next one. One that is still being restored
