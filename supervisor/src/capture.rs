@@ -383,13 +383,14 @@ impl Unit {
         let t = self.thread(vtid);
         let (tid, at) = (t.tid, GATE.slot(t.slot));
         let call = |nr: libc::c_long, args: [u64; 6]| launch::gate_call(tid, base, nr as u64, args, &mut |_| {});
-        if state.altstack.1 != 0 {
-            let mut bytes = state.altstack.0.to_le_bytes().to_vec();
-            bytes.extend_from_slice(&u64::from(state.altstack.2 & !1).to_le_bytes());
-            bytes.extend_from_slice(&state.altstack.1.to_le_bytes());
-            tracee::write_mem(tid, at, &bytes)?;
-            call(libc::SYS_sigaltstack, [at, 0, 0, 0, 0, 0])?;
-        }
+        // Always, because the process has inherited the supervisor's own.
+        let (sp, size, flags) = state.altstack;
+        let flags = if size == 0 { libc::SS_DISABLE as u32 } else { flags & !1 };
+        let mut bytes = sp.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&u64::from(flags).to_le_bytes());
+        bytes.extend_from_slice(&size.to_le_bytes());
+        tracee::write_mem(tid, at, &bytes)?;
+        call(libc::SYS_sigaltstack, [at, 0, 0, 0, 0, 0])?;
         if state.clear_child_tid != 0 {
             call(libc::SYS_set_tid_address, [state.clear_child_tid, 0, 0, 0, 0, 0])?;
         }

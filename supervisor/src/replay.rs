@@ -316,8 +316,7 @@ impl Unit {
         t.place = Place::Stopped;
         t.state = State::Entry;
         // A futex call was tried as soon as the thread came to it, and may have changed the list.
-        let Some(next) = next else { return Ok(()) };
-        let signal_first = next.kind == Kind::Signal as u16 && next.tid as i32 == vtid && next.flags == 0;
+        let signal_first = next.is_some_and(|n| n.kind == Kind::Signal as u16 && n.tid as i32 == vtid && n.flags == 0);
         if regs.orig_rax == libc::SYS_futex as u64 && !signal_first {
             let args = tracee::args_of(&regs);
             match self.futex_step(vtid, &args)? {

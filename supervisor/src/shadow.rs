@@ -50,7 +50,7 @@ pub fn replay(
         Some((to, _)) => model(to)?.irregular,
     };
     for m in &mut snapshot.maps {
-        m.shared &= m.inode == 0;
+        m.shared &= !has_file(m);
     }
     let mut unit = Unit::new(service.clone(), Arc::new(Shared::default()), Arc::new(Mutex::default()), Kind::Full);
     unit.off_line = true;
@@ -104,7 +104,6 @@ fn compare(unit: &Unit, to: &State) -> Result<Option<String>, String> {
         (logged.sigactions == found.sigactions, "the signal actions"),
         (a.brk == b.brk, "the end of the heap"),
         (a.futexes == b.futexes, "the queues of futex waiters"),
-        (layout(logged) == layout(found), "the memory layout"),
     ];
     let thread = || {
         let ids = |s: &Snapshot| s.threads.iter().map(|t| t.tid).collect::<BTreeSet<_>>();
@@ -121,18 +120,36 @@ fn compare(unit: &Unit, to: &State) -> Result<Option<String>, String> {
         .find(|(same, _)| !same)
         .map(|(_, what)| (*what).to_owned())
         .or_else(thread)
+        .or_else(|| layout_difference(&layout(logged), &layout(found)))
         .or_else(|| memory_difference(&logged.maps, pages, &unit.pages));
     Ok(what.map(|w| format!("after event {} the replayed state is not that of the checkpoint: {w}", logged.sii)))
 }
 
-/// The parts of a mapping that the program can tell, neighbours that differ in nothing else joined: the
-/// kernel joins and splits mappings by their history.
-fn layout(snapshot: &Snapshot) -> Vec<(u64, u64, u32, String)> {
+/// The mapping is of a file that others can see; shared anonymous memory and deleted files have an inode, too.
+fn has_file(m: &Mapping) -> bool {
+    m.inode != 0 && !m.path.ends_with(" (deleted)")
+}
+
+/// Start, end, protection and file of a mapping: what the program can tell.
+type Area = (u64, u64, u32, String);
+
+fn layout_difference(logged: &[Area], found: &[Area]) -> Option<String> {
+    let i = (0..logged.len().max(found.len())).find(|i| logged.get(*i) != found.get(*i))?;
+    let show = |a: Option<&Area>| match a {
+        Some((start, end, prot, path)) => format!("{start:x}-{end:x} protection {prot} {path}"),
+        None => "nothing more".to_owned(),
+    };
+    Some(format!("mapping {i}: checkpoint {}, replay {}", show(logged.get(i)), show(found.get(i))))
+}
+
+/// The mappings, neighbours that differ in nothing else joined: the kernel joins and splits mappings by
+/// their history.
+fn layout(snapshot: &Snapshot) -> Vec<Area> {
     let mut out: Vec<(u64, u64, u32, String, u64)> = Vec::new();
     for m in &snapshot.maps {
-        let path = if m.inode == 0 { String::new() } else { m.path.clone() };
+        let path = if has_file(m) { m.path.clone() } else { String::new() };
         match out.last_mut() {
-            Some(l) if l.1 == m.start && l.2 == m.prot && l.3 == path && (m.inode == 0 || l.4 == m.offset) => {
+            Some(l) if l.1 == m.start && l.2 == m.prot && l.3 == path && (path.is_empty() || l.4 == m.offset) => {
                 l.1 = m.end;
             }
             _ => out.push((m.start, m.end, m.prot, path, 0)),
@@ -179,7 +196,7 @@ fn memory_difference(maps: &[Mapping], logged: &PageStore, found: &PageStore) ->
     let mut count = 0u64;
     for addr in addrs {
         let Some(m) = maps.iter().find(|m| m.start <= addr && addr < m.end) else { continue };
-        if m.shared && m.inode != 0 {
+        if m.shared && has_file(m) {
             continue;
         }
         let of = |store: &PageStore| store.get(addr).copied().unwrap_or_else(|| fresh(m, addr));
@@ -199,7 +216,7 @@ fn memory_difference(maps: &[Mapping], logged: &PageStore, found: &PageStore) ->
 fn fresh(m: &Mapping, addr: u64) -> Page {
     use std::os::unix::fs::FileExt;
     let mut page = [0u8; PAGE_BYTES as usize];
-    if m.inode != 0
+    if has_file(m)
         && let Ok(file) = std::fs::File::open(&m.path)
     {
         let mut done = 0;

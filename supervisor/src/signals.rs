@@ -328,13 +328,46 @@ impl Unit {
             }
         }
         let action = &mut self.model.actions[signal as usize - 1];
+        let handled = action[0] > 1;
         if action[1] & libc::SA_RESETHAND as u64 != 0 {
             *action = [0; 4];
         }
         tracee::set_siginfo(tid, info)?;
         tracee::set_regs(tid, &regs)?;
-        Ok(tracee::cont(tid, signal)?)
+        if !handled {
+            return Ok(tracee::cont(tid, signal)?);
+        }
+        // A step with a handled signal stops before the handler's first instruction.
+        tracee::step(tid, signal)?;
+        match tracee::wait_one(tid)? {
+            Event::Signal(libc::SIGTRAP) => {}
+            Event::Ended(_) => return Err(Halt::Died),
+            other => return Err(Halt::Broken(format!("{other:?} instead of the handler of signal {signal}"))),
+        }
+        clean_frame(tid, info)?;
+        Ok(tracee::cont(tid, 0)?)
     }
+}
+
+/// Makes a fresh signal frame the same in every process: the kernel leaves in it what the program's stack
+/// held before (bytes 416 to 463 of the legacy area, which XSAVE may or may not write), and the trap
+/// number, error code and address of the last fault, which a process inherits from the one that made it.
+/// The layout is `struct rt_sigframe` of x86-64; see sigreturn(2) and the processor manual on XSAVE.
+fn clean_frame(tid: i32, info: &SigInfo) -> Result<()> {
+    const CONTEXT: u64 = 8 + 40;
+    let frame = tracee::get_regs(tid)?.rsp;
+    let (signal, code, _) = tracee::siginfo_head(info);
+    let fault =
+        code > 0 && matches!(signal, libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGFPE | libc::SIGTRAP);
+    if !fault {
+        tracee::write_mem(tid, frame + CONTEXT + 19 * 8, &[0; 16])?;
+        tracee::write_mem(tid, frame + CONTEXT + 22 * 8, &[0; 8])?;
+    }
+    let extended = tracee::read_u64(tid, frame + CONTEXT + 23 * 8)?;
+    if extended != 0 {
+        tracee::write_mem(tid, extended + 416, &[0; 48])?;
+    }
+    Ok(())
 }
 
 /// An instruction that traps: its length, and which one it is by the first distinguishing byte.

@@ -83,6 +83,11 @@ pub fn cont(tid: i32, signal: c_int) -> Result<()> {
     ptrace("PTRACE_CONT", libc::PTRACE_CONT, tid, 0, signal as u64).map(drop)
 }
 
+/// Continues a stopped thread for one instruction, or to the first of the handler of `signal`.
+pub fn step(tid: i32, signal: c_int) -> Result<()> {
+    ptrace("PTRACE_SINGLESTEP", libc::PTRACE_SINGLESTEP, tid, 0, signal as u64).map(drop)
+}
+
 /// Continues a stopped thread to the next entry or exit of a system call.
 pub fn cont_syscall(tid: i32) -> Result<()> {
     ptrace("PTRACE_SYSCALL", libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
