@@ -128,6 +128,7 @@ impl Unit {
         self.log.records.clear();
         self.log.bytes = 0;
         self.checkpoint_at = now();
+        self.pause_ns = self.checkpoint_at - begin;
         self.shared.checkpoint.store(false, Relaxed);
         let pages = staged.len() as u64;
         {
@@ -458,8 +459,8 @@ impl Unit {
         Ok(())
     }
 
-    /// Dirty-page tracking for a new process. Its first scan reports everything, so the store is rebuilt by
-    /// the next checkpoint.
+    /// Dirty-page tracking for a process that has just been filled from the store: what is written from here
+    /// on differs from it.
     fn new_tracker(&mut self) -> Result<()> {
         // The old one owns a descriptor of the service thread's table: it must be closed there.
         let old = std::mem::replace(&mut self.tracker, Box::new(Full::new()));
@@ -483,6 +484,18 @@ impl Unit {
             Kind::SoftDirty => Box::new(SoftDirty::new()),
             Kind::Full => Box::new(Full::new()),
         };
+        if self.tracker.name() == Kind::Full.name() {
+            return Ok(());
+        }
+        // The first scan arms. Its report, everything, is what the store holds.
+        let (pid, store, tracker) = (self.pid, &self.pages, &mut self.tracker);
+        let armed = self.service.run(move || {
+            let maps = program_maps(read_maps(pid)?);
+            tracker.scan(pid, &maps, store).map_err(std::io::Error::other)
+        });
+        if armed.is_err() {
+            self.tracker.forget();
+        }
         Ok(())
     }
 }

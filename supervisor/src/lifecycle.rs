@@ -126,6 +126,9 @@ impl Unit {
             Err(h) => return h,
         };
         let replayed = now();
+        if events >= 1000 {
+            self.replay_ns = (replayed - restored) / events;
+        }
         {
             let mut status = lock(&self.status);
             status.state = UnitState::Running;

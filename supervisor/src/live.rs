@@ -18,6 +18,11 @@ const SLICE_NS: u64 = 2_000_000;
 /// How long a thread may compute without a call while others wait, before it is preempted.
 const PREEMPT_NS: u64 = 50_000_000;
 
+/// Expected time of replay that makes a checkpoint due, nanoseconds.
+const REPLAY_MAX_NS: u64 = 150_000_000;
+/// Checkpoints for that reason take at most one part in this many of the time.
+const PAUSE_SHARE: u64 = 50;
+
 /// What came of trying a call.
 pub(crate) enum Outcome {
     /// Complete, with this result; outputs are in the prepared call.
@@ -383,9 +388,7 @@ impl Unit {
             }
         }
         let time = now();
-        let due = self.shared.checkpoint.load(Relaxed)
-            || (time - self.checkpoint_at >= self.checkpoint_every && self.log.bytes > 0)
-            || self.log.bytes >= self.checkpoint_log;
+        let due = self.checkpoint_due();
         let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
         let starving = self.current.is_some_and(|c| {
             !self.ready.is_empty() || self.outside.signals.get(&c).is_some_and(|q| !q.is_empty()) || others
@@ -439,9 +442,15 @@ impl Unit {
         self.deliver_preempted(vtid)
     }
 
+    /// A checkpoint was asked for, is due by time or log, or a recovery would take too long: replay takes its
+    /// time for each event. That last reason must not spend more than a share of the time on checkpoints.
     fn checkpoint_due(&self) -> bool {
+        let age = now().saturating_sub(self.checkpoint_at);
+        let events = self.sii - self.snapshot.as_ref().map_or(0, |s| s.sii);
         self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed)
-            || now() - self.checkpoint_at >= self.checkpoint_every
+            || (age >= self.checkpoint_every && events > 0)
+            || self.log.bytes >= self.checkpoint_log
+            || (events * self.replay_ns > REPLAY_MAX_NS && age > self.pause_ns * PAUSE_SHARE)
     }
 
     /// A thread or process that is not of the unit: its child, or a new one.

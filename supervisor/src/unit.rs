@@ -322,6 +322,10 @@ pub struct Unit {
     pub checkpoint_log: u64,
     /// When the last one was taken.
     pub checkpoint_at: u64,
+    /// What an event takes in replay, nanoseconds: as measured in the last recovery.
+    pub(crate) replay_ns: u64,
+    /// How long the last checkpoint kept the unit waiting, nanoseconds.
+    pub(crate) pause_ns: u64,
     /// An unloggable call was made: a checkpoint must follow.
     pub unloggable: Option<String>,
     /// Signal masks read for a checkpoint.
@@ -383,6 +387,8 @@ impl Unit {
             checkpoint_every: 1_000_000_000,
             checkpoint_log: 64 << 20,
             checkpoint_at: 0,
+            replay_ns: 25_000,
+            pause_ns: 0,
             unloggable: None,
             masks: HashMap::new(),
             futex_results: HashMap::new(),
