@@ -218,6 +218,21 @@ impl Ring {
         Some(unsafe { core::slice::from_raw_parts_mut(self.data.as_ptr().add(at as usize), len) })
     }
 
+    /// Producer: makes the reserved record shorter; what stays is where it was.
+    pub fn shrink(&mut self, len: usize) {
+        if self.reserved != 0 {
+            let head = self.head().load(Ordering::Relaxed);
+            let (_, tag) = self.read_frame(head);
+            let to_end = self.capacity - head % self.capacity;
+            let at = if tag == TAG_PAD { head + to_end } else { head };
+            let end = at + framed(len as u64);
+            if end <= self.reserved {
+                self.write_frame(at, len as u32, TAG_RECORD);
+                self.reserved = end;
+            }
+        }
+    }
+
     /// Producer: makes the reserved record visible, all at once. Does nothing if there is none.
     pub fn commit(&mut self) {
         if self.reserved != 0 {
@@ -273,6 +288,76 @@ impl Ring {
             self.tail().store(self.peeked, Ordering::Release);
             self.peeked = 0;
         }
+    }
+
+    /// Position behind the last committed record: bytes ever written.
+    pub fn end(&self) -> u64 {
+        self.head().load(Ordering::Acquire)
+    }
+
+    /// Position of the oldest record that has not been released.
+    pub fn begin(&self) -> u64 {
+        self.tail().load(Ordering::Acquire)
+    }
+
+    /// The record at a position from [`Ring::begin`] on, and the position behind it; `None` at the end.
+    pub fn read_at(&self, mut position: u64) -> Result<Option<(&[u8], u64)>, RingError> {
+        loop {
+            // Acquire: the frames and records up to the head are there to be read.
+            let filled = self.end().checked_sub(position).ok_or(RingError::Corrupt)?;
+            if filled == 0 {
+                return Ok(None);
+            }
+            let at = position % self.capacity;
+            let room = filled.min(self.capacity - at);
+            if filled > self.capacity || !filled.is_multiple_of(8) || !at.is_multiple_of(8) {
+                return Err(RingError::Corrupt);
+            }
+            let (len, tag) = self.read_frame(position);
+            let total = framed(u64::from(len));
+            if total > room {
+                return Err(RingError::Corrupt);
+            }
+            match tag {
+                TAG_RECORD => {
+                    let start = (at + FRAME) as usize;
+                    // SAFETY: `start + len` is within the data, as `total <= room`. The producer
+                    // leaves bytes from tail to head alone.
+                    let record = unsafe { core::slice::from_raw_parts(self.data.as_ptr().add(start), len as usize) };
+                    return Ok(Some((record, position + total)));
+                }
+                TAG_PAD if at + total == self.capacity => position += total,
+                _ => return Err(RingError::Corrupt),
+            }
+        }
+    }
+
+    /// Consumer: gives back the room of everything before a position that [`Ring::read_at`] returned.
+    pub fn release_to(&mut self, position: u64) {
+        if position > self.begin() && position <= self.end() {
+            // Release: our reads of the records come before the producer's next use of the room.
+            self.tail().store(position, Ordering::Release);
+        }
+    }
+
+    /// The record that a producer had reserved and not committed when it died.
+    pub fn uncommitted(&self) -> Option<&[u8]> {
+        let mut position = self.end();
+        let (len, tag) = self.read_frame(position);
+        let room = self.capacity - position % self.capacity;
+        if tag == TAG_PAD {
+            if framed(u64::from(len)) != room {
+                return None;
+            }
+            position += room;
+        }
+        let (len, tag) = self.read_frame(position);
+        let at = position % self.capacity + FRAME;
+        if tag != TAG_RECORD || u64::from(len) > self.capacity - at {
+            return None;
+        }
+        // SAFETY: within the data; the producer is dead, so nobody writes there.
+        Some(unsafe { core::slice::from_raw_parts(self.data.as_ptr().add(at as usize), len as usize) })
     }
 
     fn head(&self) -> &AtomicU64 {
