@@ -125,8 +125,7 @@ impl Unit {
         self.model.irregular = None;
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
-        self.log.records.clear();
-        self.log.bytes = 0;
+        self.log.checkpointed();
         self.checkpoint_at = now();
         self.pause_ns = self.checkpoint_at - begin;
         self.shared.checkpoint.store(false, Relaxed);
@@ -290,8 +289,7 @@ impl Unit {
         launch::kill_and_reap(scratch);
         let snapshot = Arc::new(snapshot);
         self.snapshot = Some(Arc::clone(&snapshot));
-        self.log.records.clear();
-        self.log.bytes = 0;
+        self.log.checkpointed();
         self.checkpoint_at = now();
         if let Some(journal) = &mut self.journal {
             let capture = Capture { snapshot, parent: None, staged, gone: vec![] };

@@ -8,6 +8,7 @@ pub mod control;
 pub mod cpu;
 pub mod divergence;
 pub mod doctor;
+pub mod evlog;
 pub mod fault;
 pub mod futex;
 pub mod journal;

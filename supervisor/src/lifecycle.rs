@@ -56,9 +56,9 @@ impl Unit {
                 Halt::Exec(pid) => {
                     close_on_exec();
                     self.begin_record(ftrun_abi::record::Kind::Exec);
-                    self.append(self.vpid, libc::SYS_execve as u16, 0, 0, 0);
                     self.model.credentials.get_or_insert_with(Default::default);
-                    match self.adopt_image(pid) {
+                    let logged = self.append(self.vpid, libc::SYS_execve as u16, 0, 0, 0);
+                    match logged.and_then(|()| self.adopt_image(pid)) {
                         Ok(()) => {}
                         Err(Halt::Died) => died_at = Some(now()),
                         Err(e) => return Ok(End::Failed(e.to_string())),

@@ -132,7 +132,7 @@ impl Unit {
             State::Running => Ok(()),
             State::User => {
                 self.begin_record(Kind::Sched);
-                self.append(vtid, 0, 0, 0, 0);
+                self.append(vtid, 0, 0, 0, 0)?;
                 self.resume(vtid)
             }
             State::Entry | State::Blocked(_) => {
@@ -274,7 +274,7 @@ impl Unit {
         }
         self.outside.begun.remove(&vtid);
         let flags = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
-        self.append(vtid, nr as u16, result, digest, flags);
+        self.append(vtid, nr as u16, result, digest, flags)?;
         crate::fault::point("call-logged", self.pid);
         self.finish_call(vtid, result, &outs)?;
         crate::fault::point("call-written", self.pid);
@@ -449,7 +449,7 @@ impl Unit {
         let events = self.sii - self.snapshot.as_ref().map_or(0, |s| s.sii);
         self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed)
             || (age >= self.checkpoint_every && events > 0)
-            || self.log.bytes >= self.checkpoint_log
+            || self.log.bytes() >= self.checkpoint_log
             || (events * self.replay_ns > REPLAY_MAX_NS && age > self.pause_ns * PAUSE_SHARE)
     }
 

@@ -252,7 +252,7 @@ impl Unit {
 
     pub(crate) fn exit_thread(&mut self, vtid: i32, digest: u64) -> Result<Outcome> {
         self.begin_record(ftrun_abi::record::Kind::Call);
-        self.append(vtid, libc::SYS_exit as u16, 0, digest, 0);
+        self.append(vtid, libc::SYS_exit as u16, 0, digest, 0)?;
         self.end_thread(vtid)?;
         Ok(Outcome::Handled)
     }
@@ -302,7 +302,7 @@ impl Unit {
     pub(crate) fn exit_group(&mut self, vtid: i32, code: u64, digest: u64) -> Result<Outcome> {
         self.ending = true;
         self.begin_record(ftrun_abi::record::Kind::Exit);
-        self.append(vtid, libc::SYS_exit_group as u16, code as i64, digest, 0);
+        self.append(vtid, libc::SYS_exit_group as u16, code as i64, digest, 0)?;
         self.end_process(vtid, code)
     }
 

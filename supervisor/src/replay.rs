@@ -19,9 +19,7 @@ impl Unit {
     pub fn replay(&mut self) -> Result<u64> {
         self.replaying = true;
         crate::fault::point("replay-begin", self.pid);
-        let records = std::mem::take(&mut self.log.records);
-        let result = self.replay_records(&records);
-        self.log.records = records;
+        let result = self.replay_records();
         self.replaying = false;
         let n = result?;
         for (vtid, queue) in std::mem::take(&mut self.regenerated) {
@@ -31,24 +29,27 @@ impl Unit {
         Ok(n)
     }
 
-    fn replay_records(&mut self, records: &std::collections::VecDeque<(u64, Box<[u8]>)>) -> Result<u64> {
+    fn replay_records(&mut self) -> Result<u64> {
         let mut n = 0;
-        for (i, (sii, bytes)) in records.iter().enumerate() {
-            if *sii <= self.sii {
+        let mut position = self.log.begin();
+        while let Some((bytes, next)) = self.log.read_at(position) {
+            position = next;
+            let bytes = bytes.to_vec();
+            let (record, _) =
+                Record::parse(&bytes).map_err(|e| Halt::Broken(format!("an event in memory is damaged: {e}")))?;
+            let sii = record.header.sii;
+            if sii <= self.sii {
                 continue;
             }
-            let parse = |b: &[u8]| Record::parse(b).map(|r| r.0.header).ok();
-            let (record, _) =
-                Record::parse(bytes).map_err(|e| Halt::Broken(format!("the record of event {sii} is damaged: {e}")))?;
-            let next = records.get(i + 1).and_then(|(_, b)| parse(b));
+            let next = self.log.read_at(position).and_then(|(b, _)| Some(Record::parse(b).ok()?.0.header));
             let vtid = record.header.tid as i32;
             if !self.threads.contains_key(&vtid) {
-                return Err(self.diverged(&record, *sii, format!("the unit has no thread {vtid}")));
+                return Err(self.diverged(&record, sii, format!("the unit has no thread {vtid}")));
             }
-            self.sii = *sii;
+            self.sii = sii;
             crate::fault::point("replay-event", self.pid);
             self.current = Some(vtid);
-            let runs = self.apply(&record, *sii)?;
+            let runs = self.apply(&record, sii)?;
             n += 1;
             let signal_follows = next.is_some_and(|h| {
                 h.kind == Kind::Signal as u16 && h.flags & flag::AFTER_CALL != 0 && h.tid as i32 == vtid

@@ -152,7 +152,7 @@ impl Unit {
         self.begin_record(Kind::Insn);
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         self.output(0, &bytes)?;
-        self.append(vtid, length.0, 0, regs.rip, 0);
+        self.append(vtid, length.0, 0, regs.rip, 0)?;
         apply_trapped(&mut regs, length, values);
         tracee::set_regs(tid, &regs)?;
         tracee::cont(tid, 0)?;
@@ -229,7 +229,7 @@ impl Unit {
         for (addr, bytes) in &outs {
             self.output(*addr, bytes)?;
         }
-        self.append(vtid, nr as u16, result, begun.digest, 0);
+        self.append(vtid, nr as u16, result, begun.digest, 0)?;
         self.finish_call(vtid, result, &outs)?;
         self.log_signal(vtid, &info, Self::signal_flags(true, false), None)?;
         self.deliver(vtid, &info, None).map(|()| true)
@@ -281,7 +281,7 @@ impl Unit {
             self.output(1, &mask.to_le_bytes())?;
         }
         let (signal, ..) = tracee::siginfo_head(info);
-        self.append(vtid, signal as u16, 0, 0, flags);
+        self.append(vtid, signal as u16, 0, 0, flags)?;
         crate::fault::point("signal-logged", self.pid);
         Ok(())
     }

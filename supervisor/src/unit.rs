@@ -252,15 +252,6 @@ pub struct Shared {
     pub checkpoints: AtomicU64,
 }
 
-/// The log since the checkpoint before last, in memory.
-#[derive(Debug, Default)]
-pub struct EventLog {
-    /// Records in order: (SII, bytes).
-    pub records: VecDeque<(u64, Box<[u8]>)>,
-    /// Their size.
-    pub bytes: u64,
-}
-
 /// A unit under supervision.
 #[derive(Debug)]
 pub struct Unit {
@@ -295,7 +286,7 @@ pub struct Unit {
     /// Signals that replay produced anew and the log has not delivered yet.
     pub regenerated: HashMap<i32, VecDeque<SigInfo>>,
     /// The log.
-    pub log: EventLog,
+    pub log: crate::evlog::EventLog,
     /// Where new records are also sent to be kept on disk.
     pub journal: Option<crate::journal::Journal>,
     /// The newest checkpoint.
@@ -353,6 +344,7 @@ impl Unit {
     /// A unit that has not been started.
     pub fn new(
         service: Service,
+        log: crate::evlog::EventLog,
         shared: Arc<Shared>,
         status: Arc<std::sync::Mutex<crate::status::Status>>,
         backend: ftrun_ckpt::dirty::Kind,
@@ -373,7 +365,7 @@ impl Unit {
             off_line: false,
             arrive_last: false,
             regenerated: HashMap::new(),
-            log: EventLog::default(),
+            log,
             journal: None,
             snapshot: None,
             pages: PageStore::new(),
@@ -436,17 +428,28 @@ impl Unit {
     }
 
     /// Appends the record under construction to the log as the next event.
-    pub fn append(&mut self, vtid: i32, nr: u16, result: i64, digest: u64, flags: u32) {
+    ///
+    /// # Errors
+    /// The log is full, and its events are still needed.
+    pub fn append(&mut self, vtid: i32, nr: u16, result: i64, digest: u64, flags: u32) -> Result<()> {
         let sii = self.sii + 1;
         self.record.tid(vtid as u32).nr(nr).flags(flags).result(result).digest(digest).sii(sii);
-        let bytes: Box<[u8]> = self.record.finish().into();
-        self.sii += 1;
-        self.log.bytes += bytes.len() as u64;
-        if let Some(journal) = &mut self.journal {
-            journal.append(self.sii, &bytes);
+        let record = self.record.finish();
+        if self.log.append(record).is_err() {
+            if let Some(journal) = &mut self.journal {
+                journal.flush();
+            }
+            if self.log.append(record).is_err() {
+                return Err(Halt::Broken("the event log is full of events without a checkpoint".into()));
+            }
         }
-        self.log.records.push_back((self.sii, bytes));
+        self.sii = sii;
+        self.log.control().sii.store(sii, std::sync::atomic::Ordering::SeqCst);
+        if let Some(journal) = &mut self.journal {
+            journal.follow(&self.log);
+        }
         self.shared.events.store(self.sii, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
     }
 
     /// Starts a record.

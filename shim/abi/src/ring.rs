@@ -334,9 +334,10 @@ impl Ring {
 
     /// Consumer: gives back the room of everything before a position that [`Ring::read_at`] returned.
     pub fn release_to(&mut self, position: u64) {
-        if position > self.begin() && position <= self.end() {
-            // Release: our reads of the records come before the producer's next use of the room.
-            self.tail().store(position, Ordering::Release);
+        if position <= self.end() {
+            // Release: our reads of the records come before the producer's next use of the room. The
+            // largest of several readers' positions stays.
+            self.tail().fetch_max(position, Ordering::Release);
         }
     }
 
