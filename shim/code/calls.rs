@@ -291,6 +291,7 @@ fn begin(control: &Control, what: u64, tid: u64, number: u64, digest: u64, at: u
     for (slot, value) in control.pending_call.iter().zip([tid, number, digest, at]) {
         slot.store(value, Relaxed);
     }
+    control.pending_sii.store(control.sii.load(Relaxed), Relaxed);
     control.message.len.store(NOT_YET, Relaxed);
     compiler_fence(Release);
     control.pending.store(what, Release);

@@ -162,6 +162,10 @@ impl Unit {
                 let now = tracee::get_regs(tid)?;
                 let t = self.thread(vtid);
                 (t.regs.fs_base, t.regs.gs_base) = (now.fs_base, now.gs_base);
+                if self.uses_shim() {
+                    let t = self.thread(vtid);
+                    t.regs.gs_base = ftrun_abi::fast::area(t.slot);
+                }
             }
             libc::SYS_brk => self.model.brk = result as u64,
             libc::SYS_setuid

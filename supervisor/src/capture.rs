@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ftrun_abi::fast::{REGION_BASE, REGION_END};
 use ftrun_ckpt::copy::copy_in;
 use ftrun_ckpt::dirty::{DirtyTracker, Full, Kind, SoftDirty, UFFD_FLAGS, WpAsync};
 use ftrun_ckpt::maps::read_maps;
@@ -37,7 +38,7 @@ fn broken<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> Halt + '_ {
 /// Mappings that belong to the program: not ours, not the kernel's.
 fn program_maps(maps: Vec<Mapping>) -> Vec<Mapping> {
     maps.into_iter()
-        .filter(|m| m.end <= GATE.base || m.start >= GATE.end())
+        .filter(|m| m.end <= REGION_BASE || m.start >= REGION_END)
         .filter(|m| !m.path.starts_with("[vdso") && !m.path.starts_with("[vvar") && !m.path.starts_with("[vsyscall"))
         .collect()
 }
@@ -96,6 +97,10 @@ impl Unit {
                 regs.rax = regs.orig_rax;
             }
             regs.orig_rax = u64::MAX;
+            if self.uses_shim() {
+                // The program has not set it.
+                regs.gs_base = 0;
+            }
             threads.push(ThreadState {
                 tid: *vtid,
                 comm: comms.iter().find(|(tid, _)| *tid == t.tid).map_or(String::new(), |(_, c)| c.clone()),
@@ -238,7 +243,7 @@ impl Unit {
             Ok((maps, vdso, staged, launch::read_mm(scratch, None)?, status, comm, read_credentials(scratch)?))
         });
         let (maps, vdso, staged, mut mm, status, comm, credentials) = taken.map_err(broken("reading the new image"))?;
-        if maps.iter().any(|m| m.start < GATE.end() && m.end > GATE.base) {
+        if maps.iter().any(|m| m.start < REGION_END && m.end > REGION_BASE) {
             return Err(Halt::Broken(format!("the program uses memory at {:#x}, which ftrun needs", GATE.base)));
         }
         if regs.cs != 0x33 {
@@ -265,6 +270,7 @@ impl Unit {
             irregular: Some("execve".into()),
             affinity: self.model.affinity.get(&self.vpid).map(|m| (self.vpid, m.clone())).into_iter().collect(),
             cpu: self.cpu,
+            sites: crate::fast::Sites { used: self.shim, ..Default::default() },
             ..Model::default()
         };
         let snapshot = Snapshot {
@@ -318,6 +324,7 @@ impl Unit {
         self.model = postcard::from_bytes(&snapshot.model).map_err(broken("decoding the model"))?;
         self.model.irregular = None;
         self.cpu = self.model.cpu.or(self.cpu);
+        self.shim = self.model.sites.used;
         self.bind_to_cpu();
         let want = (self.set_tid && self.vpid != 0).then_some(self.vpid);
         let pid = launch::rebuild(&snapshot, &self.pages, want)?;
@@ -350,6 +357,11 @@ impl Unit {
                     yielded: false,
                 },
             );
+        }
+        self.map_shim(pid, &base)?;
+        self.follow_sites();
+        for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
+            self.give_area(vtid)?;
         }
         for state in &snapshot.threads {
             self.restore_thread(if state.tid == 0 { self.vpid } else { state.tid }, state, &base)?;
@@ -450,7 +462,7 @@ impl Unit {
                 _ => tracee::cont(tid, 0)?,
             }
         }
-        let regs = tracee::get_regs(tid)?;
+        let regs = self.site_regs(vtid)?;
         let t = self.thread(vtid);
         t.regs = regs;
         t.state = State::Entry;

@@ -15,6 +15,8 @@ use ftrun_ckpt::pages::PageStore;
 use ftrun_ckpt::state::{Mapping, MmFields, Snapshot};
 use libc::{sock_filter, user_regs_struct};
 
+use ftrun_abi::fast::CODE_BASE;
+
 use crate::marshal::raw_call;
 use crate::tracee::{self, Event, Gate, TraceError};
 
@@ -24,7 +26,7 @@ pub const GATE: Gate = Gate { base: 0x6f00_0000_0000 };
 /// End of user addresses (4-level paging).
 const TASK_END: u64 = 0x7fff_ffff_f000;
 
-/// The filter: the gate's own instruction and `rt_sigreturn` pass, 32-bit and x32 calls get `ENOSYS`,
+/// The filter: the gate's own instruction, the shim's and `rt_sigreturn` pass, 32-bit and x32 calls get `ENOSYS`,
 /// everything else goes to the tracer (and fails with `ENOSYS` when there is none).
 pub fn filter(gate: Gate) -> Vec<sock_filter> {
     const LD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
@@ -35,13 +37,17 @@ pub fn filter(gate: Gate) -> Vec<sock_filter> {
     let s = |code, k| sock_filter { code, jt: 0, jf: 0, k };
     let j = |code, k, jt, jf| sock_filter { code, jt, jf, k };
     let ip = gate.allowed_ip();
+    let (code, end) = (CODE_BASE, CODE_BASE + ftrun_shim::IMAGE.len() as u64);
+    assert!(ip >> 32 == code >> 32 && code >> 32 == end >> 32, "one upper half for both");
     vec![
         s(LD, 4),
-        j(JEQ, AUDIT_ARCH_X86_64, 0, 7),
-        s(LD, 8),
-        j(JEQ, ip as u32, 0, 2),
+        j(JEQ, AUDIT_ARCH_X86_64, 0, 9),
         s(LD, 12),
-        j(JEQ, (ip >> 32) as u32, 5, 0),
+        j(JEQ, (ip >> 32) as u32, 0, 4),
+        s(LD, 8),
+        j(JEQ, ip as u32, 7, 0),
+        j(JGE, code as u32, 0, 1),
+        j(JGE, end as u32, 0, 5),
         s(LD, 0),
         j(JEQ, libc::SYS_rt_sigreturn as u32, 3, 0),
         j(JGE, 0x4000_0000, 0, 1),

@@ -68,6 +68,9 @@ impl Unit {
                     let at = now();
                     let fault = self.fault.take();
                     let status = self.bury();
+                    if let Err(e) = self.settle() {
+                        return Ok(End::Failed(e.to_string()));
+                    }
                     if self.ending {
                         return Ok(End::Ended(status));
                     }
@@ -89,6 +92,9 @@ impl Unit {
                 Halt::Broken(why) => {
                     if self.is_dying() {
                         self.bury();
+                        if let Err(e) = self.settle() {
+                            return Ok(End::Failed(e.to_string()));
+                        }
                         died_at = Some(now());
                         continue;
                     }
@@ -208,6 +214,7 @@ impl Unit {
     pub fn publish_counters(shared: &crate::unit::Shared, status: &mut crate::status::Status) {
         status.events = shared.events.load(Relaxed);
         status.calls.slow = shared.slow.load(Relaxed);
+        status.calls.fast = shared.fast.load(Relaxed);
     }
 }
 

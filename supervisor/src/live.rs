@@ -5,6 +5,9 @@
 //! before anything else happened. So the order of events is the order of the program's steps, and
 //! replay needs no other record of the turn than the thread of each event.
 
+use std::sync::atomic::Ordering::SeqCst;
+
+use ftrun_abi::fast::RECORD;
 use ftrun_abi::record::{Kind, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
 use libc::c_int;
@@ -38,6 +41,7 @@ pub(crate) enum Outcome {
 impl Unit {
     /// Runs the unit until something ends that.
     pub fn live(&mut self) -> Result<std::convert::Infallible> {
+        self.log.control().mode.store(RECORD, SeqCst);
         // The thread of the last event may be on its way to its next call; the others have arrived.
         let running = self.current.filter(|v| self.threads.get(v).is_some_and(|t| t.place == Place::Program));
         self.current = None;
@@ -88,11 +92,7 @@ impl Unit {
             match tracee::wait_one(tid)? {
                 Event::Stop(_) => break,
                 Event::Seccomp => {
-                    let regs = tracee::get_regs(tid)?;
-                    let t = self.thread(vtid);
-                    t.place = Place::Stopped;
-                    t.regs = regs;
-                    t.state = State::Entry;
+                    self.arrived(vtid)?;
                     self.current = None;
                     self.ready.push_front(vtid);
                     return self.arm_timers();
@@ -147,18 +147,16 @@ impl Unit {
         let Some(&vtid) = self.vtids.get(&tid) else {
             return self.on_outsider(tid, event);
         };
+        self.follow_shim();
         match event {
             Event::Seccomp => {
-                let regs = tracee::get_regs(tid)?;
-                let parked = self.thread(vtid).place == Place::Parked;
-                let t = self.thread(vtid);
-                t.place = Place::Stopped;
-                if parked {
+                if self.thread(vtid).place == Place::Parked {
+                    self.thread(vtid).place = Place::Stopped;
                     self.make_ready(vtid);
+                    self.call_back();
                     return Ok(());
                 }
-                t.regs = regs;
-                t.state = State::Entry;
+                let regs = self.arrived(vtid)?;
                 self.shared.slow.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 self.last_entry = now();
                 crate::fault::point("call-entry", self.pid);
@@ -185,6 +183,16 @@ impl Unit {
                 Err(if self.ending { Halt::Ended(status) } else { Halt::Died })
             }
         }
+    }
+
+    /// A thread of the unit stopped before a call.
+    pub(crate) fn arrived(&mut self, vtid: i32) -> Result<libc::user_regs_struct> {
+        let regs = self.stopped_regs(vtid)?;
+        let t = self.thread(vtid);
+        t.place = Place::Stopped;
+        t.regs = regs;
+        t.state = State::Entry;
+        Ok(regs)
     }
 
     fn slice_over(&self) -> bool {
@@ -252,6 +260,7 @@ impl Unit {
                 Outcome::Done(r)
             }
             _ if row.place == Who::Unit => {
+                self.before_arch_prctl(vtid, nr, &args)?;
                 let r = self.gate(vtid, nr as libc::c_long, self.real_ids(row, &args))?;
                 self.unit_outputs(vtid, nr, &args, call, row, r)?
             }
@@ -273,6 +282,8 @@ impl Unit {
             self.output(*addr, bytes)?;
         }
         self.outside.begun.remove(&vtid);
+        let args = tracee::args_of(&self.thread(vtid).regs);
+        self.forget_fds(nr, &args);
         let flags = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
         self.append(vtid, nr as u16, result, digest, flags)?;
         crate::fault::point("call-logged", self.pid);
@@ -388,12 +399,21 @@ impl Unit {
             }
         }
         let time = now();
+        let before = self.sii;
+        self.follow_shim();
+        if self.sii != before {
+            // It makes calls that we do not see.
+            self.last_entry = time;
+        }
         let due = self.checkpoint_due();
         let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
         let starving = self.current.is_some_and(|c| {
             !self.ready.is_empty() || self.outside.signals.get(&c).is_some_and(|q| !q.is_empty()) || others
         });
         if let Some(vtid) = self.current {
+            if due || !self.ready.is_empty() {
+                self.call_back();
+            }
             let waited = if due { 20_000_000 } else { PREEMPT_NS };
             if (due || starving) && time - self.turn_since.max(self.last_entry) > waited {
                 return self.preempt(vtid);
@@ -407,17 +427,21 @@ impl Unit {
     /// checkpoint is taken there (DESIGN rule 4) and execution goes on from it.
     fn preempt(&mut self, vtid: i32) -> Result<()> {
         let tid = self.tid(vtid);
+        self.call_back();
         tracee::interrupt(tid)?;
         loop {
             match tracee::wait_one(tid)? {
-                Event::Stop(_) => break,
+                Event::Stop(_) => {
+                    if !self.is_in_shim(tracee::get_regs(tid)?.rip) {
+                        break;
+                    }
+                    // It comes out at once: served, or at the filter.
+                    tracee::cont(tid, 0)?;
+                    tracee::interrupt(tid)?;
+                }
                 Event::Seccomp => {
                     // It came to a call by itself. The stop follows when it is continued.
-                    let regs = tracee::get_regs(tid)?;
-                    let t = self.thread(vtid);
-                    t.place = Place::Stopped;
-                    t.regs = regs;
-                    t.state = State::Entry;
+                    self.arrived(vtid)?;
                     self.current = None;
                     self.make_ready(vtid);
                     return if self.checkpoint_due() { self.checkpoint() } else { Ok(()) };

@@ -161,6 +161,14 @@ impl Unit {
         if request.flags & libc::CLONE_SETTLS as u64 != 0 {
             regs.fs_base = request.tls;
         }
+        if self.uses_shim() {
+            regs.gs_base = 0;
+            match self.restore_sites(child) {
+                // Killed meanwhile: its end is reported.
+                Ok(()) | Err(Halt::Died) => {}
+                Err(e) => return Err(e),
+            }
+        }
         let done = self.complete(vtid, nr, i64::from(child), digest, outs);
         let started = tracee::set_regs(child, &regs).and_then(|()| tracee::cont(child, 0));
         if let Err(tracee::TraceError::Sys { .. }) = started {
@@ -221,6 +229,7 @@ impl Unit {
                 yielded: false,
             },
         );
+        self.give_area(known)?;
         Ok(Ok(known))
     }
 

@@ -246,6 +246,7 @@ fn try_supervisor(
             .map_err(|e| Error::environment(format!("--cwd {}: {e}", cwd.display()), "name a directory that exists"))?;
     }
     catch_signals();
+    log.control().kill_in.store(crate::fault::in_shim(), Ordering::SeqCst);
     let mut unit = Unit::new(service.clone(), log, Arc::clone(&shared), Arc::clone(&status), backend);
     unit.journal = Some(journal);
     unit.board_pid = Some(&board.pid);
@@ -253,6 +254,7 @@ fn try_supervisor(
     unit.checkpoint_log = options.checkpoint_log_bytes;
     unit.set_tid = can_set_tid();
     unit.choose_cpu();
+    unit.shim = options.shim;
     let program = Program {
         path: program.path.clone(),
         argv: program.argv.clone(),

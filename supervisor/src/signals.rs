@@ -110,6 +110,9 @@ impl Unit {
         let (_, code, _) = tracee::siginfo_head(&info);
         let running = self.thread(vtid).place == Place::Program;
         let fault = matches!(signal, libc::SIGSEGV | libc::SIGBUS | libc::SIGFPE | libc::SIGILL | libc::SIGTRAP);
+        if running && fault && code > 0 && self.is_in_shim(tracee::get_regs(tid)?.rip) {
+            return self.fault_in_shim(vtid);
+        }
         if running && fault && code > 0 {
             if signal == libc::SIGSEGV && self.trapped_instruction(vtid)? {
                 return Ok(());
@@ -129,6 +132,7 @@ impl Unit {
             }
             Disposition::Handler => {
                 self.keep_signal(vtid, info);
+                self.call_back();
                 if self.thread(vtid).place == Place::Parked {
                     self.thread(vtid).place = Place::Stopped;
                     self.make_ready(vtid);
@@ -329,6 +333,8 @@ impl Unit {
         }
         let action = &mut self.model.actions[signal as usize - 1];
         let handled = action[0] > 1;
+        self.allow_shim();
+        let action = &mut self.model.actions[signal as usize - 1];
         if action[1] & libc::SA_RESETHAND as u64 != 0 {
             *action = [0; 4];
         }

@@ -174,6 +174,8 @@ pub struct Model {
     /// Why the checkpoint was taken, when the events before it do not lead there by replay: the call that
     /// could not be logged, [`PREEMPTED`], or `execve`.
     pub irregular: Option<String>,
+    /// Call sites that have been rewritten.
+    pub sites: crate::fast::Sites,
     /// Processors that threads asked for (sched_setaffinity(2)), by thread.
     pub affinity: BTreeMap<i32, Vec<u8>>,
     /// Processor that the unit is bound to.
@@ -246,6 +248,8 @@ pub struct Shared {
     pub events: AtomicU64,
     /// Calls on the slow path so far.
     pub slow: AtomicU64,
+    /// Calls served in the process so far.
+    pub fast: AtomicU64,
     /// Process id of the unit.
     pub pid: std::sync::atomic::AtomicI32,
     /// Checkpoints taken.
@@ -331,6 +335,12 @@ pub struct Unit {
     pub(crate) board_pid: Option<&'static std::sync::atomic::AtomicI32>,
     /// The signal of a fault that made the unit fail.
     pub(crate) failed_signal: Option<i32>,
+    /// Calls may be served inside the process.
+    pub(crate) shim: bool,
+    /// Call sites by the address at which their stubs stop.
+    pub(crate) stubs: HashMap<u64, u64>,
+    /// What is known of the files that the program has mapped.
+    pub(crate) files: crate::patch::Files,
     /// The processor that the unit is bound to.
     pub(crate) cpu: Option<u32>,
     /// The processors that it was given.
@@ -388,6 +398,9 @@ impl Unit {
             backend,
             board_pid: None,
             failed_signal: None,
+            shim: false,
+            stubs: HashMap::new(),
+            files: crate::patch::Files::default(),
             cpu: None,
             given_cpus: Vec::new(),
             took_signal: false,
@@ -467,6 +480,7 @@ impl Unit {
         t.yielded = false;
         let (tid, regs) = (t.tid, t.regs);
         self.current = Some(vtid);
+        self.allow_shim();
         tracee::set_regs(tid, &regs)?;
         tracee::cont(tid, 0)?;
         Ok(())

@@ -19,7 +19,7 @@ fn points() -> Vec<&'static str> {
 }
 
 /// Which of the groups below walks a point: by its name's first word.
-const GROUPS: [&str; 5] = ["call-", "signal-", "checkpoint-", "restore-", "replay-"];
+const GROUPS: [&str; 6] = ["call-", "signal-", "checkpoint-", "restore-", "replay-", "shim-"];
 
 fn of(group: &str) -> Vec<&'static str> {
     points().into_iter().filter(|p| p.starts_with(group)).collect()
@@ -70,6 +70,14 @@ fn every_point_is_walked() {
 fn killed_around_a_call() -> Result<(), Error> {
     // Early in the program's own start, in ld.so; at its first connections; in the middle of its work.
     walk("call-", &[3, 60, 500], 0, echo)
+}
+
+#[test]
+fn killed_inside_the_shim() -> Result<(), Error> {
+    // A call has three seams: begun; made but not logged; logged but not reported. Two rounds of an echo,
+    // seam by seam, then somewhere in the middle of the work.
+    let passes: Vec<u64> = (1..=18).chain([1000, 1001, 1002, 1003, 1004, 1005]).collect();
+    walk("shim-", &passes, 0, echo)
 }
 
 #[test]

@@ -105,6 +105,8 @@ pub struct Control {
     pub pid: AtomicU64,
     /// The operation in doubt: [`NOTHING`], [`RECEIVE`], [`SEND`] or [`EPOLL`].
     pub pending: AtomicU64,
+    /// Number of the last event when it was begun.
+    pub pending_sii: AtomicU64,
     /// For the operation in doubt: thread, number of the call, digest, address of its buffer.
     pub pending_call: [AtomicU64; 4],
     /// Fault injection: kill the process at the nth seam from now; 0 never.
@@ -120,7 +122,7 @@ pub struct Control {
 }
 
 /// What belongs to one thread; its address is in the thread's `gs` base.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Area {
     /// The program's stack pointer while the shim runs.
