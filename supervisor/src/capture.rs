@@ -376,6 +376,14 @@ impl Unit {
             t.kernel_id = None;
         }
         self.new_tracker()?;
+        let main = self.vpid;
+        if !self.model.sites.judged {
+            self.model.sites.judged = true;
+            self.judge_code(main, 0..u64::MAX)?;
+        }
+        if self.shim {
+            self.follow_counter()?;
+        }
         crate::fault::point("restore-end", pid);
         self.sii = snapshot.sii;
         let user: Vec<i32> = self.model.user.iter().map(|v| if *v == 0 { self.vpid } else { *v }).collect();

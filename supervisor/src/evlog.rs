@@ -108,7 +108,7 @@ impl EventLog {
     /// # Errors
     /// There is not enough memory.
     pub fn new(bytes: u64) -> std::io::Result<Self> {
-        let ring_bytes = (bytes as usize).next_multiple_of(4096) + Ring::HEADER_BYTES.next_multiple_of(4096);
+        let ring_bytes = ((bytes as usize).next_power_of_two() + Ring::HEADER_BYTES).next_multiple_of(4096);
         let memory = Arc::new(Memory::new(CONTROL_BYTES as usize + ring_bytes)?);
         // SAFETY: fresh memory that nobody else uses yet.
         let ring = unsafe { Ring::create(memory.at.as_ptr().add(CONTROL_BYTES as usize), memory.ring_bytes()) };

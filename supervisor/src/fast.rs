@@ -32,6 +32,12 @@ pub struct Sites {
     pub stops: BTreeMap<u64, u32>,
     /// Memory of stubs: address and bytes used.
     pub pages: Vec<(u64, u64)>,
+    /// Instructions that have been replaced by a trap: which, and the bytes that were there.
+    pub traps: BTreeMap<u64, (u16, [u8; 2])>,
+    /// The code of the image has been judged (see [`crate::scan`]).
+    pub judged: bool,
+    /// There is code that cannot be judged.
+    pub unjudged: bool,
     /// Call sites that cannot be rewritten, and why.
     pub refused: BTreeMap<u64, String>,
     /// The unit has a shim.
@@ -212,6 +218,9 @@ impl Unit {
             poke_bytes(child, *site, &s.original.0)?;
             poke_bytes(child, s.padding, &s.original.1)?;
         }
+        for (at, (_, original)) in &self.model.sites.traps {
+            poke_bytes(child, *at, original)?;
+        }
         Ok(())
     }
 
@@ -220,7 +229,9 @@ impl Unit {
         let pid = self.pid;
         self.restore_sites(pid)?;
         self.model.sites.sites.clear();
+        self.model.sites.traps.clear();
         self.model.sites.off = true;
+        self.follow_counter()?;
         for t in self.threads.values_mut() {
             t.regs.gs_base = 0;
         }

@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use ftrun_abi::fast::{REGION_BASE, REGION_END};
 use ftrun_ckpt::maps::read_maps;
 use ftrun_ckpt::state::Mapping;
 use gimli::{BaseAddresses, CieOrFde, EhFrame, LittleEndian, UnwindSection};
@@ -40,16 +41,10 @@ fn padding(path: &str) -> std::result::Result<Vec<(u64, u64)>, String> {
     // memory before anything is written.
     let data = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| format!("{path}: {e}"))?;
     let elf = object::File::parse(&*data).map_err(|e| format!("{path}: {e}"))?;
-    let mut functions = frames(&elf);
-    for symbol in elf.symbols().chain(elf.dynamic_symbols()) {
-        if symbol.kind() == SymbolKind::Text && symbol.size() > 0 {
-            functions.push((symbol.address(), symbol.address() + symbol.size()));
-        }
-    }
+    let functions = functions(&elf);
     if functions.is_empty() {
         return Err(format!("{path} does not say where its functions are"));
     }
-    functions.sort_unstable();
     let segments: Vec<(u64, u64, u64)> =
         elf.segments().map(|s| (s.address(), s.address() + s.file_range().1, s.file_range().0)).collect();
     let mut out = Vec::new();
@@ -69,6 +64,18 @@ fn padding(path: &str) -> std::result::Result<Vec<(u64, u64)>, String> {
         end = end.max(stop);
     }
     Ok(out)
+}
+
+/// Where functions begin and end, as far as the file says; ascending.
+pub(crate) fn functions(elf: &object::File<'_>) -> Vec<(u64, u64)> {
+    let mut functions = frames(elf);
+    for symbol in elf.symbols().chain(elf.dynamic_symbols()) {
+        if symbol.kind() == SymbolKind::Text && symbol.size() > 0 {
+            functions.push((symbol.address(), symbol.address() + symbol.size()));
+        }
+    }
+    functions.sort_unstable();
+    functions
 }
 
 /// Functions that `.eh_frame` describes.
@@ -155,6 +162,18 @@ impl Unit {
         poke_bytes(tid, at, &jump)?;
         poke_bytes(tid, site, &[0xeb, at.wrapping_sub(site + 2) as u8])?;
         Ok(Ok(Site { stub: stub_at, padding: at, original: (code, original) }))
+    }
+
+    /// Executable mappings that meet a range, as they are now; ours and the kernel's are left out.
+    pub(crate) fn executable(&mut self, range: &std::ops::Range<u64>) -> Result<Vec<Mapping>> {
+        self.mapping_of(range.start)?;
+        let ours = |m: &Mapping| {
+            (REGION_BASE..REGION_END).contains(&m.start)
+                || m.path.starts_with("[v")
+                || self.model.sites.pages.iter().any(|p| p.0 == m.start)
+        };
+        let exec = |m: &&Mapping| m.prot & libc::PROT_EXEC as u32 != 0 && m.start < range.end && range.start < m.end;
+        Ok(self.files.maps.iter().filter(exec).filter(|m| !ours(m)).cloned().collect())
     }
 
     fn mapping_of(&mut self, at: u64) -> Result<Option<Mapping>> {

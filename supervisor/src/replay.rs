@@ -13,7 +13,7 @@ use ftrun_abi::table::{self, Class, Place as Who};
 use crate::divergence::{Divergence, describe, describe_call};
 use crate::live::Outcome;
 use crate::marshal::Prepared;
-use crate::signals::{Trapped, apply_trapped, trapped};
+use crate::signals::{Trapped, apply_trapped};
 use crate::tracee::{self, Event, SigInfo};
 use crate::unit::{Halt, Place, Result, State, Unit, Waiting};
 
@@ -331,7 +331,7 @@ impl Unit {
                 Event::Signal(libc::SIGSEGV) if self.is_in_shim(tracee::get_regs(tid)?.rip) => {
                     self.fault_in_shim(vtid)?;
                 }
-                Event::Signal(libc::SIGSEGV) if self.at_trapped(vtid)? => {
+                Event::Signal(libc::SIGSEGV | libc::SIGILL) if self.at_trapped(vtid)? => {
                     self.thread(vtid).place = Place::Stopped;
                     return Ok(());
                 }
@@ -364,7 +364,7 @@ impl Unit {
     fn at_trapped(&mut self, vtid: i32) -> Result<bool> {
         let tid = self.tid(vtid);
         let (_, code, _) = tracee::siginfo_head(&tracee::get_siginfo(tid)?);
-        Ok(code > 0 && trapped(tid, tracee::get_regs(tid)?.rip)?.is_some())
+        Ok(code > 0 && self.trapped_at(tid, tracee::get_regs(tid)?.rip)?.is_some())
     }
 }
 

@@ -255,6 +255,7 @@ fn try_supervisor(
     unit.set_tid = can_set_tid();
     unit.choose_cpu();
     unit.shim = options.shim;
+    unit.vdso_clock = service.run(|| crate::vdso::clock_gettime(crate::vdso::areas()));
     let program = Program {
         path: program.path.clone(),
         argv: program.argv.clone(),

@@ -114,7 +114,7 @@ impl Unit {
             return self.fault_in_shim(vtid);
         }
         if running && fault && code > 0 {
-            if signal == libc::SIGSEGV && self.trapped_instruction(vtid)? {
+            if matches!(signal, libc::SIGSEGV | libc::SIGILL) && self.trapped_instruction(vtid)? {
                 return Ok(());
             }
             if self.disposition(signal) != Disposition::Handler {
@@ -148,7 +148,7 @@ impl Unit {
     fn trapped_instruction(&mut self, vtid: i32) -> Result<bool> {
         let tid = self.tid(vtid);
         let mut regs = tracee::get_regs(tid)?;
-        let Some(length) = trapped(tid, regs.rip)? else { return Ok(false) };
+        let Some(length) = self.trapped_at(tid, regs.rip)? else { return Ok(false) };
         if self.replaying {
             return Err(Halt::Broken("a trapped instruction in replay reached the live path".into()));
         }
@@ -379,22 +379,6 @@ fn clean_frame(tid: i32, info: &SigInfo) -> Result<()> {
 /// An instruction that traps: its length, and which one it is by the first distinguishing byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Trapped(pub(crate) u16);
-
-/// The trapped instruction at `rip`, if there is one.
-pub(crate) fn trapped(tid: i32, rip: u64) -> Result<Option<Trapped>> {
-    let mut code = [0u8; 3];
-    match tracee::read_some(tid, rip, &mut code) {
-        Err(e @ tracee::TraceError::Gone(_)) => return Err(e.into()),
-        Err(_) => return Ok(None),
-        Ok(_) => {}
-    }
-    Ok(match code {
-        [0x0f, 0x31, _] => Some(Trapped(0x31)),
-        [0x0f, 0x01, 0xf9] => Some(Trapped(0xf9)),
-        [0x0f, 0xa2, _] => Some(Trapped(0xa2)),
-        _ => None,
-    })
-}
 
 fn execute_trapped(which: Trapped, eax: u32, ecx: u32) -> [u64; 4] {
     if which.0 == 0xa2 {

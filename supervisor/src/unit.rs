@@ -339,7 +339,11 @@ pub struct Unit {
     pub(crate) shim: bool,
     /// Call sites by the address at which their stubs stop.
     pub(crate) stubs: HashMap<u64, u64>,
-    /// What is known of the files that the program has mapped.
+    /// What is known of instructions in the files that the program has mapped.
+    pub(crate) scans: crate::scan::Scanned,
+    /// Address of the kernel's clock in the unit, 0 if there is none.
+    pub(crate) vdso_clock: u64,
+    /// What is known of padding in the files that the program has mapped.
     pub(crate) files: crate::patch::Files,
     /// The processor that the unit is bound to.
     pub(crate) cpu: Option<u32>,
@@ -400,6 +404,8 @@ impl Unit {
             failed_signal: None,
             shim: false,
             stubs: HashMap::new(),
+            scans: crate::scan::Scanned::default(),
+            vdso_clock: 0,
             files: crate::patch::Files::default(),
             cpu: None,
             given_cpus: Vec::new(),

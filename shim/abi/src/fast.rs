@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! 0x6f00_0000_0000  gate and scratch memory (the supervisor's business)
+//! 0x6f00_7000_0000  the kernel's shared object (vdso(7)) and its data
 //! 0x6f00_8000_0000  the shim's code
 //! 0x6f00_9000_0000  areas of the threads
 //! 0x6f01_0000_0000  control page, then the event ring: shared with the supervisor, not with children
@@ -14,6 +15,10 @@ use core::sync::atomic::{AtomicU32, AtomicU64};
 pub const REGION_BASE: u64 = 0x6f00_0000_0000;
 /// First address behind it.
 pub const REGION_END: u64 = 0x6f02_0000_0000;
+/// Where the kernel's shared object is moved.
+pub const VDSO_BASE: u64 = 0x6f00_7000_0000;
+/// Room for it and its data, bytes.
+pub const VDSO_BYTES_MAX: u64 = 1 << 20;
 /// Where the shim's code is linked to run.
 pub const CODE_BASE: u64 = 0x6f00_8000_0000;
 /// Room for the shim's code, bytes.
@@ -99,6 +104,8 @@ pub struct Control {
     pub replay_at: AtomicU64,
     /// Bytes of the ring, header included.
     pub ring_bytes: AtomicU64,
+    /// Address of `__vdso_clock_gettime`; 0 when the shim may not use it.
+    pub clock_gettime: AtomicU64,
     /// Calls served here.
     pub fast: AtomicU64,
     /// The program's own process id.

@@ -4,7 +4,7 @@
 //! 0    magic, version, capacity
 //! 64   head: bytes ever written, stored by the producer
 //! 128  tail: bytes ever released, stored by the consumer
-//! 192  data, `capacity` bytes
+//! 192  data, `capacity` bytes, a power of two
 //! ```
 //!
 //! A record is framed by 8 bytes, `{ length u32, tag u32 }`, begins at a multiple of 8 and is
@@ -125,7 +125,8 @@ impl Ring {
     /// and nothing else writes to it.
     pub unsafe fn create(ptr: *mut u8, len: usize) -> Result<Ring, RingError> {
         let (header, data) = parts(ptr, len)?;
-        let capacity = (len - Self::HEADER_BYTES) as u64 & !7;
+        let available = (len - Self::HEADER_BYTES) as u64;
+        let capacity = if available.is_power_of_two() { available } else { available.next_power_of_two() / 2 };
         // SAFETY: `parts` checked alignment and size; the caller gives us the memory.
         unsafe {
             header.write(RingHeader {
@@ -162,7 +163,7 @@ impl Ring {
         if capacity > (len - Self::HEADER_BYTES) as u64 {
             return Err(RingError::TooSmall);
         }
-        if capacity < CAPACITY_MIN || !capacity.is_multiple_of(8) {
+        if capacity < CAPACITY_MIN || !capacity.is_power_of_two() {
             return Err(RingError::Corrupt);
         }
         let ring = Ring { header, data, capacity, reserved: 0, tail_seen: 0, peeked: 0 };
@@ -195,7 +196,7 @@ impl Ring {
         if head < self.tail_seen || !head.is_multiple_of(8) {
             return None; // overwritten: the consumer reports it
         }
-        let to_end = self.capacity - head % self.capacity;
+        let to_end = self.capacity - self.place(head);
         let pad = if to_end < total { to_end } else { 0 };
         let end = head.checked_add(pad + total)?;
         if end - self.tail_seen > self.capacity {
@@ -223,7 +224,7 @@ impl Ring {
         if self.reserved != 0 {
             let head = self.head().load(Ordering::Relaxed);
             let (_, tag) = self.read_frame(head);
-            let to_end = self.capacity - head % self.capacity;
+            let to_end = self.capacity - self.place(head);
             let at = if tag == TAG_PAD { head + to_end } else { head };
             let end = at + framed(len as u64);
             if end <= self.reserved {
@@ -253,7 +254,7 @@ impl Ring {
             if filled == 0 {
                 return Ok(None);
             }
-            let at = tail % self.capacity;
+            let at = self.place(tail);
             let room = filled.min(self.capacity - at);
             if filled > self.capacity || !filled.is_multiple_of(8) || !at.is_multiple_of(8) {
                 return Err(RingError::Corrupt);
@@ -308,7 +309,7 @@ impl Ring {
             if filled == 0 {
                 return Ok(None);
             }
-            let at = position % self.capacity;
+            let at = self.place(position);
             let room = filled.min(self.capacity - at);
             if filled > self.capacity || !filled.is_multiple_of(8) || !at.is_multiple_of(8) {
                 return Err(RingError::Corrupt);
@@ -345,7 +346,7 @@ impl Ring {
     pub fn uncommitted(&self) -> Option<&[u8]> {
         let mut position = self.end();
         let (len, tag) = self.read_frame(position);
-        let room = self.capacity - position % self.capacity;
+        let room = self.capacity - self.place(position);
         if tag == TAG_PAD {
             if framed(u64::from(len)) != room {
                 return None;
@@ -353,7 +354,7 @@ impl Ring {
             position += room;
         }
         let (len, tag) = self.read_frame(position);
-        let at = position % self.capacity + FRAME;
+        let at = self.place(position) + FRAME;
         if tag != TAG_RECORD || u64::from(len) > self.capacity - at {
             return None;
         }
@@ -371,8 +372,13 @@ impl Ring {
         unsafe { &(*self.header.as_ptr()).tail.0 }
     }
 
+    /// Where a position lies in the data: the capacity is a power of two.
+    fn place(&self, position: u64) -> u64 {
+        position & (self.capacity - 1)
+    }
+
     fn frame(&self, position: u64) -> *mut u64 {
-        let at = position % self.capacity;
+        let at = self.place(position);
         // SAFETY: positions and the capacity are multiples of 8, so 8 bytes at `at` are data.
         unsafe { self.data.as_ptr().add(at as usize).cast() }
     }
