@@ -154,13 +154,19 @@ impl Unit {
         Ok(())
     }
 
-    /// The process has been killed, though its end has not been reported yet.
+    /// The process has been killed, though its end has not been reported yet: it is on its way out (its
+    /// memory goes before it becomes a zombie), or gone.
     pub(crate) fn is_dying(&self) -> bool {
+        /// `flags` of proc_pid_stat(5): the thread is ending.
+        const PF_EXITING: u64 = 4;
         let pid = self.pid;
         self.service.run(move || {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let state = stat.rsplit_once(") ").map_or("X", |x| x.1).chars().next();
-            matches!(state, Some('Z' | 'X') | None)
+            let mut fields = stat.rsplit_once(") ").map_or("X", |x| x.1).split_whitespace();
+            let state = fields.next();
+            // State is field 3, flags is field 9.
+            let flags: u64 = fields.nth(5).and_then(|f| f.parse().ok()).unwrap_or(0);
+            matches!(state, Some("Z" | "X") | None) || flags & PF_EXITING != 0
         })
     }
 
