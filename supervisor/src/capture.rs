@@ -135,8 +135,10 @@ impl Unit {
         self.pause_ns = self.checkpoint_at - begin;
         self.shared.checkpoint.store(false, Relaxed);
         let pages = staged.len() as u64;
+        let slow_sites = self.slow_sites();
         {
             let mut status = crate::run::lock(&self.status);
+            status.slow_sites = slow_sites;
             status.last_checkpoint = Some(crate::status::CheckpointInfo {
                 sii: self.sii,
                 pause_us: (now() - begin) / 1000,

@@ -12,6 +12,7 @@ pub mod evlog;
 pub mod fast;
 pub mod fault;
 pub mod futex;
+pub mod hot;
 pub mod journal;
 pub mod launch;
 pub mod lifecycle;

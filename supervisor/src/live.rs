@@ -157,6 +157,7 @@ impl Unit {
                     return Ok(());
                 }
                 let regs = self.arrived(vtid)?;
+                self.count_slow(regs.rip, regs.orig_rax);
                 self.shared.slow.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 self.last_entry = now();
                 crate::fault::point("call-entry", self.pid);

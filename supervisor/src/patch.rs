@@ -34,6 +34,13 @@ pub struct Files {
     maps: Vec<Mapping>,
 }
 
+impl Files {
+    /// The mapping at an address, as of the last look.
+    pub(crate) fn mapping(&self, at: u64) -> Option<Mapping> {
+        self.maps.iter().find(|m| (m.start..m.end).contains(&at)).cloned()
+    }
+}
+
 /// The padding of a program or library.
 fn padding(path: &str) -> std::result::Result<Vec<(u64, u64)>, String> {
     let file = std::fs::File::open(path).map_err(|e| format!("{path}: {e}"))?;
@@ -180,7 +187,7 @@ impl Unit {
         let pid = self.pid;
         let maps = self.service.run(move || read_maps(pid));
         self.files.maps = maps.map_err(|e| crate::unit::Halt::Broken(format!("reading the memory layout: {e}")))?;
-        Ok(self.files.maps.iter().find(|m| (m.start..m.end).contains(&at)).cloned())
+        Ok(self.files.mapping(at))
     }
 
     /// Padding that a short jump from the site reaches and no other site uses, and what is in it.

@@ -343,6 +343,8 @@ pub struct Unit {
     pub(crate) scans: crate::scan::Scanned,
     /// Address of the kernel's clock in the unit, 0 if there is none.
     pub(crate) vdso_clock: u64,
+    /// Slow calls by site.
+    pub(crate) hot: crate::hot::Hot,
     /// What is known of padding in the files that the program has mapped.
     pub(crate) files: crate::patch::Files,
     /// The processor that the unit is bound to.
@@ -406,6 +408,7 @@ impl Unit {
             stubs: HashMap::new(),
             scans: crate::scan::Scanned::default(),
             vdso_clock: 0,
+            hot: crate::hot::Hot::default(),
             files: crate::patch::Files::default(),
             cpu: None,
             given_cpus: Vec::new(),
