@@ -6,11 +6,11 @@
 //! kernel writes into the shared page before the process can die (DESIGN, in-doubt operations).
 
 use core::arch::asm;
-use core::sync::atomic::Ordering::{Relaxed, Release};
+use core::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
 use core::sync::atomic::compiler_fence;
 
 use ftrun_abi::fast::{
-    Control, EPOLL, EPOLL_EVENTS_MAX, FD_OTHER, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX,
+    Control, EPOLL, EPOLL_EVENTS_MAX, FD_OTHER, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING, FD_UNKNOWN,
     Message, NOT_YET, NOTHING, RECEIVE, RING_BASE, SEND,
 };
 use ftrun_abi::record::{Digest, HEADER_BYTES, Header, Kind, OUTPUT_HEADER_BYTES, flag};
@@ -54,6 +54,7 @@ const MSG_NOSIGNAL: u64 = 0x4000;
 const SIGKILL: u64 = 9;
 const SOCK_STREAM: u32 = 1;
 const CLOCK_REALTIME: u64 = 0;
+const CLOCK_MONOTONIC: u64 = 1;
 const CLOCK_REALTIME_COARSE: u64 = 5;
 
 fn syscall(nr: u64, args: [u64; 6]) -> i64 {
@@ -275,10 +276,15 @@ fn clock(control: &Control) -> bool {
     control.clock_gettime.load(Relaxed) != 0
 }
 
+/// `__vdso_clock_gettime`; only where [`clock`] says that it is there.
+fn clock_function(control: &Control) -> extern "C" fn(u64, &mut [u64; 2]) -> i64 {
+    // SAFETY: the supervisor put the address of that function there, which has this signature.
+    unsafe { core::mem::transmute(control.clock_gettime.load(Relaxed)) }
+}
+
 /// `clock_gettime`, `gettimeofday` or `time` without a system call.
 fn time(control: &Control, tid: u64, number: u64, args: &[u64; 6], clock: u64, to: u64) -> Option<i64> {
-    // SAFETY: the supervisor put the address of `__vdso_clock_gettime` there, which has this signature.
-    let ask: extern "C" fn(u64, &mut [u64; 2]) -> i64 = unsafe { core::mem::transmute(control.clock_gettime.load(Relaxed)) };
+    let ask = clock_function(control);
     let digest = digest(number, args)?;
     let mut ring = ring(control)?;
     let mut now = [0u64; 2];
@@ -448,7 +454,15 @@ fn epoll(control: &mut Control, tid: u64, number: u64, args: &[u64; 6]) -> Optio
     let events = (&raw const control.events) as u64;
     begin(control, EPOLL, tid, number, digest, to);
     seam(control);
-    let n = syscall(nr::EPOLL_WAIT, [fd, events, room as u64, 0, 0, 0]);
+    let mut n = syscall(nr::EPOLL_WAIT, [fd, events, room as u64, 0, 0, 0]);
+    if n == 0 && timeout as i32 != 0 {
+        n = wait(control, fd, events, room as u64, timeout as i32);
+        if n == 0 {
+            // The time is over.
+            control.pending.store(NOTHING, Relaxed);
+            return log(control, tid, number, digest, 0, None);
+        }
+    }
     seam(control);
     if n < 0 || (n == 0 && timeout as i32 != 0) {
         control.pending.store(NOTHING, Relaxed);
@@ -473,4 +487,40 @@ fn epoll(control: &mut Control, tid: u64, number: u64, args: &[u64; 6]) -> Optio
     Some(n)
 }
 
-const _: () = assert!(FDS_MAX > 0);
+/// Waits in the kernel until something is ready (the number of events) or the time is over (0). Negative when
+/// the supervisor has to go on waiting.
+///
+/// The supervisor may want the thread at any instant. It sets `slow` and then looks at `waiting`; we set
+/// `waiting` and then look at `slow`: one sees the other, and a thread that waits is interrupted.
+fn wait(control: &Control, fd: u64, events: u64, room: u64, timeout: i32) -> i64 {
+    const EINTR: i64 = -4;
+    const MILLISECOND: u64 = 1_000_000;
+    if control.may_wait.load(Relaxed) == 0 || !clock(control) {
+        return EINTR;
+    }
+    let begin = monotonic(control);
+    let deadline = if timeout < 0 { u64::MAX } else { begin + timeout as u64 * MILLISECOND };
+    let until = match control.wait_until.load(Relaxed) {
+        0 => deadline,
+        until => until.min(deadline),
+    };
+    // A wait is never shorter than it should be, and ends with the millisecond.
+    let ms = if until == u64::MAX { u64::MAX } else { until.saturating_sub(begin).div_ceil(MILLISECOND).min(1 << 30) };
+    control.waiting.store(1, SeqCst);
+    let n = if control.slow.load(SeqCst) == 0 { syscall(nr::EPOLL_WAIT, [fd, events, room, ms, 0, 0]) } else { EINTR };
+    control.waiting.store(0, SeqCst);
+    if n > 0 || (n == 0 && deadline <= until) {
+        return n;
+    }
+    control.deadline.store(if timeout < 0 { 0 } else { deadline }, Relaxed);
+    control.waited.store(1, Relaxed);
+    EINTR
+}
+
+/// `CLOCK_MONOTONIC` in nanoseconds.
+fn monotonic(control: &Control) -> u64 {
+    let ask = clock_function(control);
+    let mut now = [0u64; 2];
+    ask(CLOCK_MONOTONIC, &mut now);
+    now[0] * 1_000_000_000 + now[1]
+}

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::launch::{self, LaunchError};
 use crate::tracee::{self, Gate};
-use crate::unit::{Halt, Result, Unit};
+use crate::unit::{Halt, Place, Result, State, Unit, Waiting};
 
 /// What the unit's memory holds of the fast path: it rolls back with it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -137,6 +137,8 @@ impl Unit {
         control.slow.store(1, SeqCst);
         control.mode.store(RECORD, SeqCst);
         control.pending.store(NOTHING, SeqCst);
+        control.waiting.store(0, SeqCst);
+        control.waited.store(0, SeqCst);
         control.pid.store(self.vpid as u64, SeqCst);
         control.real_pid.store(self.pid as u64, SeqCst);
         self.log.forget_fds(None);
@@ -279,12 +281,51 @@ impl Unit {
     /// Says whether calls of the thread that is about to run may be served by the shim.
     pub(crate) fn allow_shim(&mut self) {
         let slow = !self.ready.is_empty() || self.outside.signals.values().any(|q| !q.is_empty());
-        self.log.control().slow.store(u32::from(slow), SeqCst);
+        let mut until = 0;
+        let mut may_wait = true;
+        for (vtid, t) in &self.threads {
+            if Some(*vtid) == self.current || t.place == Place::Parked {
+                continue;
+            }
+            match &t.state {
+                State::Blocked(w) => match w.deadline {
+                    Some(d) if until == 0 || d < until => until = d,
+                    _ => {}
+                },
+                _ => may_wait = false,
+            }
+        }
+        let control = self.log.control();
+        control.may_wait.store(u32::from(may_wait), SeqCst);
+        control.wait_until.store(until, SeqCst);
+        control.slow.store(u32::from(slow), SeqCst);
     }
 
     /// Has the running thread come to the supervisor at its next call.
     pub(crate) fn call_back(&self) {
-        self.log.control().slow.store(1, SeqCst);
+        let control = self.log.control();
+        control.slow.store(1, SeqCst);
+        if control.waiting.load(SeqCst) != 0
+            && let Some(t) = self.current.and_then(|v| self.threads.get(&v))
+        {
+            // A thread that is gone, or stopped by itself, needs no interruption.
+            let _gone = tracee::interrupt(t.tid);
+        }
+    }
+
+    /// The call that has just come had begun to wait in the process: it is a blocked one.
+    pub(crate) fn take_wait(&mut self, vtid: i32) -> Result<()> {
+        let control = self.log.control();
+        if control.waited.swap(0, SeqCst) == 0 {
+            return Ok(());
+        }
+        let deadline = Some(control.deadline.load(SeqCst)).filter(|d| *d != 0);
+        let digest = control.pending_call[2].load(SeqCst);
+        self.begun(vtid, digest).deadline = deadline;
+        let t = self.thread(vtid);
+        let fds = vec![(t.regs.rdi as i32, libc::POLLIN)];
+        t.state = State::Blocked(Waiting { fds, deadline, ..Waiting::default() });
+        Ok(())
     }
 
     /// The thread is in the shim, or on its way in: it will come out by itself.

@@ -478,17 +478,18 @@ pub fn add_thread(main: i32, user: &user_regs_struct, set_tid: Option<i32>) -> R
         | libc::CLONE_SIGHAND
         | libc::CLONE_THREAD
         | libc::CLONE_SYSVSEM;
-    clone_through_gate(main, user, flags as u64, [0; 4], set_tid)?.map_err(sys("making a thread"))
+    clone_through_gate(main, user, flags as u64, [0; 4], set_tid, &mut |_| {})?.map_err(sys("making a thread"))
 }
 
 /// `clone3` with flags, then (parent_tid, child_tid, stack pointer, tls); the new thread or process is
-/// stopped behind the gate when this returns.
+/// stopped behind the gate when this returns. Signals that arrive meanwhile are handed to `signal`.
 pub fn clone_through_gate(
     tid: i32,
     user: &user_regs_struct,
     flags: u64,
     [parent_tid, child_tid, sp, tls]: [u64; 4],
     set_tid: Option<i32>,
+    signal: &mut dyn FnMut(tracee::SigInfo),
 ) -> tracee::Result<Result<i32, io::Error>> {
     let at = GATE.slot(0);
     let exit_signal =
@@ -499,14 +500,7 @@ pub fn clone_through_gate(
     let bytes: Vec<u8> = words.iter().flat_map(|w: &u64| w.to_le_bytes()).collect();
     tracee::write_mem(tid, at, &bytes)?;
     tracee::write_mem(tid, at + 128, &set_tid.unwrap_or(0).to_le_bytes())?;
-    let mut lost = Vec::new();
-    let r = gate_call(tid, user, libc::SYS_clone3 as u64, [at, 88, 0, 0, 0, 0], &mut |info| lost.push(info))?;
-    for info in lost {
-        let (signo, ..) = tracee::siginfo_head(&info);
-        if let Err(e @ TraceError::Sys { .. }) = tracee::tgkill(tid, tid, signo) {
-            return Err(e);
-        }
-    }
+    let r = gate_call(tid, user, libc::SYS_clone3 as u64, [at, 88, 0, 0, 0, 0], signal)?;
     if r < 0 {
         return Ok(Err(io::Error::from_raw_os_error(-r as i32)));
     }
@@ -515,7 +509,12 @@ pub fn clone_through_gate(
         match tracee::wait_one(new)? {
             Event::Seccomp => return Ok(Ok(new)),
             Event::Ended(_) => return Err(TraceError::Gone(new)),
-            _ => tracee::cont(new, 0)?,
+            // One that was sent to the process may be taken by its newest thread.
+            Event::Signal(_) => {
+                signal(tracee::get_siginfo(new)?);
+                tracee::cont(new, 0)?;
+            }
+            Event::Stop(_) | Event::Other(_) => tracee::cont(new, 0)?,
         }
     }
 }

@@ -193,6 +193,7 @@ impl Unit {
         t.place = Place::Stopped;
         t.regs = regs;
         t.state = State::Entry;
+        self.take_wait(vtid)?;
         Ok(regs)
     }
 
@@ -337,6 +338,7 @@ impl Unit {
         let lazy = w.futex || w.child;
         self.thread(vtid).state = State::Blocked(w);
         self.current = None;
+        self.offer_signals();
         if lazy { Ok(()) } else { self.park(vtid) }
     }
 
@@ -408,9 +410,7 @@ impl Unit {
         }
         let due = self.checkpoint_due();
         let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
-        let starving = self.current.is_some_and(|c| {
-            !self.ready.is_empty() || self.outside.signals.get(&c).is_some_and(|q| !q.is_empty()) || others
-        });
+        let starving = self.current.is_some_and(|c| !self.ready.is_empty() || self.has_signals(c) || others);
         if let Some(vtid) = self.current {
             if due || !self.ready.is_empty() {
                 self.call_back();

@@ -124,7 +124,7 @@ impl Unit {
         let t = self.thread(vtid);
         let (tid, regs) = (t.tid, t.regs);
         let pointers = [request.parent_tid, request.child_tid, request.sp, request.tls];
-        let made = launch::clone_through_gate(tid, &regs, flags, pointers, None)?;
+        let made = self.clone_and_keep(vtid, tid, &regs, flags, pointers, None)?;
         let child = match made {
             Ok(child) => child,
             Err(e) => return Ok(err(e.raw_os_error().unwrap_or(libc::EAGAIN)).into_with()),
@@ -177,6 +177,24 @@ impl Unit {
         done
     }
 
+    /// [`launch::clone_through_gate`]; signals that arrive meanwhile are kept for the caller.
+    fn clone_and_keep(
+        &mut self,
+        vtid: i32,
+        tid: i32,
+        regs: &libc::user_regs_struct,
+        flags: u64,
+        pointers: [u64; 4],
+        set_tid: Option<i32>,
+    ) -> Result<std::result::Result<i32, std::io::Error>> {
+        let mut caught = Vec::new();
+        let made = launch::clone_through_gate(tid, regs, flags, pointers, set_tid, &mut |info| caught.push(info));
+        for info in caught {
+            self.keep_signal(vtid, info);
+        }
+        Ok(made?)
+    }
+
     /// Makes a thread inside the unit. It stands in user code without the turn.
     pub(crate) fn new_thread(
         &mut self,
@@ -189,7 +207,7 @@ impl Unit {
         let (tid, mut regs) = (t.tid, t.regs);
         let pointers = [request.parent_tid, request.child_tid, request.sp, request.tls];
         let set_tid = want.filter(|_| self.set_tid);
-        let made = launch::clone_through_gate(tid, &regs, request.flags, pointers, set_tid)?;
+        let made = self.clone_and_keep(vtid, tid, &regs, request.flags, pointers, set_tid)?;
         let new = match made {
             Ok(new) => new,
             Err(e) => return Ok(Err(e)),
@@ -287,7 +305,17 @@ impl Unit {
                     Event::Ended(status) if self.threads.len() == 1 => return Err(Halt::Ended(status)),
                     Event::Ended(_) => break,
                     Event::Seccomp => return Err(Halt::Broken("a thread did not end".into())),
-                    _ => tracee::cont(tid, 0)?,
+                    Event::Signal(_) => {
+                        // The process's, perhaps: another thread has to take it.
+                        let info = tracee::get_siginfo(tid)?;
+                        let other = self.threads.keys().copied().find(|v| *v != vtid);
+                        let (_, code, _) = tracee::siginfo_head(&info);
+                        if let Some(other) = other.filter(|_| code != libc::SI_TKILL) {
+                            self.keep_signal(other, info);
+                        }
+                        tracee::cont(tid, 0)?;
+                    }
+                    Event::Stop(_) | Event::Other(_) => tracee::cont(tid, 0)?,
                 }
             }
         }
@@ -297,6 +325,7 @@ impl Unit {
         self.model.affinity.remove(&vtid);
         self.outside.begun.remove(&vtid);
         self.current = None;
+        self.offer_signals();
         if clear != 0 {
             if let Some(other) = self.threads.values().next().map(|t| t.tid)
                 && let Err(e @ tracee::TraceError::Gone(_)) = tracee::write_mem(other, clear, &[0; 4])

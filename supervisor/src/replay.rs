@@ -13,7 +13,7 @@ use ftrun_abi::table::{self, Class, Place as Who};
 use crate::divergence::{Divergence, describe, describe_call};
 use crate::live::Outcome;
 use crate::marshal::Prepared;
-use crate::signals::{Trapped, apply_trapped};
+use crate::signals::{ANY_THREAD, Trapped, apply_trapped};
 use crate::tracee::{self, Event, SigInfo};
 use crate::unit::{Halt, Place, Result, State, Unit, Waiting};
 
@@ -144,10 +144,13 @@ impl Unit {
             info.copy_from_slice(bytes.get(..128).ok_or_else(|| Halt::Broken("a short siginfo".into()))?);
         }
         let signal = i32::from(h.nr);
-        if let Some(queue) = self.regenerated.get_mut(&vtid)
-            && let Some(i) = queue.iter().position(|q| tracee::siginfo_head(q).0 == signal)
-        {
-            queue.remove(i);
+        for to in [vtid, ANY_THREAD] {
+            if let Some(queue) = self.regenerated.get_mut(&to)
+                && let Some(i) = queue.iter().position(|q| tracee::siginfo_head(q).0 == signal)
+            {
+                queue.remove(i);
+                break;
+            }
         }
         let mut mask = None;
         if h.flags & flag::SUSPENDED != 0 {

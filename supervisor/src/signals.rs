@@ -24,6 +24,9 @@ enum Disposition {
     Handler,
 }
 
+/// Key of [`crate::unit::Outside::signals`] for signals that were sent to the process.
+pub(crate) const ANY_THREAD: i32 = 0;
+
 /// Calls that a handler ends with `EINTR` even with `SA_RESTART` (signal(7)).
 const NEVER_RESTARTED: [i64; 13] = [
     libc::SYS_poll,
@@ -77,13 +80,22 @@ impl Unit {
             return;
         }
         let own = self.sent_by_unit(&info);
+        let (_, code, _) = tracee::siginfo_head(&info);
+        let to = if code == libc::SI_TKILL { vtid } else { ANY_THREAD };
         let queue = if own && self.replaying {
-            self.regenerated.entry(vtid).or_default()
+            self.regenerated.entry(to).or_default()
         } else {
-            self.outside.signals.entry(vtid).or_default()
+            self.outside.signals.entry(to).or_default()
         };
         if signal >= 32 || !queue.iter().any(|i| tracee::siginfo_head(i).0 == signal) {
             queue.push_back(info);
+        }
+        if to == ANY_THREAD {
+            self.offered = false;
+        }
+        if !self.replaying && self.current != Some(vtid) {
+            // It may wait, and was disturbed only for a moment: it has to look at its call again.
+            self.make_ready(vtid);
         }
     }
 
@@ -165,33 +177,50 @@ impl Unit {
 
     /// The next kept signal that can be delivered to a stopped thread under its mask.
     fn next_signal(&mut self, vtid: i32, mask: Option<u64>) -> Result<Option<SigInfo>> {
-        if self.outside.signals.get(&vtid).is_none_or(|q| q.is_empty()) {
+        if !self.has_signals(vtid) {
             return Ok(None);
         }
         let mask = match mask {
             Some(m) => m,
             None => tracee::get_sigmask(self.tid(vtid))?,
         };
-        let queue = self.outside.signals.remove(&vtid).unwrap_or_default();
         let mut found = None;
-        for info in queue {
-            let (signal, ..) = tracee::siginfo_head(&info);
-            match self.disposition(signal) {
-                Disposition::Handler if found.is_none() && mask & (1 << (signal - 1)) == 0 => found = Some(info),
-                Disposition::Fatal if found.is_none() && mask & (1 << (signal - 1)) == 0 => {
-                    self.ending = true;
-                    found = Some(info);
+        for to in [vtid, ANY_THREAD] {
+            for info in self.outside.signals.remove(&to).unwrap_or_default() {
+                let (signal, ..) = tracee::siginfo_head(&info);
+                match self.disposition(signal) {
+                    Disposition::Handler if found.is_none() && mask & (1 << (signal - 1)) == 0 => found = Some(info),
+                    Disposition::Fatal if found.is_none() && mask & (1 << (signal - 1)) == 0 => {
+                        self.ending = true;
+                        found = Some(info);
+                    }
+                    Disposition::Ignore => {}
+                    _ => self.outside.signals.entry(to).or_default().push_back(info),
                 }
-                Disposition::Ignore => {}
-                _ => self.outside.signals.entry(vtid).or_default().push_back(info),
             }
         }
         Ok(found)
     }
 
+    /// A thread has left signals of the process to the others (it masks them, or has ended): each other thread
+    /// looks at them, once.
+    pub(crate) fn offer_signals(&mut self) {
+        if !self.offered && self.outside.signals.get(&ANY_THREAD).is_some_and(|q| !q.is_empty()) {
+            self.offered = true;
+            for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
+                self.make_ready(vtid);
+            }
+        }
+    }
+
+    /// Signals are kept that this thread may take.
+    pub(crate) fn has_signals(&self, vtid: i32) -> bool {
+        [vtid, ANY_THREAD].iter().any(|to| self.outside.signals.get(to).is_some_and(|q| !q.is_empty()))
+    }
+
     /// A signal is due for a thread whose call is about to be tried. True if the thread was given it.
     pub(crate) fn interrupted(&mut self, vtid: i32) -> Result<bool> {
-        if self.outside.signals.get(&vtid).is_none_or(|q| q.is_empty()) || self.model.woken.contains(&vtid) {
+        if !self.has_signals(vtid) || self.model.woken.contains(&vtid) {
             return Ok(false);
         }
         let t = self.thread(vtid);

@@ -233,7 +233,8 @@ pub struct Outside {
     pub timers: BTreeMap<i32, Timer>,
     /// Interval timers by `ITIMER_*`.
     pub itimers: BTreeMap<i32, Timer>,
-    /// Signals that arrived and have not been delivered, by thread.
+    /// Signals that arrived and have not been delivered, by thread; 0 for those sent to the process, -1 for
+    /// what is known of children whose SIGCHLD is on its way.
     pub signals: HashMap<i32, VecDeque<SigInfo>>,
 }
 
@@ -335,6 +336,8 @@ pub struct Unit {
     pub(crate) board_pid: Option<&'static std::sync::atomic::AtomicI32>,
     /// The signal of a fault that made the unit fail.
     pub(crate) failed_signal: Option<i32>,
+    /// Every thread has looked at the signals kept for any of them.
+    pub(crate) offered: bool,
     /// Calls may be served inside the process.
     pub(crate) shim: bool,
     /// Call sites by the address at which their stubs stop.
@@ -404,6 +407,7 @@ impl Unit {
             backend,
             board_pid: None,
             failed_signal: None,
+            offered: false,
             shim: false,
             stubs: HashMap::new(),
             scans: crate::scan::Scanned::default(),

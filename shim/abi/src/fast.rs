@@ -98,6 +98,17 @@ pub struct Control {
     pub slow: AtomicU32,
     /// [`RECORD`] or [`REPLAY`].
     pub mode: AtomicU32,
+    /// Not zero: a call may wait in the process, because no other thread needs the turn before
+    /// [`Control::wait_until`] unless the supervisor says so.
+    pub may_wait: AtomicU32,
+    /// Not zero: the running thread waits in the kernel, or is about to.
+    pub waiting: AtomicU32,
+    /// `CLOCK_MONOTONIC` nanoseconds after which no call may wait in the process; 0 for never.
+    pub wait_until: AtomicU64,
+    /// Not zero: the call that comes to the supervisor next has waited already, and was disturbed.
+    pub waited: AtomicU32,
+    /// `CLOCK_MONOTONIC` nanoseconds at which that wait ends by itself; 0 for never.
+    pub deadline: AtomicU64,
     /// Number of the last event.
     pub sii: AtomicU64,
     /// Replay: position in the ring of the next record.
