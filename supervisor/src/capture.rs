@@ -125,6 +125,9 @@ impl Unit {
         self.model.irregular = None;
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
+        if let (Some(journal), Some((sii, bytes))) = (&mut self.journal, self.log.unloggable()) {
+            journal.append(*sii, bytes);
+        }
         self.log.records.clear();
         self.log.bytes = 0;
         self.checkpoint_at = now();

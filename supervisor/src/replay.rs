@@ -19,6 +19,7 @@ impl Unit {
     pub fn replay(&mut self) -> Result<u64> {
         self.replaying = true;
         crate::fault::point("replay-begin", self.pid);
+        self.log.drop_unloggable();
         let records = std::mem::take(&mut self.log.records);
         let result = self.replay_records(&records);
         self.log.records = records;

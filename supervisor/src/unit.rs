@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use ftrun_abi::record::{Kind, RecordBuf, flag};
+use ftrun_abi::record::{Kind, Record, RecordBuf, flag};
 use ftrun_ckpt::pages::PageStore;
 use ftrun_ckpt::state::Snapshot;
 use libc::user_regs_struct;
@@ -261,6 +261,23 @@ pub struct EventLog {
     pub bytes: u64,
 }
 
+impl EventLog {
+    /// The last record, if it is of a call that only the checkpoint after it can stand for.
+    pub fn unloggable(&self) -> Option<&(u64, Box<[u8]>)> {
+        let last = self.records.back()?;
+        let (record, _) = Record::parse(&last.1).ok()?;
+        (record.header.flags & flag::UNLOGGABLE != 0).then_some(last)
+    }
+
+    /// The process died between such a call and its checkpoint: what the call did to the process is lost
+    /// with it, so that the call has to be made again.
+    pub fn drop_unloggable(&mut self) {
+        if self.unloggable().is_some() {
+            self.records.pop_back();
+        }
+    }
+}
+
 /// A unit under supervision.
 #[derive(Debug)]
 pub struct Unit {
@@ -436,7 +453,10 @@ impl Unit {
         let bytes: Box<[u8]> = self.record.finish().into();
         self.sii += 1;
         self.log.bytes += bytes.len() as u64;
-        if let Some(journal) = &mut self.journal {
+        // What a checkpoint must follow is kept only with it: see `drop_unloggable`.
+        if let Some(journal) = &mut self.journal
+            && flags & flag::UNLOGGABLE == 0
+        {
             journal.append(self.sii, &bytes);
         }
         self.log.records.push_back((self.sii, bytes));
