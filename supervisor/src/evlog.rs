@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ftrun_abi::fast::{CONTROL_BYTES, Control};
+use ftrun_abi::record::{Record, flag};
 use ftrun_abi::ring::Ring;
 
 /// Shared memory: a control page and a ring.
@@ -188,6 +189,19 @@ impl EventLog {
         release(&mut self.ring, &self.kept);
     }
 
+    /// The process died between a call that cannot be logged and the checkpoint that must follow it: what the
+    /// call did to the process is lost with it, so that the call has to be made again.
+    pub fn drop_unloggable(&mut self) {
+        let (mut position, mut last) = (self.begin, None);
+        while let Some((record, next)) = self.read_at(position) {
+            last = Some((position, is_unloggable(record)));
+            position = next;
+        }
+        if let Some((position, true)) = last {
+            self.ring.truncate_to(position);
+        }
+    }
+
     /// The record that the shim had begun when its process died.
     pub fn uncommitted(&self) -> Option<&[u8]> {
         self.ring.uncommitted()
@@ -206,9 +220,12 @@ impl EventLog {
 }
 
 impl LogTail {
-    /// The next record that has not been taken, without taking it.
+    /// The next record that has not been taken, without taking it. One that a checkpoint must follow is there
+    /// only with it: see [`EventLog::drop_unloggable`].
     pub fn peek(&self) -> Option<&[u8]> {
-        self.ring.read_at(self.position).ok().flatten().map(|(record, _)| record)
+        let (record, next) = self.ring.read_at(self.position).ok().flatten()?;
+        let whole = !is_unloggable(record) || next <= self.kept.checkpoint.load(Ordering::SeqCst);
+        whole.then_some(record)
     }
 
     /// Takes the record that [`LogTail::peek`] shows.
@@ -234,6 +251,11 @@ impl LogTail {
     pub fn bytes(&self) -> u64 {
         self.ring.end() - self.position
     }
+}
+
+/// Only the checkpoint after this event can stand for it.
+fn is_unloggable(record: &[u8]) -> bool {
+    Record::parse(record).is_ok_and(|(r, _)| r.header.flags & flag::UNLOGGABLE != 0)
 }
 
 fn release(ring: &mut Ring, kept: &Kept) {

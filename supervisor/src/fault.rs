@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 13] = [
+pub const POINTS: [&str; 14] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
@@ -16,6 +16,7 @@ pub const POINTS: [&str; 13] = [
     "call-entry",
     "call-logged",
     "call-written",
+    "unloggable-made",
     "signal-logged",
     "checkpoint-begin",
     "checkpoint-copied",

@@ -138,10 +138,14 @@ impl Journal {
                 // The base stands for them.
                 disk.tail.skip_to_checkpoint();
             }
-            let result = disk
-                .added(sii, written.map(drop))
-                .and_then(|()| if whole { disk.log.truncate_from(0).map_err(|e| e.to_string()) } else { Ok(()) });
+            let mut result = disk.added(sii, written.map(drop));
+            if whole {
+                result = result.and_then(|()| disk.begin_anew(sii));
+            }
             disk.tell(result.clone());
+            if result.is_ok() && std::mem::take(&mut disk.warned) {
+                tracing::warn!(sii, "the state directory takes what is written again; it is whole from this event on");
+            }
             result
         });
         self.gap.store(result.is_err(), Ordering::SeqCst);
@@ -179,17 +183,18 @@ impl Disk {
         Ok(())
     }
 
+    /// After a gap: only the base `sii` and what follows it can be used.
+    fn begin_anew(&mut self, sii: u64) -> Result<(), String> {
+        self.chain.keep_only(sii).map_err(|e| e.to_string())?;
+        self.log.truncate_from(0).map_err(|e| e.to_string())
+    }
+
+    /// Warns of the first failure; the others are one and the same until a base has been stored again.
     fn tell(&mut self, result: Result<(), String>) {
-        match result {
-            Ok(()) => self.warned = false,
-            Err(error) if !self.warned => {
-                self.warned = true;
-                tracing::warn!(
-                    error,
-                    "the state directory does not take what is written; recovery from memory goes on"
-                );
-            }
-            Err(_) => {}
+        if let Err(error) = result
+            && !std::mem::replace(&mut self.warned, true)
+        {
+            tracing::warn!(error, "the state directory does not take what is written; recovery from memory goes on");
         }
     }
 }

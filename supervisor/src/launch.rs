@@ -67,8 +67,8 @@ pub fn filter(gate: Gate) -> Vec<sock_filter> {
 /// Forks a child of the calling thread that waits in `pause` to be taken over.
 ///
 /// With `filter` the child shares descriptors and directory with the caller and is filtered; without,
-/// it is a plain copy (the scratch process for `execve`).
-fn fork_child(set_tid: Option<i32>, filter: Option<&[sock_filter]>) -> io::Result<i32> {
+/// it is a plain copy (the scratch process for `execve`). Of all signals only those of `ignored` are.
+fn fork_child(set_tid: Option<i32>, filter: Option<&[sock_filter]>, ignored: u64) -> io::Result<i32> {
     let tids = [set_tid.unwrap_or(0)];
     let mut args = [0u64; 11];
     args[0] = if filter.is_some() { (libc::CLONE_FILES | libc::CLONE_FS) as u64 } else { 0 };
@@ -85,9 +85,10 @@ fn fork_child(set_tid: Option<i32>, filter: Option<&[sock_filter]>) -> io::Resul
     }
     // The child: only system calls from here, since other threads of the parent may have held locks.
     raw_call(libc::SYS_rt_sigprocmask as u64, &[libc::SIG_BLOCK as u64, (&raw const all) as u64, 0, 8, 0, 0]);
-    let default = [0u64; 4];
     for signal in 1..=64 {
-        raw_call(libc::SYS_rt_sigaction as u64, &[signal, default.as_ptr() as u64, 0, 8, 0, 0]);
+        let handler = if ignored >> (signal - 1) & 1 == 1 { libc::SIG_IGN } else { libc::SIG_DFL };
+        let action = [handler as u64, 0, 0, 0];
+        raw_call(libc::SYS_rt_sigaction as u64, &[signal, action.as_ptr() as u64, 0, 8, 0, 0]);
     }
     if let Some(prog) = &prog {
         let prog = (&raw const *prog) as u64;
@@ -148,13 +149,15 @@ pub struct Program {
     pub envp: Vec<CString>,
     /// Signal mask to start with.
     pub sigmask: u64,
+    /// Signals to ignore from the start: bit 0 is signal 1.
+    pub ignored: u64,
 }
 
 /// Executes the program in a scratch process; returns it stopped before its first instruction.
 pub fn exec_scratch(program: &Program) -> Result<i32, LaunchError> {
     let pointers = |v: &[CString]| v.iter().map(|s| s.as_ptr() as u64).chain(std::iter::once(0)).collect::<Vec<u64>>();
     let (argv, envp) = (pointers(&program.argv), pointers(&program.envp));
-    let tid = fork_child(None, None).map_err(sys("fork"))?;
+    let tid = fork_child(None, None, program.ignored).map_err(sys("fork"))?;
     tracee::seize(tid)?;
     tracee::interrupt(tid)?;
     while !matches!(tracee::wait_one(tid)?, Event::Stop(_)) {
@@ -271,7 +274,7 @@ pub fn gate_call(
 /// Builds a process from a checkpoint; its main thread stands in a stop, without the program's registers
 /// yet. Other threads are added by [`add_thread`].
 pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> Result<i32, LaunchError> {
-    let tid = fork_child(set_tid, Some(&filter(GATE))).map_err(sys("making the process"))?;
+    let tid = fork_child(set_tid, Some(&filter(GATE)), 0).map_err(sys("making the process"))?;
     tracee::seize(tid)?;
     if !matches!(tracee::wait_one(tid)?, Event::Seccomp) {
         return Err(TraceError::Gone(tid).into());

@@ -6,6 +6,7 @@ pub mod capture;
 pub mod cli;
 pub mod control;
 pub mod cpu;
+pub mod dispositions;
 pub mod divergence;
 pub mod doctor;
 pub mod evlog;

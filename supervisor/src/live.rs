@@ -257,7 +257,7 @@ impl Unit {
             Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
             _ if row.irregular => self.irregular(vtid, nr, &args, call, row)?,
             Class::Unknown => {
-                let r = self.gate(vtid, nr as libc::c_long, args)?;
+                let r = self.gate(vtid, nr as libc::c_long, self.real_ids(row, &args))?;
                 self.unloggable = Some(row.name.to_owned());
                 Outcome::Done(r)
             }
@@ -286,12 +286,14 @@ impl Unit {
         self.outside.begun.remove(&vtid);
         let args = tracee::args_of(&self.thread(vtid).regs);
         self.forget_fds(nr, &args);
-        let flags = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
+        let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
+        let flags = took | if self.unloggable.is_some() { flag::UNLOGGABLE } else { 0 };
         self.append(vtid, nr as u16, result, digest, flags)?;
         crate::fault::point("call-logged", self.pid);
         self.finish_call(vtid, result, &outs)?;
         crate::fault::point("call-written", self.pid);
         if let Some(cause) = self.unloggable.take() {
+            crate::fault::point("unloggable-made", self.pid);
             self.note_unloggable(&cause);
             self.model.irregular = Some(cause);
             // The state after the call stands in the checkpoint: the call itself is never replayed.

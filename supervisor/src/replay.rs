@@ -22,6 +22,7 @@ impl Unit {
     pub fn replay(&mut self) -> Result<u64> {
         self.replaying = true;
         crate::fault::point("replay-begin", self.pid);
+        self.log.drop_unloggable();
         let result = self.replay_records();
         self.replaying = false;
         let n = result?;

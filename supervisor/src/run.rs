@@ -63,6 +63,9 @@ pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
     board.code.store(-1, Ordering::SeqCst);
     let keeper = std::process::id() as i32;
     let unit_fds = inherited();
+    // Who started us may ignore SIGCHLD; ignored, it would reap our children before we have their status.
+    // SAFETY: the default action, in a process with one thread.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     // SAFETY: signal sets are plain data; the mask of this thread, the only one, is changed.
     let old_mask = unsafe {
         let mut all: libc::sigset_t = std::mem::zeroed();
@@ -261,6 +264,7 @@ fn try_supervisor(
         argv: program.argv.clone(),
         envp: program.envp.clone(),
         sigmask: mask_word(old_mask),
+        ignored: program.ignored,
     };
     let end = unit.supervise(&program);
     if let Some(journal) = &mut unit.journal {
@@ -449,7 +453,8 @@ fn program(options: &RunOptions) -> Result<Program, Error> {
         s.extend(v.into_vec());
         envp.push(CString::new(s).map_err(|_| Error::environment("a variable contains a NUL byte", ""))?);
     }
-    Ok(Program { path: c(path.as_os_str())?, argv, envp, sigmask: 0 })
+    let ignored = crate::dispositions::ignored();
+    Ok(Program { path: c(path.as_os_str())?, argv, envp, sigmask: 0, ignored })
 }
 
 fn set_id_text(path: &Path) -> String {

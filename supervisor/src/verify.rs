@@ -1,10 +1,11 @@
 //! `ftrun verify`: what is stored is read, checked, and replayed in a shadow.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
-use ftrun_abi::record::Record;
+use ftrun_abi::record::{Kind, Record, flag};
 use ftrun_ckpt::image::Chain;
-use ftrun_store::LogReader;
+use ftrun_store::{LogError, LogReader};
 
 use crate::report::Error;
 use crate::service::Service;
@@ -14,17 +15,27 @@ use crate::unitdir::UnitDir;
 /// How often reading is begun again because a running unit has removed what was to be read.
 const READS: u32 = 5;
 
+/// What came of the events between two checkpoints.
+#[derive(Debug)]
+struct Interval {
+    from: u64,
+    to: u64,
+    /// Damaged checkpoints between, which the older one and its events stand in for.
+    over: Vec<u64>,
+    finding: Finding,
+}
+
 /// What was found.
 #[derive(Debug, Default)]
 pub struct VerifyOutcome {
-    intervals: Vec<(u64, u64, Finding)>,
+    intervals: Vec<Interval>,
     problems: Vec<String>,
 }
 
 impl VerifyOutcome {
     /// Nothing is wrong.
     pub fn is_ok(&self) -> bool {
-        self.problems.is_empty() && !self.intervals.iter().any(|i| matches!(i.2, Finding::Different(_)))
+        self.problems.is_empty() && !self.intervals.iter().any(|i| matches!(i.finding, Finding::Different(_)))
     }
 }
 
@@ -33,8 +44,11 @@ impl fmt::Display for VerifyOutcome {
         for problem in &self.problems {
             writeln!(f, "damaged: {problem}")?;
         }
-        for (from, to, finding) in &self.intervals {
+        for Interval { from, to, over, finding } in &self.intervals {
             write!(f, "checkpoint at event {from}, events to {to}: ")?;
+            for sii in over {
+                write!(f, "over the damaged checkpoint at event {sii}: ")?;
+            }
             match finding {
                 Finding::Equal => writeln!(f, "replayed; registers and memory equal the next checkpoint")?,
                 Finding::Replayed => writeln!(f, "replayed; no later checkpoint to compare with")?,
@@ -51,9 +65,12 @@ impl fmt::Display for VerifyOutcome {
     }
 }
 
-/// What is on disk, as far as it is sound.
+/// What is on disk.
+#[derive(Default)]
 struct Stored {
-    checkpoints: Vec<State>,
+    /// The checkpoints that the unit keeps for recovery, ascending; None for a damaged one.
+    checkpoints: Vec<(u64, Option<State>)>,
+    /// The events up to the first damaged one.
     records: Vec<(u64, Box<[u8]>)>,
     problems: Vec<String>,
 }
@@ -80,22 +97,35 @@ pub fn verify(dir: &UnitDir) -> Result<VerifyOutcome, Error> {
     crate::vdso::areas();
     let mut outcome = VerifyOutcome { problems: stored.problems, ..VerifyOutcome::default() };
     let last = stored.records.last().map_or(0, |r| r.0);
+    let at = |sii: u64| stored.records.partition_point(|r| r.0 <= sii);
     let mut rest = stored.checkpoints.into_iter().peekable();
-    while let Some(from) = rest.next() {
-        let next = rest.peek();
-        let (begin, end) = (from.0.sii, next.map_or(last, |n| n.0.sii));
-        if next.is_none() && end <= begin {
+    while let Some((begin, from)) = rest.next() {
+        let Some(from) = from else { continue };
+        let mut over = Vec::new();
+        while let Some((sii, _)) = rest.next_if(|(_, state)| state.is_none()) {
+            over.push(sii);
+        }
+        let next = rest.peek().and_then(|(sii, state)| Some((*sii, state.as_ref()?)));
+        let known = over.last().copied().unwrap_or(begin);
+        let mut end = next.map_or(last.max(known), |(sii, _)| sii);
+        if end == begin {
             continue;
         }
-        let at = |sii: u64| stored.records.partition_point(|r| r.0 <= sii);
-        let records = stored.records[at(begin)..at(end)].to_vec();
+        let mut records = stored.records[at(begin)..at(end)].to_vec();
         if records.len() as u64 != end - begin {
             let n = records.len();
             outcome.problems.push(format!("the log holds {n} of the {} events from {begin} to {end}", end - begin));
             continue;
         }
+        let mut next = next.map(|(_, state)| state);
+        if let Some(i) = over.first().and_then(|_| irreplayable(&records, next.is_some())) {
+            records.truncate(i);
+            end = records.last().map_or(begin, |r| r.0);
+            next = None;
+            outcome.problems.push(format!("event {} needs the damaged checkpoint after it", end + 1));
+        }
         match shadow::replay(&service, from, records, next) {
-            Ok(finding) => outcome.intervals.push((begin, end, finding)),
+            Ok(finding) => outcome.intervals.push(Interval { from: begin, to: end, over, finding }),
             Err(why) => {
                 return Err(Error::environment(
                     format!("the events after checkpoint {begin} cannot be replayed here: {why}"),
@@ -107,42 +137,77 @@ pub fn verify(dir: &UnitDir) -> Result<VerifyOutcome, Error> {
     Ok(outcome)
 }
 
+/// The first event whose effect is in the checkpoint after it alone. `compared` says that the last event is
+/// followed by a checkpoint that is sound.
+fn irreplayable(records: &[(u64, Box<[u8]>)], compared: bool) -> Option<usize> {
+    let inner = records.len() - usize::from(compared && !records.is_empty());
+    records[..inner].iter().position(|(_, bytes)| {
+        Record::parse(bytes).is_ok_and(|(r, _)| r.kind == Kind::Exec || r.header.flags & flag::UNLOGGABLE != 0)
+    })
+}
+
 fn read(dir: &UnitDir) -> Result<Stored, Error> {
-    let mut stored = Stored { checkpoints: Vec::new(), records: Vec::new(), problems: Vec::new() };
+    let mut stored = Stored::default();
     match Chain::open(&dir.ckpt_dir()) {
         Ok(chain) => {
-            stored.problems.extend(chain.damaged().iter().map(ToString::to_string));
+            stored.problems.extend(chain.damaged().map(|(_, e)| e.to_string()));
             for sii in kept(&chain) {
-                match chain.load(sii) {
-                    Ok(state) => stored.checkpoints.push(state),
-                    Err(e) => stored.problems.push(e.to_string()),
-                }
+                let damaged = chain.damaged().any(|(d, _)| d == sii);
+                let state = (!damaged)
+                    .then(|| chain.load(sii))
+                    .and_then(|loaded| loaded.map_err(|e| stored.problems.push(e.to_string())).ok());
+                stored.checkpoints.push((sii, state));
+            }
+            if stored.checkpoints.is_empty() {
+                stored.problems.push(format!("there is no checkpoint in {}", dir.ckpt_dir().display()));
             }
         }
         Err(e) => stored.problems.push(e.to_string()),
     }
-    let reader = LogReader::open(&dir.log_dir())?;
-    let Some(first) = reader.first_sii() else { return Ok(stored) };
-    for record in reader.records(first) {
-        match record {
-            Ok((sii, bytes)) => match Record::parse(&bytes) {
-                Ok((r, _)) if r.header.sii == sii => stored.records.push((sii, bytes.into())),
-                Ok(_) => stored.problems.push(format!("event {sii} is stored under another number")),
-                Err(e) => stored.problems.push(format!("event {sii}: {e:?}")),
-            },
-            Err(e) => {
-                stored.problems.push(e.to_string());
-                break;
-            }
-        }
+    if let Err(e) = read_log(dir, &mut stored) {
+        stored.problems.push(e.to_string());
+    }
+    if !dir.is_running() {
+        read_end(dir, &mut stored);
     }
     Ok(stored)
+}
+
+fn read_log(dir: &UnitDir, stored: &mut Stored) -> Result<(), LogError> {
+    let reader = LogReader::open(&dir.log_dir())?;
+    let Some(first) = reader.first_sii() else { return Ok(()) };
+    for record in reader.records(first) {
+        let (sii, bytes) = record?;
+        match Record::parse(&bytes) {
+            Ok((r, _)) if r.header.sii == sii => stored.records.push((sii, bytes.into())),
+            Ok(_) => stored.problems.push(format!("event {sii} is stored under another number")),
+            Err(e) => stored.problems.push(format!("event {sii}: {e:?}")),
+        }
+    }
+    Ok(())
+}
+
+/// A log that is cut between two events looks like one that ended there; the status knows better.
+fn read_end(dir: &UnitDir, stored: &mut Stored) {
+    let status = match dir.read_status() {
+        Ok(status) => status,
+        Err(e) => return stored.problems.push(e.to_string()),
+    };
+    let checkpoint = stored.checkpoints.last().map_or(0, |c| c.0);
+    let end = stored.records.last().map_or(0, |r| r.0).max(checkpoint);
+    if end < status.events {
+        stored.problems.push(format!(
+            "the log in {} ends at event {end}; the unit ended at event {}",
+            dir.log_dir().display(),
+            status.events
+        ));
+    }
 }
 
 /// The checkpoints that the unit keeps for recovery: the newest two. Older files are there because these
 /// are stored as changes to them; loading reads and checks them, too.
 fn kept(chain: &Chain) -> Vec<u64> {
-    let mut newest: Vec<u64> = chain.entries().rev().take(crate::journal::KEPT).map(|e| e.sii).collect();
-    newest.reverse();
-    newest
+    let all: BTreeSet<u64> = chain.entries().map(|e| e.sii).chain(chain.damaged().map(|(sii, _)| sii)).collect();
+    let older = all.len().saturating_sub(crate::journal::KEPT);
+    all.into_iter().skip(older).collect()
 }

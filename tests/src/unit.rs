@@ -62,6 +62,11 @@ impl Launch {
         self.dir.path().join("work")
     }
 
+    /// The state directory of `ftrun`.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
     /// Sets the program and its arguments.
     pub fn run<A: AsRef<OsStr>>(&mut self, program: impl AsRef<OsStr>, args: impl IntoIterator<Item = A>) -> &mut Self {
         self.argv = vec![program.as_ref().to_owned()];
@@ -189,6 +194,11 @@ impl Unit {
     /// The program's working directory.
     pub fn work(&self) -> PathBuf {
         self.path().join("work")
+    }
+
+    /// Where `ftrun` keeps what belongs to this unit.
+    pub fn stored(&self) -> PathBuf {
+        self.path().join("state/units").join(&self.name)
     }
 
     /// What the program (and ftrun) has printed to stdout.
@@ -320,17 +330,9 @@ impl Unit {
             let of = |key: &str| status[key].as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
             let owners = [of("supervisor_pid"), of("keeper_pid")];
             let pid = if of("pid") > 0 { of("pid") } else { self.last_killed.load(Ordering::Relaxed) };
-            if let Some(process) = (pid > 0).then(|| Process::open(pid).ok()).flatten()
-                && belongs_to(pid, owners)
-                && !process.ended_within(Duration::ZERO)
-            {
-                let sent = Instant::now();
-                process.signal(libc::SIGKILL)?;
-                if !process.ended_within(LIMIT) {
-                    return Err(error!("process {pid} lives on after SIGKILL"));
-                }
+            if let Some(killed) = strike(pid, owners)? {
                 self.last_killed.store(pid, Ordering::Relaxed);
-                return Ok(Killed { pid, sent, gone: Instant::now() });
+                return Ok(killed);
             }
             if let Some(status) = self.child().try_wait()? {
                 return Err(error!("ftrun ended: {status}"));
@@ -338,6 +340,36 @@ impl Unit {
             std::thread::sleep(LOOK_AGAIN);
         }
         Err(error!("no living process to kill in {} s: {}", LIMIT.as_secs(), self.status()?))
+    }
+
+    /// Kills the unit's root process so many times, each time as soon as it is there again: in the middle of
+    /// being built, restored and replayed. `pause` says how long to wait before kill number n.
+    ///
+    /// Asking for the status takes longer than that, so this needs the process id to stay what it is.
+    pub fn kill_rapidly(&self, count: u64, mut pause: impl FnMut(u64) -> Duration) -> Result<(), Error> {
+        if !self.may_choose_pids() {
+            return (0..count).try_for_each(|n| {
+                std::thread::sleep(pause(n));
+                self.kill9().map(drop)
+            });
+        }
+        let status = self.status()?;
+        let of = |key: &str| status[key].as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
+        let (pid, owners) = (of("pid"), [of("supervisor_pid"), of("keeper_pid")]);
+        for n in 0..count {
+            std::thread::sleep(pause(n));
+            let start = Instant::now();
+            while strike(pid, owners)?.is_none() {
+                if let Some(status) = self.child().try_wait()? {
+                    return Err(error!("ftrun ended before kill {n}: {status}"));
+                }
+                if start.elapsed() > LIMIT {
+                    return Err(error!("no process {pid} for kill {n} in {} s: {}", LIMIT.as_secs(), self.status()?));
+                }
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
     }
 
     /// Waits until the unit runs and has been recovered at least `count` times.
@@ -469,6 +501,20 @@ impl Drop for Unit {
             eprintln!("---- end of {log}:\n{}", tail(&path.join(log), 20));
         }
     }
+}
+
+/// Kills process `pid` if it is there and belongs to one of `owners`, and waits for its death.
+fn strike(pid: i32, owners: [i32; 2]) -> Result<Option<Killed>, Error> {
+    let Some(process) = (pid > 0).then(|| Process::open(pid).ok()).flatten() else { return Ok(None) };
+    if !belongs_to(pid, owners) || process.ended_within(Duration::ZERO) {
+        return Ok(None);
+    }
+    let sent = Instant::now();
+    process.signal(libc::SIGKILL)?;
+    if !process.ended_within(LIMIT) {
+        return Err(error!("process {pid} lives on after SIGKILL"));
+    }
+    Ok(Some(Killed { pid, sent, gone: Instant::now() }))
 }
 
 /// Whether `pid` is traced by, or a child of, one of these processes.

@@ -19,7 +19,7 @@ fn points() -> Vec<&'static str> {
 }
 
 /// Which of the groups below walks a point: by its name's first word.
-const GROUPS: [&str; 6] = ["call-", "signal-", "checkpoint-", "restore-", "replay-", "shim-"];
+const GROUPS: [&str; 7] = ["call-", "signal-", "checkpoint-", "restore-", "replay-", "shim-", "unloggable-"];
 
 fn of(group: &str) -> Vec<&'static str> {
     points().into_iter().filter(|p| p.starts_with(group)).collect()
@@ -39,7 +39,11 @@ fn walk(
         for pass in passes {
             let fault = format!("{point}:{pass}");
             let load = Load { clients: 4, at_least: Duration::from_millis(800), ..Load::from_env().kills(kills) };
-            let guest = if group == "signal-" { "timers" } else { "epoll_echo" };
+            let guest = match group {
+                "signal-" => "timers",
+                "unloggable-" => "unlogged",
+                _ => "epoll_echo",
+            };
             let mut launch = guest_launch(guest)?;
             launch.env("FTRUN_FAULT", &fault).options(["--checkpoint-every", "100ms"]);
             run(&load, launch).map_err(|e| error!("with FTRUN_FAULT={fault}: {e}"))?;
@@ -78,6 +82,11 @@ fn killed_inside_the_shim() -> Result<(), Error> {
     // seam by seam, then somewhere in the middle of the work.
     let passes: Vec<u64> = (1..=18).chain([1000, 1001, 1002, 1003, 1004, 1005]).collect();
     walk("shim-", &passes, 0, echo)
+}
+
+#[test]
+fn killed_between_an_unloggable_call_and_its_checkpoint() -> Result<(), Error> {
+    walk("unloggable-", &[1, 3], 0, alone)
 }
 
 #[test]

@@ -342,6 +342,14 @@ impl Ring {
         }
     }
 
+    /// Producer: takes back the records from a position on; no reader may have seen them.
+    pub fn truncate_to(&mut self, position: u64) {
+        if (self.begin()..=self.end()).contains(&position) {
+            self.reserved = 0;
+            self.head().store(position, Ordering::Release);
+        }
+    }
+
     /// The record that a producer had reserved and not committed when it died.
     pub fn uncommitted(&self) -> Option<&[u8]> {
         let mut position = self.end();
