@@ -62,8 +62,15 @@ impl Steady {
     }
 
     pub(crate) fn slow_per_1000(&self) -> Option<f64> {
-        let slow = self.end.slow.saturating_sub(self.begin.slow);
-        (self.requests > 0.0).then(|| slow as f64 * 1000.0 / self.requests)
+        self.per_1000(self.begin.slow, self.end.slow)
+    }
+
+    pub(crate) fn fast_per_1000(&self) -> Option<f64> {
+        self.per_1000(self.begin.fast, self.end.fast)
+    }
+
+    fn per_1000(&self, begin: u64, end: u64) -> Option<f64> {
+        (self.requests > 0.0).then(|| end.saturating_sub(begin) as f64 * 1000.0 / self.requests)
     }
 
     pub(crate) fn json(&self) -> Value {
@@ -71,6 +78,7 @@ impl Steady {
             "slow_begin": self.begin.slow, "slow_end": self.end.slow,
             "fast_begin": self.begin.fast, "fast_end": self.end.fast,
             "requests": self.requests.round(), "slow_per_1000": self.slow_per_1000(),
+            "fast_per_1000": self.fast_per_1000(),
         })
     }
 }
@@ -259,7 +267,7 @@ mod tests {
         let at = Instant::now();
         let sample = |slow, ms| Sample { at: at + Duration::from_millis(ms), slow, fast: 7 };
         let steady = Steady::at_rate(sample(100, 0), sample(150, 500), 10_000.0);
-        assert_eq!(steady.slow_per_1000(), Some(10.0));
+        assert_eq!((steady.slow_per_1000(), steady.fast_per_1000()), (Some(10.0), Some(0.0)));
         assert_eq!(Steady::counted(sample(1, 0), sample(2, 1), 0.0).slow_per_1000(), None);
     }
 }

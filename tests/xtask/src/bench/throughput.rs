@@ -34,7 +34,7 @@ throughput, as ratio to bare, and latency: medians of all rounds
   nginx: wrk -c 50, one process, no access log, sendfile, files of 600 bytes and of 100 KiB (close: a connection
   for each request); echo servers: 50 connections, lines of 100 bytes; sqlite: 10,000 inserts, each a transaction,
   with synchronous=OFF and journal_mode=WAL, so that the disk is not what is measured.
-  slow/1000: calls through the tracer for each 1,000 requests in steady state.";
+  slow/1000, fast/1000: calls through the tracer, and through the shim, for each 1,000 requests in steady state.";
 
 impl Options {
     /// The programs that have to be installed for what was asked for.
@@ -93,6 +93,10 @@ impl Series {
         median(self.rounds.iter().filter_map(|r| r.steady?.slow_per_1000()))
     }
 
+    fn fast_per_1000(&self) -> Option<f64> {
+        median(self.rounds.iter().filter_map(|r| r.steady?.fast_per_1000()))
+    }
+
     fn json(&self, bare: Option<f64>) -> Value {
         let rounds: Vec<Value> = self
             .rounds
@@ -104,7 +108,8 @@ impl Series {
             .collect();
         json!({
             "per_second": self.per_second(), "ratio": ratio(self.per_second(), bare), "p50_us": self.p50_us(),
-            "p99_us": self.p99_us(), "slow_per_1000": self.slow_per_1000(), "failed": self.failed, "rounds": rounds,
+            "p99_us": self.p99_us(), "slow_per_1000": self.slow_per_1000(),
+            "fast_per_1000": self.fast_per_1000(), "failed": self.failed, "rounds": rounds,
         })
     }
 }
@@ -186,7 +191,8 @@ fn write(options: &Options, rows: &[Row]) -> Result<(), Error> {
 }
 
 fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new(2, ["workload", "mode", "per second", "ratio", "p50 us", "p99 us", "slow/1000"]);
+    let mut table =
+        Table::new(2, ["workload", "mode", "per second", "ratio", "p50 us", "p99 us", "slow/1000", "fast/1000"]);
     for row in rows {
         for (n, series) in row.series.iter().enumerate() {
             let name = if n == 0 { row.workload.name.clone() } else { String::new() };
@@ -205,6 +211,7 @@ fn table(rows: &[Row]) -> Table {
                 show(series.p50_us(), 0),
                 show(series.p99_us(), 0),
                 show(series.slow_per_1000(), 2),
+                show(series.fast_per_1000(), 0),
             ]);
         }
     }
@@ -244,7 +251,7 @@ mod tests {
         };
         let text = table(std::slice::from_ref(&row)).to_string();
         let lines: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
-        assert_eq!(lines[1], ["sqlite", "bare", "200", "1.000", "5000", "-", "-"]);
+        assert_eq!(lines[1], ["sqlite", "bare", "200", "1.000", "5000", "-", "-", "-"]);
         assert_eq!(lines[2][..4], ["no-shim", "FAILED:", "round", "2:"]);
         assert_eq!(lines[3][..3], ["ftrun", "140", "0.700"]);
         let json = row.json();

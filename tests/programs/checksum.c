@@ -1,6 +1,6 @@
 /* Computes only: no system call between `ready` and the result. Writes to 256 KiB of memory as it goes.
  *
- * usage: work STEPS; prints `ready 0`, then `STEPS CHECKSUM`.
+ * usage: checksum STEPS; prints `ready 0`, then `STEPS CHECKSUM`.
  */
 #include "guest.h"
 
