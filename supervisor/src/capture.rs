@@ -131,6 +131,9 @@ impl Unit {
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
         self.log.checkpointed();
+        if let Some(journal) = &mut self.journal {
+            journal.rewind(&mut self.log);
+        }
         self.checkpoint_at = now();
         self.pause_ns = self.checkpoint_at - begin;
         self.shared.checkpoint.store(false, Relaxed);

@@ -45,6 +45,8 @@ pub struct Journal {
     /// Position in the log up to which writing has been asked for.
     asked: u64,
     waiting: Arc<AtomicU64>,
+    /// Pieces of work that have not been done.
+    jobs: Arc<AtomicU64>,
     /// Something could not be written, so that changes alone would hang in the air.
     gap: Arc<AtomicBool>,
 }
@@ -63,6 +65,7 @@ impl Journal {
             worker,
             asked: events.end(),
             waiting: Arc::default(),
+            jobs: Arc::default(),
             gap: Arc::default(),
         })
     }
@@ -72,6 +75,17 @@ impl Journal {
         if events.end() - self.asked >= BATCH_BYTES {
             self.asked = events.end();
             self.write_events();
+        }
+    }
+
+    /// After a checkpoint, while the unit is stopped: when the disk has kept up, the last few events are written
+    /// and the memory of the log begins anew.
+    pub fn rewind(&mut self, events: &mut EventLog) {
+        if self.jobs.load(Ordering::SeqCst) == 0 && !self.gap.load(Ordering::SeqCst) {
+            self.write_events();
+            self.sync();
+            events.rewind(&mut crate::run::lock(&self.disk).tail);
+            self.asked = events.end();
         }
     }
 
@@ -85,6 +99,8 @@ impl Journal {
             self.sync();
         }
         let (disk, waiting, gap) = (Arc::clone(&self.disk), Arc::clone(&self.waiting), Arc::clone(&self.gap));
+        self.jobs.fetch_add(1, Ordering::SeqCst);
+        let jobs = Arc::clone(&self.jobs);
         self.worker.post(move || {
             let disk = &mut *crate::run::lock(&disk);
             let result = work(disk);
@@ -93,6 +109,7 @@ impl Journal {
             }
             disk.tell(result);
             waiting.fetch_sub(bytes, Ordering::Relaxed);
+            jobs.fetch_sub(1, Ordering::SeqCst);
         });
     }
 
