@@ -149,7 +149,10 @@ impl Journal {
             if self.gap.load(Ordering::SeqCst) {
                 result = result.and_then(|()| disk.begin_anew(sii));
             }
-            disk.tell(result.clone());
+            if sii > 0 {
+                // Without the first one the program is not started, and that is said instead.
+                disk.tell(result.clone());
+            }
             if result.is_ok() && std::mem::take(&mut disk.warned) {
                 tracing::warn!(sii, "the state directory takes what is written again; it is whole from this event on");
             }

@@ -47,6 +47,9 @@ impl Unit {
                 return Err(self.diverged(&record, *sii, format!("the unit has no thread {vtid}")));
             }
             self.sii = *sii;
+            if self.off_line {
+                self.shared.events.store(*sii, std::sync::atomic::Ordering::Relaxed);
+            }
             crate::fault::point("replay-event", self.pid);
             self.current = Some(vtid);
             let runs = self.apply(&record, *sii)?;

@@ -41,6 +41,7 @@ pub struct Launch {
     argv: Vec<OsString>,
     options: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
+    through: Vec<OsString>,
     uid: Option<u32>,
     ready: Ready,
 }
@@ -54,7 +55,16 @@ impl Launch {
         for part in ["work", "state"] {
             std::fs::create_dir(dir.path().join(part))?;
         }
-        Ok(Self { name, dir, argv: Vec::new(), options: Vec::new(), env: Vec::new(), uid: None, ready: Ready::AtOnce })
+        Ok(Self {
+            name,
+            dir,
+            argv: Vec::new(),
+            options: Vec::new(),
+            env: Vec::new(),
+            through: Vec::new(),
+            uid: None,
+            ready: Ready::AtOnce,
+        })
     }
 
     /// The program's working directory.
@@ -92,6 +102,12 @@ impl Launch {
         self
     }
 
+    /// Starts it all by a program that executes its last arguments, as nohup(1) does.
+    pub fn through<A: AsRef<OsStr>>(&mut self, starter: impl IntoIterator<Item = A>) -> &mut Self {
+        self.through = starter.into_iter().map(|a| a.as_ref().to_owned()).collect();
+        self
+    }
+
     /// Runs it all as another user (we have to be root), who gets the directory.
     pub fn as_user(&mut self, uid: u32) -> &mut Self {
         self.uid = Some(uid);
@@ -125,15 +141,15 @@ impl Launch {
                 std::os::unix::fs::chown(dir, Some(uid), Some(uid))?;
             }
         }
-        let mut command = match &ftrun {
-            None => Command::new(&self.argv[0]),
-            Some(ftrun) => {
-                let mut command = Command::new(ftrun);
-                command.args(["run", "--name", &self.name]).args(&self.options).arg("--").arg(&self.argv[0]);
-                command
-            }
-        };
-        command.args(&self.argv[1..]).envs(self.env.iter().map(|(k, v)| (k, v)));
+        let mut line = self.through.clone();
+        if let Some(ftrun) = &ftrun {
+            line.extend([ftrun.into(), "run".into(), "--name".into(), self.name.clone().into()]);
+            line.extend(self.options.iter().cloned());
+            line.push("--".into());
+        }
+        line.extend(self.argv.iter().cloned());
+        let mut command = Command::new(&line[0]);
+        command.args(&line[1..]).envs(self.env.iter().map(|(k, v)| (k, v)));
         command.env("FTRUN_STATE_DIR", self.dir.path().join("state")).current_dir(self.work());
         let (out, err) = (self.dir.path().join("stdout"), self.dir.path().join("stderr"));
         command.stdin(Stdio::null()).stdout(File::create(out)?).stderr(File::create(err)?).process_group(0);
