@@ -233,8 +233,8 @@ impl Unit {
     }
 
     /// Takes the first checkpoint from a process that stands before the first instruction of its image,
-    /// and ends that process.
-    pub fn adopt_image(&mut self, scratch: i32) -> Result<()> {
+    /// and ends that process. Says why the checkpoint could not be stored, if it could not.
+    pub fn adopt_image(&mut self, scratch: i32) -> Result<std::result::Result<(), String>> {
         let mut regs = tracee::get_regs(scratch)?;
         regs.rax = 0;
         regs.orig_rax = u64::MAX;
@@ -310,15 +310,9 @@ impl Unit {
         self.checkpoint_at = now();
         if let Some(journal) = &mut self.journal {
             let capture = Capture { snapshot, parent: None, staged, gone: vec![] };
-            let stored = journal.checkpoint(capture, &self.pages);
-            if self.sii == 0 {
-                stored.map_err(|e| {
-                    let remedy = "make room there, or name another directory with --state-dir";
-                    Halt::Broken(format!("the first checkpoint cannot be stored: {e}; {remedy}"))
-                })?;
-            }
+            return Ok(journal.checkpoint(capture, &self.pages));
         }
-        Ok(())
+        Ok(Ok(()))
     }
 
     /// Builds the process from the newest checkpoint. Every thread stands before a call or in user code.

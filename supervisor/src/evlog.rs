@@ -230,12 +230,9 @@ impl EventLog {
 }
 
 impl LogTail {
-    /// The next record that has not been taken, without taking it. One that a checkpoint must follow is there
-    /// only with it: see [`EventLog::drop_unloggable`].
+    /// The next record that has not been taken, without taking it.
     pub fn peek(&self) -> Option<&[u8]> {
-        let (record, next) = self.ring.read_at(self.position).ok().flatten()?;
-        let whole = !is_unloggable(record) || next <= self.kept.checkpoint.load(Ordering::SeqCst);
-        whole.then_some(record)
+        self.ring.read_at(self.position).ok().flatten().map(|(record, _)| record)
     }
 
     /// Takes the record that [`LogTail::peek`] shows.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use ftrun_abi::record::Record;
+use ftrun_abi::record::{Record, flag};
 use ftrun_ckpt::image::{self, Chain, WriteOptions};
 use ftrun_ckpt::pages::PageStore;
 use ftrun_store::LogWriter;
@@ -34,6 +34,9 @@ struct Disk {
     chain: Chain,
     /// The events that have not been written.
     tail: LogTail,
+    /// Events up to this one may be written whatever they are. One behind it that a checkpoint must follow is
+    /// written only just before that checkpoint, so that the two are on disk together.
+    allowed: u64,
     warned: bool,
 }
 
@@ -59,7 +62,14 @@ impl Journal {
         })?;
         let worker =
             Service::start(Vec::new()).map_err(|e| crate::report::Error::bug(format!("the journal's thread: {e}")))?;
-        let disk = Disk { log: LogWriter::open(log)?, dir: checkpoints, chain, tail: events.tail(), warned: false };
+        let disk = Disk {
+            log: LogWriter::open(log)?,
+            dir: checkpoints,
+            chain,
+            tail: events.tail(),
+            allowed: 0,
+            warned: false,
+        };
         Ok(Self {
             disk: Arc::new(Mutex::new(disk)),
             worker,
@@ -90,7 +100,7 @@ impl Journal {
     }
 
     fn write_events(&mut self) {
-        self.post(0, Disk::write_events);
+        self.post(0, |disk| disk.write_events(u64::MAX));
     }
 
     /// Queues a piece of work that holds so many bytes.
@@ -138,6 +148,8 @@ impl Journal {
         let sii = capture.snapshot.sii;
         if capture.parent.is_some() && !self.gap.load(Ordering::SeqCst) {
             self.post(capture.staged.bytes(), move |disk| {
+                disk.allowed = sii;
+                disk.write_events(sii)?;
                 let (parent, pages) = (capture.parent, &capture.staged);
                 let written =
                     image::write(&disk.dir, &capture.snapshot, parent, pages, &capture.gone, WriteOptions::default());
@@ -149,6 +161,13 @@ impl Journal {
         let disk = Arc::clone(&self.disk);
         let result = self.worker.run(|| {
             let disk = &mut *crate::run::lock(&disk);
+            disk.allowed = sii;
+            if !self.gap.load(Ordering::SeqCst)
+                && let Err(e) = disk.write_events(sii)
+            {
+                disk.tell(Err(e));
+                self.gap.store(true, Ordering::SeqCst);
+            }
             let written = image::write(&disk.dir, &capture.snapshot, None, pages, &[], WriteOptions::default());
             let whole = self.gap.load(Ordering::SeqCst);
             if whole {
@@ -159,7 +178,10 @@ impl Journal {
             if whole {
                 result = result.and_then(|()| disk.begin_anew(sii));
             }
-            disk.tell(result.clone());
+            if sii > 0 {
+                // Without the first one the program is not started, and that is said instead.
+                disk.tell(result.clone());
+            }
             if result.is_ok() && std::mem::take(&mut disk.warned) {
                 tracing::warn!(sii, "the state directory takes what is written again; it is whole from this event on");
             }
@@ -171,10 +193,15 @@ impl Journal {
 }
 
 impl Disk {
-    fn write_events(&mut self) -> Result<(), String> {
+    /// Writes what may be written of the events up to one.
+    fn write_events(&mut self, last: u64) -> Result<(), String> {
         let mut result = Ok(());
         while let Some(record) = self.tail.peek() {
-            let sii = Record::parse(record).map_err(|e| format!("an event in memory is damaged: {e}"))?.0.header.sii;
+            let h = Record::parse(record).map_err(|e| format!("an event in memory is damaged: {e}"))?.0.header;
+            let sii = h.sii;
+            if sii > last || (h.flags & flag::UNLOGGABLE != 0 && sii > self.allowed) {
+                break;
+            }
             result = self.log.append(sii, record).map_err(|e| e.to_string());
             if result.is_err() {
                 break;

@@ -163,18 +163,21 @@ pub fn exec_scratch(program: &Program) -> Result<i32, LaunchError> {
     while !matches!(tracee::wait_one(tid)?, Event::Stop(_)) {
         tracee::cont(tid, 0)?;
     }
+    // The child is done with its signal actions and mask when it comes to `pause`; that call is replaced.
+    let mut regs = loop {
+        tracee::cont_syscall(tid)?;
+        tracee::wait_one(tid)?;
+        let regs = tracee::get_regs(tid)?;
+        if regs.orig_rax == libc::SYS_pause as u64 && regs.rax as i64 == -i64::from(libc::ENOSYS) {
+            break regs;
+        }
+    };
     tracee::set_sigmask(tid, program.sigmask)?;
-    let mut regs = tracee::get_regs(tid)?;
-    // The child may be anywhere in its loop, so that only an address known for sure will do.
-    regs.rip = syscall_instruction();
-    regs.rax = libc::SYS_execve as u64;
-    regs.orig_rax = u64::MAX;
+    regs.orig_rax = libc::SYS_execve as u64;
     regs.rdi = program.path.as_ptr() as u64;
     regs.rsi = argv.as_ptr() as u64;
     regs.rdx = envp.as_ptr() as u64;
     tracee::set_regs(tid, &regs)?;
-    tracee::cont_syscall(tid)?;
-    tracee::wait_one(tid)?;
     tracee::cont_syscall(tid)?;
     match tracee::wait_one(tid)? {
         Event::Other(libc::PTRACE_EVENT_EXEC) => Ok(tid),
@@ -187,16 +190,6 @@ pub fn exec_scratch(program: &Program) -> Result<i32, LaunchError> {
             })
         }
     }
-}
-
-/// Address of a `syscall` instruction in our own text.
-fn syscall_instruction() -> u64 {
-    let at: u64;
-    // SAFETY: takes the address of a local label; the jump skips the instruction.
-    unsafe {
-        std::arch::asm!("jmp 3f", "2: syscall", "3: lea {}, [rip + 2b]", out(reg) at);
-    }
-    at
 }
 
 /// Kills a process with SIGKILL and waits until it is gone.

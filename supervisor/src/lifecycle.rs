@@ -44,8 +44,14 @@ impl Unit {
         if self.set_tid {
             self.vpid = scratch;
         }
-        if let Err(e) = self.adopt_image(scratch) {
-            return Ok(End::Failed(e.to_string()));
+        match self.adopt_image(scratch) {
+            Ok(stored) => stored.map_err(|why| {
+                Error::environment(
+                    format!("the first checkpoint cannot be stored, so that the program was not started: {why}"),
+                    "free some space there, or choose another directory with --state-dir DIR or FTRUN_STATE_DIR",
+                )
+            })?,
+            Err(e) => return Ok(End::Failed(e.to_string())),
         }
         let mut faults = (0, 0);
         let mut died_at = None;
@@ -59,7 +65,8 @@ impl Unit {
                     self.model.credentials.get_or_insert_with(Default::default);
                     let logged = self.append(self.vpid, libc::SYS_execve as u16, 0, 0, 0);
                     match logged.and_then(|()| self.adopt_image(pid)) {
-                        Ok(()) => {}
+                        // What could not be stored has been told; recovery uses memory.
+                        Ok(_told) => {}
                         Err(Halt::Died) => died_at = Some(now()),
                         Err(e) => return Ok(End::Failed(e.to_string())),
                     }

@@ -57,6 +57,9 @@ impl Unit {
             }
             self.sii = sii;
             self.log.control().sii.store(sii, SeqCst);
+            if self.off_line {
+                self.shared.events.store(sii, SeqCst);
+            }
             crate::fault::point("replay-event", self.pid);
             self.current = Some(vtid);
             let runs = self.apply(&record, sii)?;

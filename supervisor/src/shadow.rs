@@ -5,7 +5,9 @@
 //! exceptions are taken care of: files mapped shared are mapped private, and process ids are virtual.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use ftrun_abi::record::Record;
 use ftrun_ckpt::dirty::Kind;
@@ -15,6 +17,9 @@ use ftrun_ckpt::state::{Mapping, PAGE_BYTES, Snapshot, ThreadState};
 use crate::evlog::EventLog;
 use crate::service::Service;
 use crate::unit::{Halt, Model, PREEMPTED, Shared, Unit};
+
+/// Shortest time after which a shadow that comes to no call is given up.
+const STALL: Duration = Duration::from_secs(60);
 
 /// A checkpoint.
 pub type State = (Snapshot, PageStore);
@@ -68,7 +73,17 @@ pub fn replay(
     unit.pages = pages;
     unit.snapshot = Some(Arc::new(snapshot));
     unit.arrive_last = to.is_some() && cause.is_none();
-    let finding = match run(&mut unit) {
+    // What took the unit so long may take the shadow some times longer.
+    let taken = to.zip(unit.snapshot.as_deref()).map(|((to, _), from)| to.at_ns.saturating_sub(from.at_ns));
+    let limit = STALL + taken.map_or(STALL, |ns| 4 * Duration::from_nanos(ns));
+    let watch = Arc::new(Watch { shared: Arc::clone(&unit.shared), limit, ..Watch::default() });
+    service.run({
+        let watch = Arc::clone(&watch);
+        || std::thread::spawn(move || watch.keep())
+    });
+    let result = run(&mut unit);
+    watch.over.store(true, Relaxed);
+    let finding = match result {
         Ok(()) if cause.is_some() => Ok(Finding::NotComparable(cause.unwrap_or_default())),
         Ok(()) => match to {
             None => Ok(Finding::Replayed),
@@ -76,6 +91,13 @@ pub fn replay(
         },
         Err(Halt::Ended(_)) => Ok(Finding::Replayed),
         Err(Halt::Diverged(d)) => Ok(Finding::Different(d.to_string())),
+        Err(Halt::Died) if watch.gave_up.load(Relaxed) => {
+            let seconds = limit.as_secs();
+            Ok(Finding::Different(format!(
+                "the replayed program came to no call for {seconds} s at event {}",
+                unit.sii
+            )))
+        }
         Err(Halt::Died) => {
             Ok(Finding::Different(format!("the replayed process died at event {}; the unit did not", unit.sii)))
         }
@@ -95,6 +117,33 @@ fn log_of(records: &[(u64, Box<[u8]>)]) -> std::io::Result<EventLog> {
         log.append(record).map_err(|_full| std::io::Error::other("the events do not fit"))?;
     }
     Ok(log)
+}
+
+/// Ends a shadow that computes for ever, so that its tracer does not wait for ever.
+#[derive(Default)]
+struct Watch {
+    shared: Arc<Shared>,
+    limit: Duration,
+    over: AtomicBool,
+    gave_up: AtomicBool,
+}
+
+impl Watch {
+    fn keep(&self) {
+        let mut seen = (self.shared.events.load(Relaxed), Instant::now());
+        while !self.over.load(Relaxed) {
+            std::thread::sleep(Duration::from_millis(20));
+            let (events, pid) = (self.shared.events.load(Relaxed), self.shared.pid.load(Relaxed));
+            if events != seen.0 {
+                seen = (events, Instant::now());
+            } else if seen.1.elapsed() > self.limit && pid > 0 && !self.over.load(Relaxed) {
+                self.gave_up.store(true, Relaxed);
+                // SAFETY: a child that its tracer has not buried: it does that after `over`.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+                return;
+            }
+        }
+    }
 }
 
 fn run(unit: &mut Unit) -> Result<(), Halt> {

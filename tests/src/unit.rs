@@ -41,6 +41,7 @@ pub struct Launch {
     argv: Vec<OsString>,
     options: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
+    through: Vec<OsString>,
     uid: Option<u32>,
     ready: Ready,
     /// Without ftrun, whatever the mode of this run: the words that stand before the program, if any.
@@ -56,8 +57,8 @@ impl Launch {
         for part in ["work", "state"] {
             std::fs::create_dir(dir.path().join(part))?;
         }
-        let (argv, options, env) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { name, dir, argv, options, env, uid: None, ready: Ready::AtOnce, instead: None })
+        let (argv, options, env, through) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { name, dir, argv, options, env, through, uid: None, ready: Ready::AtOnce, instead: None })
     }
 
     /// The program's working directory.
@@ -101,6 +102,12 @@ impl Launch {
         self
     }
 
+    /// Starts it all by a program that executes its last arguments, as nohup(1) does.
+    pub fn through<A: AsRef<OsStr>>(&mut self, starter: impl IntoIterator<Item = A>) -> &mut Self {
+        self.through = starter.into_iter().map(|a| a.as_ref().to_owned()).collect();
+        self
+    }
+
     /// Runs it all as another user (we have to be root), who gets the directory.
     pub fn as_user(&mut self, uid: u32) -> &mut Self {
         self.uid = Some(uid);
@@ -135,20 +142,18 @@ impl Launch {
                 std::os::unix::fs::chown(dir, Some(uid), Some(uid))?;
             }
         }
-        let mut command = match (&ftrun, tool.split_first()) {
-            (None, None) => Command::new(&self.argv[0]),
-            (None, Some((program, words))) => {
-                let mut command = Command::new(program);
-                command.args(words).arg(&self.argv[0]);
-                command
+        let mut line = self.through.clone();
+        match &ftrun {
+            None => line.extend(tool.iter().cloned()),
+            Some(ftrun) => {
+                line.extend([ftrun.into(), "run".into(), "--name".into(), self.name.clone().into()]);
+                line.extend(self.options.iter().cloned());
+                line.push("--".into());
             }
-            (Some(ftrun), _) => {
-                let mut command = Command::new(ftrun);
-                command.args(["run", "--name", &self.name]).args(&self.options).arg("--").arg(&self.argv[0]);
-                command
-            }
-        };
-        command.args(&self.argv[1..]).envs(self.env.iter().map(|(k, v)| (k, v)));
+        }
+        line.extend(self.argv.iter().cloned());
+        let mut command = Command::new(&line[0]);
+        command.args(&line[1..]).envs(self.env.iter().map(|(k, v)| (k, v)));
         command.env("FTRUN_STATE_DIR", self.dir.path().join("state")).current_dir(self.work());
         let (out, err) = (self.dir.path().join("stdout"), self.dir.path().join("stderr"));
         command.stdin(Stdio::null()).stdout(File::create(out)?).stderr(File::create(err)?).process_group(0);

@@ -55,6 +55,12 @@ impl Echo {
         self.ask_all(&[text.to_vec()])
     }
 
+    /// Sends one line, checks its answer, and returns how many lines the server says that it has answered.
+    pub fn told(&mut self, text: &[u8]) -> Result<u64, Fault> {
+        self.ask(text)?;
+        Ok(self.highest)
+    }
+
     /// Sends lines in one go and checks all answers; returns what follows the last echo.
     fn ask_all(&mut self, lines: &[Vec<u8>]) -> Result<Vec<u8>, Fault> {
         let mut data = lines.join(&b'\n');
