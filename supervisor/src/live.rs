@@ -21,9 +21,7 @@ const SLICE_NS: u64 = 2_000_000;
 /// How long a thread may compute without a call while others wait, before it is preempted.
 const PREEMPT_NS: u64 = 50_000_000;
 
-/// Expected time of replay that makes a checkpoint due, nanoseconds.
-const REPLAY_MAX_NS: u64 = 150_000_000;
-/// Checkpoints for that reason take at most one part in this many of the time.
+/// Checkpoints that are taken for the sake of a short replay may take one part in this many of all time.
 const PAUSE_SHARE: u64 = 50;
 
 /// How often a running thread is asked to pass the turn, at most.
@@ -481,7 +479,7 @@ impl Unit {
         self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed)
             || (age >= self.checkpoint_every && events > 0)
             || self.log.bytes() >= self.checkpoint_log
-            || (events * self.replay_ns > REPLAY_MAX_NS && age > self.pause_ns * PAUSE_SHARE)
+            || (events * self.replay_ns > self.replay_max && age > self.pause_ns * PAUSE_SHARE)
     }
 
     /// A thread or process that is not of the unit: its child, or a new one.

@@ -254,6 +254,7 @@ fn try_supervisor(
     unit.journal = Some(journal);
     unit.board_pid = Some(&board.pid);
     unit.checkpoint_every = options.checkpoint_every.as_nanos() as u64;
+    unit.replay_max = options.recover_within.as_nanos() as u64;
     unit.checkpoint_log = options.checkpoint_log_bytes;
     unit.set_tid = can_set_tid();
     unit.choose_cpu();

@@ -318,6 +318,8 @@ pub struct Unit {
     pub checkpoint_log: u64,
     /// When the last one was taken.
     pub checkpoint_at: u64,
+    /// Expected time of replay that makes a checkpoint due, nanoseconds.
+    pub replay_max: u64,
     /// What an event takes in replay, nanoseconds: as measured in the last recovery.
     pub(crate) replay_ns: u64,
     /// How long the last checkpoint kept the unit waiting, nanoseconds.
@@ -400,6 +402,7 @@ impl Unit {
             checkpoint_every: 1_000_000_000,
             checkpoint_log: 64 << 20,
             checkpoint_at: 0,
+            replay_max: 150_000_000,
             replay_ns: 25_000,
             pause_ns: 0,
             unloggable: None,

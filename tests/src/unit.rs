@@ -148,6 +148,8 @@ impl Launch {
             Some(ftrun) => {
                 line.extend([ftrun.into(), "run".into(), "--name".into(), self.name.clone().into()]);
                 line.extend(self.options.iter().cloned());
+                let more = std::env::var("FTRUN_TEST_OPTIONS").unwrap_or_default();
+                line.extend(more.split_whitespace().map(OsString::from));
                 line.push("--".into());
             }
         }

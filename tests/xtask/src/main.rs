@@ -51,6 +51,9 @@ enum Task {
         /// How many clients
         #[arg(long, default_value_t = 8)]
         clients: usize,
+        /// How long it lasts at least
+        #[arg(long)]
+        seconds: Option<u64>,
         /// Repeat the run with this seed
         #[arg(long)]
         seed: Option<u64>,
@@ -72,7 +75,7 @@ fn main() -> ExitCode {
         Task::Demo { kills, clients } => demo(kills, clients),
         Task::Test { args } => return test(&args).unwrap_or_else(|e| complain(&e)),
         Task::Bench { what } => bench(&what),
-        Task::Soak { program, kills, clients, seed } => soak(&program, kills, clients, seed),
+        Task::Soak { program, kills, clients, seconds, seed } => soak(&program, kills, clients, seconds, seed),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -116,7 +119,7 @@ fn demo(kills: u64, clients: usize) -> Result<(), Error> {
     Ok(())
 }
 
-fn soak(program: &str, kills: u64, clients: usize, seed: Option<u64>) -> Result<(), Error> {
+fn soak(program: &str, kills: u64, clients: usize, seconds: Option<u64>, seed: Option<u64>) -> Result<(), Error> {
     if program == "list" {
         for (name, _) in scenarios::ALL {
             println!("{name}");
@@ -128,7 +131,8 @@ fn soak(program: &str, kills: u64, clients: usize, seed: Option<u64>) -> Result<
     install::ensure(install::SERVERS)?;
     under_release()?;
     let defaults = Load::from_env().kills(kills);
-    let load = Load { clients, seed: seed.unwrap_or(defaults.seed), ..defaults };
+    let at_least = seconds.map_or(defaults.at_least, Duration::from_secs);
+    let load = Load { clients, at_least, seed: seed.unwrap_or(defaults.seed), ..defaults };
     println!("{program}: {clients} clients, {kills} kills, seed {}", load.seed);
     println!("{}", scenario(&load)?);
     Ok(())
