@@ -4,6 +4,7 @@ mod bench;
 mod install;
 
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use ftrun_tests::binaries::{build_ftrun, target_dir, workspace};
