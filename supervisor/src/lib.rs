@@ -1,5 +1,6 @@
 //! The parts of `ftrun`; the binary only calls [`cli::main`].
 
+pub mod adopt;
 pub mod blocking;
 pub mod calls;
 pub mod capture;
