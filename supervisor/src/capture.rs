@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ftrun_abi::fast::{REGION_BASE, REGION_END};
 use ftrun_ckpt::copy::copy_in;
 use ftrun_ckpt::dirty::{DirtyTracker, Full, Kind, SoftDirty, UFFD_FLAGS, WpAsync};
 use ftrun_ckpt::maps::read_maps;
@@ -37,7 +38,7 @@ fn broken<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> Halt + '_ {
 /// Mappings that belong to the program: not ours, not the kernel's.
 fn program_maps(maps: Vec<Mapping>) -> Vec<Mapping> {
     maps.into_iter()
-        .filter(|m| m.end <= GATE.base || m.start >= GATE.end())
+        .filter(|m| m.end <= REGION_BASE || m.start >= REGION_END)
         .filter(|m| !m.path.starts_with("[vdso") && !m.path.starts_with("[vvar") && !m.path.starts_with("[vsyscall"))
         .collect()
 }
@@ -96,6 +97,10 @@ impl Unit {
                 regs.rax = regs.orig_rax;
             }
             regs.orig_rax = u64::MAX;
+            if self.uses_shim() {
+                // The program has not set it.
+                regs.gs_base = 0;
+            }
             threads.push(ThreadState {
                 tid: *vtid,
                 comm: comms.iter().find(|(tid, _)| *tid == t.tid).map_or(String::new(), |(_, c)| c.clone()),
@@ -125,16 +130,15 @@ impl Unit {
         self.model.irregular = None;
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
-        if let (Some(journal), Some((sii, bytes))) = (&mut self.journal, self.log.unloggable()) {
-            journal.append(*sii, bytes);
-        }
-        self.log.records.clear();
-        self.log.bytes = 0;
+        self.log.checkpointed();
         self.checkpoint_at = now();
+        self.pause_ns = self.checkpoint_at - begin;
         self.shared.checkpoint.store(false, Relaxed);
         let pages = staged.len() as u64;
+        let slow_sites = self.slow_sites();
         {
             let mut status = crate::run::lock(&self.status);
+            status.slow_sites = slow_sites;
             status.last_checkpoint = Some(crate::status::CheckpointInfo {
                 sii: self.sii,
                 pause_us: (now() - begin) / 1000,
@@ -146,19 +150,26 @@ impl Unit {
         self.shared.checkpoints.fetch_add(1, Relaxed);
         if let Some(journal) = &mut self.journal {
             // What fails here has been told; recovery uses memory.
-            let _told = journal.checkpoint(Capture { snapshot, parent, staged, gone: scan.gone }, &self.pages);
+            let _told =
+                journal.checkpoint(Capture { snapshot, parent, staged, gone: scan.gone }, &self.pages, &self.log);
         }
         crate::fault::point("checkpoint-end", self.pid);
         Ok(())
     }
 
-    /// The process has been killed, though its end has not been reported yet.
+    /// The process has been killed, though its end has not been reported yet: it is on its way out (its
+    /// memory goes before it becomes a zombie), or gone.
     pub(crate) fn is_dying(&self) -> bool {
+        /// `flags` of proc_pid_stat(5): the thread is ending.
+        const PF_EXITING: u64 = 4;
         let pid = self.pid;
         self.service.run(move || {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let state = stat.rsplit_once(") ").map_or("X", |x| x.1).chars().next();
-            matches!(state, Some('Z' | 'X') | None)
+            let mut fields = stat.rsplit_once(") ").map_or("X", |x| x.1).split_whitespace();
+            let state = fields.next();
+            // State is field 3, flags is field 9.
+            let flags: u64 = fields.nth(5).and_then(|f| f.parse().ok()).unwrap_or(0);
+            matches!(state, Some("Z" | "X") | None) || flags & PF_EXITING != 0
         })
     }
 
@@ -241,7 +252,7 @@ impl Unit {
             Ok((maps, vdso, staged, launch::read_mm(scratch, None)?, status, comm, read_credentials(scratch)?))
         });
         let (maps, vdso, staged, mut mm, status, comm, credentials) = taken.map_err(broken("reading the new image"))?;
-        if maps.iter().any(|m| m.start < GATE.end() && m.end > GATE.base) {
+        if maps.iter().any(|m| m.start < REGION_END && m.end > REGION_BASE) {
             return Err(Halt::Broken(format!("the program uses memory at {:#x}, which ftrun needs", GATE.base)));
         }
         if regs.cs != 0x33 {
@@ -268,6 +279,7 @@ impl Unit {
             irregular: Some("execve".into()),
             affinity: self.model.affinity.get(&self.vpid).map(|m| (self.vpid, m.clone())).into_iter().collect(),
             cpu: self.cpu,
+            sites: crate::fast::Sites { used: self.shim, ..Default::default() },
             ..Model::default()
         };
         let snapshot = Snapshot {
@@ -292,12 +304,11 @@ impl Unit {
         launch::kill_and_reap(scratch);
         let snapshot = Arc::new(snapshot);
         self.snapshot = Some(Arc::clone(&snapshot));
-        self.log.records.clear();
-        self.log.bytes = 0;
+        self.log.checkpointed();
         self.checkpoint_at = now();
         if let Some(journal) = &mut self.journal {
             let capture = Capture { snapshot, parent: None, staged, gone: vec![] };
-            return Ok(journal.checkpoint(capture, &self.pages));
+            return Ok(journal.checkpoint(capture, &self.pages, &self.log));
         }
         Ok(Ok(()))
     }
@@ -316,6 +327,7 @@ impl Unit {
         self.model = postcard::from_bytes(&snapshot.model).map_err(broken("decoding the model"))?;
         self.model.irregular = None;
         self.cpu = self.model.cpu.or(self.cpu);
+        self.shim = self.model.sites.used;
         self.bind_to_cpu();
         let want = (self.set_tid && self.vpid != 0).then_some(self.vpid);
         let pid = launch::rebuild(&snapshot, &self.pages, want)?;
@@ -349,6 +361,11 @@ impl Unit {
                 },
             );
         }
+        self.map_shim(pid, &base)?;
+        self.follow_sites();
+        for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
+            self.give_area(vtid)?;
+        }
         for state in &snapshot.threads {
             self.restore_thread(if state.tid == 0 { self.vpid } else { state.tid }, state, &base)?;
         }
@@ -362,6 +379,14 @@ impl Unit {
             t.kernel_id = None;
         }
         self.new_tracker()?;
+        let main = self.vpid;
+        if !self.model.sites.judged {
+            self.model.sites.judged = true;
+            self.judge_code(main, 0..u64::MAX)?;
+        }
+        if self.shim {
+            self.follow_counter()?;
+        }
         crate::fault::point("restore-end", pid);
         self.sii = snapshot.sii;
         let user: Vec<i32> = self.model.user.iter().map(|v| if *v == 0 { self.vpid } else { *v }).collect();
@@ -448,15 +473,15 @@ impl Unit {
                 _ => tracee::cont(tid, 0)?,
             }
         }
-        let regs = tracee::get_regs(tid)?;
+        let regs = self.site_regs(vtid)?;
         let t = self.thread(vtid);
         t.regs = regs;
         t.state = State::Entry;
         Ok(())
     }
 
-    /// Dirty-page tracking for a new process. Its first scan reports everything, so the store is rebuilt by
-    /// the next checkpoint.
+    /// Dirty-page tracking for a process that has just been filled from the store: what is written from here
+    /// on differs from it.
     fn new_tracker(&mut self) -> Result<()> {
         // The old one owns a descriptor of the service thread's table: it must be closed there.
         let old = std::mem::replace(&mut self.tracker, Box::new(Full::new()));
@@ -480,6 +505,18 @@ impl Unit {
             Kind::SoftDirty => Box::new(SoftDirty::new()),
             Kind::Full => Box::new(Full::new()),
         };
+        if self.tracker.name() == Kind::Full.name() {
+            return Ok(());
+        }
+        // The first scan arms. Its report, everything, is what the store holds.
+        let (pid, store, tracker) = (self.pid, &self.pages, &mut self.tracker);
+        let armed = self.service.run(move || {
+            let maps = program_maps(read_maps(pid)?);
+            tracker.scan(pid, &maps, store).map_err(std::io::Error::other)
+        });
+        if armed.is_err() {
+            self.tracker.forget();
+        }
         Ok(())
     }
 }

@@ -145,8 +145,8 @@ struct RunArgs {
     /// Working directory of the program
     #[arg(long, value_name = "DIR")]
     cwd: Option<PathBuf>,
-    /// Stay on the slow path
-    #[arg(long, hide = true)]
+    /// Serve no call inside the program: slower, and as right
+    #[arg(long)]
     no_shim: bool,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]

@@ -1,24 +1,25 @@
 //! The part of the event log and the checkpoints that is kept in the state directory.
 //!
 //! Everything is written by a thread of its own, in order: records before the checkpoint that follows
-//! them. What waits for it is bounded; the unit waits when the disk is slower than that. A full disk stops
+//! them, and behind the checkpoint that they follow. What waits for it is bounded; the unit waits when the disk is slower than that. A full disk stops
 //! nothing and loses nothing at level `process`, where recovery uses memory: the disk then misses
 //! something until the next checkpoint, which is stored whole.
 
-use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use ftrun_abi::record::Record;
 use ftrun_ckpt::image::{self, Chain, WriteOptions};
 use ftrun_ckpt::pages::PageStore;
 use ftrun_store::LogWriter;
 
 use crate::capture::Capture;
+use crate::evlog::{EventLog, LogTail};
 use crate::service::Service;
 
-/// Records collected before they are handed to the service thread, bytes.
-const BATCH_BYTES: usize = 256 << 10;
+/// Events that are collected before they are written, bytes.
+const BATCH_BYTES: u64 = 256 << 10;
 
 /// Checkpoints that stay on disk, with the events behind the oldest of them.
 pub const KEPT: usize = 2;
@@ -31,8 +32,8 @@ struct Disk {
     log: LogWriter,
     dir: PathBuf,
     chain: Chain,
-    /// Records that the disk did not take.
-    pending: VecDeque<(u64, Box<[u8]>)>,
+    /// The events that have not been written.
+    tail: LogTail,
     warned: bool,
 }
 
@@ -41,8 +42,8 @@ struct Disk {
 pub struct Journal {
     disk: Arc<Mutex<Disk>>,
     worker: Service,
-    batch: Vec<(u64, Box<[u8]>)>,
-    bytes: usize,
+    /// Position in the log up to which writing has been asked for.
+    asked: u64,
     waiting: Arc<AtomicU64>,
     /// Something could not be written, so that changes alone would hang in the air.
     gap: Arc<AtomicBool>,
@@ -50,43 +51,34 @@ pub struct Journal {
 
 impl Journal {
     /// Opens the log and the checkpoints of a unit. Call it on the service thread.
-    pub fn open(log: &std::path::Path, checkpoints: PathBuf) -> Result<Self, crate::report::Error> {
+    pub fn open(log: &std::path::Path, checkpoints: PathBuf, events: &EventLog) -> Result<Self, crate::report::Error> {
         let chain = Chain::open(&checkpoints).map_err(|e| {
             crate::report::Error::environment(e.to_string(), "remove the unit with `ftrun rm` if it is not needed")
         })?;
         let worker =
             Service::start(Vec::new()).map_err(|e| crate::report::Error::bug(format!("the journal's thread: {e}")))?;
-        let disk =
-            Disk { log: LogWriter::open(log)?, dir: checkpoints, chain, pending: VecDeque::new(), warned: false };
+        let disk = Disk { log: LogWriter::open(log)?, dir: checkpoints, chain, tail: events.tail(), warned: false };
         Ok(Self {
             disk: Arc::new(Mutex::new(disk)),
             worker,
-            batch: Vec::new(),
-            bytes: 0,
+            asked: events.end(),
             waiting: Arc::default(),
             gap: Arc::default(),
         })
     }
 
-    /// Adds a record.
-    pub fn append(&mut self, sii: u64, record: &[u8]) {
-        self.bytes += record.len();
-        self.batch.push((sii, record.into()));
-        if self.bytes >= BATCH_BYTES {
-            self.hand_over();
+    /// Has events written when there are enough of them. Call it now and then.
+    pub fn follow(&mut self, events: &EventLog) {
+        if events.end() - self.asked >= BATCH_BYTES {
+            self.write_events(events);
         }
     }
 
-    fn hand_over(&mut self) {
-        if self.batch.is_empty() {
-            return;
-        }
-        let batch = std::mem::take(&mut self.batch);
-        let bytes = std::mem::take(&mut self.bytes) as u64;
-        self.post(bytes, move |disk| {
-            disk.pending.extend(batch);
-            disk.write_records()
-        });
+    /// Events that are logged while this waits are left to the next time: a checkpoint may be before them.
+    fn write_events(&mut self, events: &EventLog) {
+        let end = events.end();
+        self.asked = end;
+        self.post(0, move |disk| disk.write_events(end));
     }
 
     /// Queues a piece of work that holds so many bytes.
@@ -117,17 +109,17 @@ impl Journal {
     }
 
     /// Writes all that was appended.
-    pub fn flush(&mut self) {
-        self.hand_over();
+    pub fn flush(&mut self, events: &EventLog) {
+        self.write_events(events);
         self.sync();
     }
 
-    /// Adds a checkpoint: what changed, or all of `pages` when a new base is due.
+    /// Adds a checkpoint: what changed, or all of `pages` when a new base is due. The log must know of it.
     ///
     /// # Errors
     /// A base cannot be written. What is on disk stays as it is, and the next checkpoint tries again.
-    pub fn checkpoint(&mut self, capture: Capture, pages: &PageStore) -> Result<(), String> {
-        self.hand_over();
+    pub fn checkpoint(&mut self, capture: Capture, pages: &PageStore, events: &EventLog) -> Result<(), String> {
+        self.write_events(events);
         let sii = capture.snapshot.sii;
         if capture.parent.is_some() && !self.gap.load(Ordering::SeqCst) {
             self.post(capture.staged.bytes(), move |disk| {
@@ -143,10 +135,13 @@ impl Journal {
         let result = self.worker.run(|| {
             let disk = &mut *crate::run::lock(&disk);
             let written = image::write(&disk.dir, &capture.snapshot, None, pages, &[], WriteOptions::default());
-            // Memory does not hold these events any more either; the base stands for them.
-            disk.pending.clear();
+            let whole = self.gap.load(Ordering::SeqCst);
+            if whole {
+                // The base stands for them.
+                disk.tail.skip_to_checkpoint();
+            }
             let mut result = disk.added(sii, written.map(drop));
-            if self.gap.load(Ordering::SeqCst) {
+            if whole {
                 result = result.and_then(|()| disk.begin_anew(sii));
             }
             if sii > 0 {
@@ -164,12 +159,19 @@ impl Journal {
 }
 
 impl Disk {
-    fn write_records(&mut self) -> Result<(), String> {
-        while let Some((sii, record)) = self.pending.front() {
-            self.log.append(*sii, record).map_err(|e| e.to_string())?;
-            self.pending.pop_front();
+    /// Writes the events up to a position in the log.
+    fn write_events(&mut self, end: u64) -> Result<(), String> {
+        let mut result = Ok(());
+        while let Some(record) = self.tail.peek(end) {
+            let sii = Record::parse(record).map_err(|e| format!("an event in memory is damaged: {e}"))?.0.header.sii;
+            result = self.log.append(sii, record).map_err(|e| e.to_string());
+            if result.is_err() {
+                break;
+            }
+            self.tail.take();
         }
-        self.log.flush().map_err(|e| e.to_string())
+        self.tail.give_back();
+        result.and_then(|()| self.log.flush().map_err(|e| e.to_string()))
     }
 
     fn added(&mut self, sii: u64, written: Result<(), image::Error>) -> Result<(), String> {

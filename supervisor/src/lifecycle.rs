@@ -62,9 +62,9 @@ impl Unit {
                 Halt::Exec(pid) => {
                     close_on_exec();
                     self.begin_record(ftrun_abi::record::Kind::Exec);
-                    self.append(self.vpid, libc::SYS_execve as u16, 0, 0, 0);
                     self.model.credentials.get_or_insert_with(Default::default);
-                    match self.adopt_image(pid) {
+                    let logged = self.append(self.vpid, libc::SYS_execve as u16, 0, 0, 0);
+                    match logged.and_then(|()| self.adopt_image(pid)) {
                         // What could not be stored has been told; recovery uses memory.
                         Ok(_told) => {}
                         Err(Halt::Died) => died_at = Some(now()),
@@ -75,6 +75,9 @@ impl Unit {
                     let at = now();
                     let fault = self.fault.take();
                     let status = self.bury();
+                    if let Err(e) = self.settle() {
+                        return Ok(End::Failed(e.to_string()));
+                    }
                     if self.ending {
                         return Ok(End::Ended(status));
                     }
@@ -96,6 +99,9 @@ impl Unit {
                 Halt::Broken(why) => {
                     if self.is_dying() {
                         self.bury();
+                        if let Err(e) = self.settle() {
+                            return Ok(End::Failed(e.to_string()));
+                        }
                         died_at = Some(now());
                         continue;
                     }
@@ -133,6 +139,9 @@ impl Unit {
             Err(h) => return h,
         };
         let replayed = now();
+        if events >= 1000 {
+            self.replay_ns = (replayed - restored) / events;
+        }
         {
             let mut status = lock(&self.status);
             status.state = UnitState::Running;
@@ -212,6 +221,7 @@ impl Unit {
     pub fn publish_counters(shared: &crate::unit::Shared, status: &mut crate::status::Status) {
         status.events = shared.events.load(Relaxed);
         status.calls.slow = shared.slow.load(Relaxed);
+        status.calls.fast = shared.fast.load(Relaxed);
     }
 }
 

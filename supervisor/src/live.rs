@@ -5,6 +5,9 @@
 //! before anything else happened. So the order of events is the order of the program's steps, and
 //! replay needs no other record of the turn than the thread of each event.
 
+use std::sync::atomic::Ordering::SeqCst;
+
+use ftrun_abi::fast::RECORD;
 use ftrun_abi::record::{Kind, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
 use libc::c_int;
@@ -17,6 +20,11 @@ use crate::unit::{Begun, Halt, PREEMPTED, Place, Result, State, Unit, Waiting, n
 const SLICE_NS: u64 = 2_000_000;
 /// How long a thread may compute without a call while others wait, before it is preempted.
 const PREEMPT_NS: u64 = 50_000_000;
+
+/// Expected time of replay that makes a checkpoint due, nanoseconds.
+const REPLAY_MAX_NS: u64 = 150_000_000;
+/// Checkpoints for that reason take at most one part in this many of the time.
+const PAUSE_SHARE: u64 = 50;
 
 /// What came of trying a call.
 pub(crate) enum Outcome {
@@ -33,6 +41,7 @@ pub(crate) enum Outcome {
 impl Unit {
     /// Runs the unit until something ends that.
     pub fn live(&mut self) -> Result<std::convert::Infallible> {
+        self.log.control().mode.store(RECORD, SeqCst);
         // The thread of the last event may be on its way to its next call; the others have arrived.
         let running = self.current.filter(|v| self.threads.get(v).is_some_and(|t| t.place == Place::Program));
         self.current = None;
@@ -83,11 +92,7 @@ impl Unit {
             match tracee::wait_one(tid)? {
                 Event::Stop(_) => break,
                 Event::Seccomp => {
-                    let regs = tracee::get_regs(tid)?;
-                    let t = self.thread(vtid);
-                    t.place = Place::Stopped;
-                    t.regs = regs;
-                    t.state = State::Entry;
+                    self.arrived(vtid)?;
                     self.current = None;
                     self.ready.push_front(vtid);
                     return self.arm_timers();
@@ -127,7 +132,7 @@ impl Unit {
             State::Running => Ok(()),
             State::User => {
                 self.begin_record(Kind::Sched);
-                self.append(vtid, 0, 0, 0, 0);
+                self.append(vtid, 0, 0, 0, 0)?;
                 self.resume(vtid)
             }
             State::Entry | State::Blocked(_) => {
@@ -142,18 +147,17 @@ impl Unit {
         let Some(&vtid) = self.vtids.get(&tid) else {
             return self.on_outsider(tid, event);
         };
+        self.follow_shim();
         match event {
             Event::Seccomp => {
-                let regs = tracee::get_regs(tid)?;
-                let parked = self.thread(vtid).place == Place::Parked;
-                let t = self.thread(vtid);
-                t.place = Place::Stopped;
-                if parked {
+                if self.thread(vtid).place == Place::Parked {
+                    self.thread(vtid).place = Place::Stopped;
                     self.make_ready(vtid);
+                    self.call_back();
                     return Ok(());
                 }
-                t.regs = regs;
-                t.state = State::Entry;
+                let regs = self.arrived(vtid)?;
+                self.count_slow(regs.rip, regs.orig_rax);
                 self.shared.slow.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 self.last_entry = now();
                 crate::fault::point("call-entry", self.pid);
@@ -180,6 +184,17 @@ impl Unit {
                 Err(if self.ending { Halt::Ended(status) } else { Halt::Died })
             }
         }
+    }
+
+    /// A thread of the unit stopped before a call.
+    pub(crate) fn arrived(&mut self, vtid: i32) -> Result<libc::user_regs_struct> {
+        let regs = self.stopped_regs(vtid)?;
+        let t = self.thread(vtid);
+        t.place = Place::Stopped;
+        t.regs = regs;
+        t.state = State::Entry;
+        self.take_wait(vtid)?;
+        Ok(regs)
     }
 
     fn slice_over(&self) -> bool {
@@ -247,6 +262,7 @@ impl Unit {
                 Outcome::Done(r)
             }
             _ if row.place == Who::Unit => {
+                self.before_arch_prctl(vtid, nr, &args)?;
                 let r = self.gate(vtid, nr as libc::c_long, self.real_ids(row, &args))?;
                 self.unit_outputs(vtid, nr, &args, call, row, r)?
             }
@@ -268,9 +284,11 @@ impl Unit {
             self.output(*addr, bytes)?;
         }
         self.outside.begun.remove(&vtid);
+        let args = tracee::args_of(&self.thread(vtid).regs);
+        self.forget_fds(nr, &args);
         let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
         let flags = took | if self.unloggable.is_some() { flag::UNLOGGABLE } else { 0 };
-        self.append(vtid, nr as u16, result, digest, flags);
+        self.append(vtid, nr as u16, result, digest, flags)?;
         crate::fault::point("call-logged", self.pid);
         self.finish_call(vtid, result, &outs)?;
         crate::fault::point("call-written", self.pid);
@@ -322,6 +340,7 @@ impl Unit {
         let lazy = w.futex || w.child;
         self.thread(vtid).state = State::Blocked(w);
         self.current = None;
+        self.offer_signals();
         if lazy { Ok(()) } else { self.park(vtid) }
     }
 
@@ -385,14 +404,19 @@ impl Unit {
             }
         }
         let time = now();
-        let due = self.shared.checkpoint.load(Relaxed)
-            || (time - self.checkpoint_at >= self.checkpoint_every && self.log.bytes > 0)
-            || self.log.bytes >= self.checkpoint_log;
+        let before = self.sii;
+        self.follow_shim();
+        if self.sii != before {
+            // It makes calls that we do not see.
+            self.last_entry = time;
+        }
+        let due = self.checkpoint_due();
         let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
-        let starving = self.current.is_some_and(|c| {
-            !self.ready.is_empty() || self.outside.signals.get(&c).is_some_and(|q| !q.is_empty()) || others
-        });
+        let starving = self.current.is_some_and(|c| !self.ready.is_empty() || self.has_signals(c) || others);
         if let Some(vtid) = self.current {
+            if due || !self.ready.is_empty() {
+                self.call_back();
+            }
             let waited = if due { 20_000_000 } else { PREEMPT_NS };
             if (due || starving) && time - self.turn_since.max(self.last_entry) > waited {
                 return self.preempt(vtid);
@@ -406,17 +430,21 @@ impl Unit {
     /// checkpoint is taken there (DESIGN rule 4) and execution goes on from it.
     fn preempt(&mut self, vtid: i32) -> Result<()> {
         let tid = self.tid(vtid);
+        self.call_back();
         tracee::interrupt(tid)?;
         loop {
             match tracee::wait_one(tid)? {
-                Event::Stop(_) => break,
+                Event::Stop(_) => {
+                    if !self.is_in_shim(tracee::get_regs(tid)?.rip) {
+                        break;
+                    }
+                    // It comes out at once: served, or at the filter.
+                    tracee::cont(tid, 0)?;
+                    tracee::interrupt(tid)?;
+                }
                 Event::Seccomp => {
                     // It came to a call by itself. The stop follows when it is continued.
-                    let regs = tracee::get_regs(tid)?;
-                    let t = self.thread(vtid);
-                    t.place = Place::Stopped;
-                    t.regs = regs;
-                    t.state = State::Entry;
+                    self.arrived(vtid)?;
                     self.current = None;
                     self.make_ready(vtid);
                     return if self.checkpoint_due() { self.checkpoint() } else { Ok(()) };
@@ -441,9 +469,15 @@ impl Unit {
         self.deliver_preempted(vtid)
     }
 
+    /// A checkpoint was asked for, is due by time or log, or a recovery would take too long: replay takes its
+    /// time for each event. That last reason must not spend more than a share of the time on checkpoints.
     fn checkpoint_due(&self) -> bool {
+        let age = now().saturating_sub(self.checkpoint_at);
+        let events = self.sii - self.snapshot.as_ref().map_or(0, |s| s.sii);
         self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed)
-            || now() - self.checkpoint_at >= self.checkpoint_every
+            || (age >= self.checkpoint_every && events > 0)
+            || self.log.bytes() >= self.checkpoint_log
+            || (events * self.replay_ns > REPLAY_MAX_NS && age > self.pause_ns * PAUSE_SHARE)
     }
 
     /// A thread or process that is not of the unit: its child, or a new one.

@@ -15,6 +15,7 @@ use std::time::Duration;
 use ftrun_ckpt::dirty;
 
 use crate::cli::RunOptions;
+use crate::evlog::EventLog;
 use crate::journal::Journal;
 use crate::launch::Program;
 use crate::lifecycle::End;
@@ -140,6 +141,10 @@ fn keep(supervisor: i32, board: &Board) -> i32 {
     }
 }
 
+/// Room for events beyond those that make a checkpoint due: two of the longest, and what the disk has not
+/// taken yet.
+const LOG_SLACK: u64 = 64 << 20;
+
 struct Control {
     writer: Service,
     shared: Arc<Shared>,
@@ -225,13 +230,15 @@ fn try_supervisor(
     let backend = dirty::choose();
     status.dirty_backend = backend.name().to_owned();
     let status = Arc::new(Mutex::new(status));
-    let journal = service.run(|| -> Result<Journal, Error> {
+    let (log, journal) = service.run(|| -> Result<_, Error> {
+        let log = EventLog::new(options.checkpoint_log_bytes + LOG_SLACK)
+            .map_err(|e| Error::environment(format!("memory for the event log: {e}"), "lower --checkpoint-log"))?;
         dir.write_status(&lock(&status))?;
-        let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir())?;
+        let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir(), &log)?;
         let listener = dir.bind_control()?;
         let handler = Control { writer: journal.writer(), shared: Arc::clone(&shared), status: Arc::clone(&status) };
         crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
-        Ok(journal)
+        Ok((log, journal))
     })?;
     // SAFETY: no arguments.
     let tracer = unsafe { libc::syscall(libc::SYS_gettid) };
@@ -242,13 +249,16 @@ fn try_supervisor(
             .map_err(|e| Error::environment(format!("--cwd {}: {e}", cwd.display()), "name a directory that exists"))?;
     }
     catch_signals();
-    let mut unit = Unit::new(service.clone(), Arc::clone(&shared), Arc::clone(&status), backend);
+    log.control().kill_in.store(crate::fault::in_shim(), Ordering::SeqCst);
+    let mut unit = Unit::new(service.clone(), log, Arc::clone(&shared), Arc::clone(&status), backend);
     unit.journal = Some(journal);
     unit.board_pid = Some(&board.pid);
     unit.checkpoint_every = options.checkpoint_every.as_nanos() as u64;
     unit.checkpoint_log = options.checkpoint_log_bytes;
     unit.set_tid = can_set_tid();
     unit.choose_cpu();
+    unit.shim = options.shim;
+    unit.vdso_clock = service.run(|| crate::vdso::clock_gettime(crate::vdso::areas()));
     let program = Program {
         path: program.path.clone(),
         argv: program.argv.clone(),
@@ -258,7 +268,7 @@ fn try_supervisor(
     };
     let end = unit.supervise(&program);
     if let Some(journal) = &mut unit.journal {
-        journal.flush();
+        journal.flush(&unit.log);
     }
     let (code, state, reason) = match end {
         Ok(End::Ended(s)) if libc::WIFEXITED(s) => (libc::WEXITSTATUS(s), State::Stopped, None),

@@ -14,6 +14,7 @@ use ftrun_ckpt::dirty::Kind;
 use ftrun_ckpt::pages::{Page, PageStore};
 use ftrun_ckpt::state::{Mapping, PAGE_BYTES, Snapshot, ThreadState};
 
+use crate::evlog::EventLog;
 use crate::service::Service;
 use crate::unit::{Halt, Model, PREEMPTED, Shared, Unit};
 
@@ -46,7 +47,7 @@ pub enum Finding {
 pub fn replay(
     service: &Service,
     from: State,
-    records: Vec<(u64, Box<[u8]>)>,
+    mut records: Vec<(u64, Box<[u8]>)>,
     to: Option<&State>,
 ) -> Result<Finding, String> {
     let (mut snapshot, pages) = from;
@@ -57,7 +58,12 @@ pub fn replay(
     for m in &mut snapshot.maps {
         m.shared &= !has_file(m);
     }
-    let mut unit = Unit::new(service.clone(), Arc::new(Shared::default()), Arc::new(Mutex::default()), Kind::Full);
+    if cause.as_ref().is_some_and(|c| c != PREEMPTED) {
+        // The last event led to the checkpoint, which holds its effect.
+        records.pop();
+    }
+    let log = service.run(|| log_of(&records)).map_err(|e| format!("memory for the events: {e}"))?;
+    let mut unit = Unit::new(service.clone(), log, Arc::new(Shared::default()), Arc::new(Mutex::default()), Kind::Full);
     unit.off_line = true;
     unit.vpid = snapshot.threads.first().map_or(0, |t| t.tid);
     if unit.vpid == 0 {
@@ -66,11 +72,6 @@ pub fn replay(
     }
     unit.pages = pages;
     unit.snapshot = Some(Arc::new(snapshot));
-    unit.log.records = records.into();
-    if cause.as_ref().is_some_and(|c| c != PREEMPTED) {
-        // The last event led to the checkpoint, which holds its effect.
-        unit.log.records.pop_back();
-    }
     unit.arrive_last = to.is_some() && cause.is_none();
     // What took the unit so long may take the shadow some times longer.
     let taken = to.zip(unit.snapshot.as_deref()).map(|((to, _), from)| to.at_ns.saturating_sub(from.at_ns));
@@ -131,6 +132,18 @@ impl Watch {
             }
         }
     }
+}
+
+/// A log in memory that holds these records.
+fn log_of(records: &[(u64, Box<[u8]>)]) -> std::io::Result<EventLog> {
+    let bytes: usize = records.iter().map(|r| r.1.len() + 16).sum();
+    // Half of a ring is what one record may take.
+    let largest = records.iter().map(|r| r.1.len()).max().unwrap_or(0);
+    let mut log = EventLog::new((bytes + 2 * largest + 4096) as u64)?;
+    for (_, record) in records {
+        log.append(record).map_err(|_full| std::io::Error::other("the events do not fit"))?;
+    }
+    Ok(log)
 }
 
 fn run(unit: &mut Unit) -> Result<(), Halt> {

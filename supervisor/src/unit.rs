@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use ftrun_abi::record::{Kind, Record, RecordBuf, flag};
+use ftrun_abi::record::{Kind, RecordBuf, flag};
 use ftrun_ckpt::pages::PageStore;
 use ftrun_ckpt::state::Snapshot;
 use libc::user_regs_struct;
@@ -174,6 +174,8 @@ pub struct Model {
     /// Why the checkpoint was taken, when the events before it do not lead there by replay: the call that
     /// could not be logged, [`PREEMPTED`], or `execve`.
     pub irregular: Option<String>,
+    /// Call sites that have been rewritten.
+    pub sites: crate::fast::Sites,
     /// Processors that threads asked for (sched_setaffinity(2)), by thread.
     pub affinity: BTreeMap<i32, Vec<u8>>,
     /// Processor that the unit is bound to.
@@ -231,7 +233,8 @@ pub struct Outside {
     pub timers: BTreeMap<i32, Timer>,
     /// Interval timers by `ITIMER_*`.
     pub itimers: BTreeMap<i32, Timer>,
-    /// Signals that arrived and have not been delivered, by thread.
+    /// Signals that arrived and have not been delivered, by thread; 0 for those sent to the process, -1 for
+    /// what is known of children whose SIGCHLD is on its way.
     pub signals: HashMap<i32, VecDeque<SigInfo>>,
 }
 
@@ -246,36 +249,12 @@ pub struct Shared {
     pub events: AtomicU64,
     /// Calls on the slow path so far.
     pub slow: AtomicU64,
+    /// Calls served in the process so far.
+    pub fast: AtomicU64,
     /// Process id of the unit.
     pub pid: std::sync::atomic::AtomicI32,
     /// Checkpoints taken.
     pub checkpoints: AtomicU64,
-}
-
-/// The log since the checkpoint before last, in memory.
-#[derive(Debug, Default)]
-pub struct EventLog {
-    /// Records in order: (SII, bytes).
-    pub records: VecDeque<(u64, Box<[u8]>)>,
-    /// Their size.
-    pub bytes: u64,
-}
-
-impl EventLog {
-    /// The last record, if it is of a call that only the checkpoint after it can stand for.
-    pub fn unloggable(&self) -> Option<&(u64, Box<[u8]>)> {
-        let last = self.records.back()?;
-        let (record, _) = Record::parse(&last.1).ok()?;
-        (record.header.flags & flag::UNLOGGABLE != 0).then_some(last)
-    }
-
-    /// The process died between such a call and its checkpoint: what the call did to the process is lost
-    /// with it, so that the call has to be made again.
-    pub fn drop_unloggable(&mut self) {
-        if self.unloggable().is_some() {
-            self.records.pop_back();
-        }
-    }
 }
 
 /// A unit under supervision.
@@ -312,7 +291,7 @@ pub struct Unit {
     /// Signals that replay produced anew and the log has not delivered yet.
     pub regenerated: HashMap<i32, VecDeque<SigInfo>>,
     /// The log.
-    pub log: EventLog,
+    pub log: crate::evlog::EventLog,
     /// Where new records are also sent to be kept on disk.
     pub journal: Option<crate::journal::Journal>,
     /// The newest checkpoint.
@@ -339,6 +318,10 @@ pub struct Unit {
     pub checkpoint_log: u64,
     /// When the last one was taken.
     pub checkpoint_at: u64,
+    /// What an event takes in replay, nanoseconds: as measured in the last recovery.
+    pub(crate) replay_ns: u64,
+    /// How long the last checkpoint kept the unit waiting, nanoseconds.
+    pub(crate) pause_ns: u64,
     /// An unloggable call was made: a checkpoint must follow.
     pub unloggable: Option<String>,
     /// Signal masks read for a checkpoint.
@@ -353,6 +336,20 @@ pub struct Unit {
     pub(crate) board_pid: Option<&'static std::sync::atomic::AtomicI32>,
     /// The signal of a fault that made the unit fail.
     pub(crate) failed_signal: Option<i32>,
+    /// Every thread has looked at the signals kept for any of them.
+    pub(crate) offered: bool,
+    /// Calls may be served inside the process.
+    pub(crate) shim: bool,
+    /// Call sites by the address at which their stubs stop.
+    pub(crate) stubs: HashMap<u64, u64>,
+    /// What is known of instructions in the files that the program has mapped.
+    pub(crate) scans: crate::scan::Scanned,
+    /// Address of the kernel's clock in the unit, 0 if there is none.
+    pub(crate) vdso_clock: u64,
+    /// Slow calls by site.
+    pub(crate) hot: crate::hot::Hot,
+    /// What is known of padding in the files that the program has mapped.
+    pub(crate) files: crate::patch::Files,
     /// The processor that the unit is bound to.
     pub(crate) cpu: Option<u32>,
     /// The processors that it was given.
@@ -366,6 +363,7 @@ impl Unit {
     /// A unit that has not been started.
     pub fn new(
         service: Service,
+        log: crate::evlog::EventLog,
         shared: Arc<Shared>,
         status: Arc<std::sync::Mutex<crate::status::Status>>,
         backend: ftrun_ckpt::dirty::Kind,
@@ -386,7 +384,7 @@ impl Unit {
             off_line: false,
             arrive_last: false,
             regenerated: HashMap::new(),
-            log: EventLog::default(),
+            log,
             journal: None,
             snapshot: None,
             pages: PageStore::new(),
@@ -400,6 +398,8 @@ impl Unit {
             checkpoint_every: 1_000_000_000,
             checkpoint_log: 64 << 20,
             checkpoint_at: 0,
+            replay_ns: 25_000,
+            pause_ns: 0,
             unloggable: None,
             masks: HashMap::new(),
             futex_results: HashMap::new(),
@@ -407,6 +407,13 @@ impl Unit {
             backend,
             board_pid: None,
             failed_signal: None,
+            offered: false,
+            shim: false,
+            stubs: HashMap::new(),
+            scans: crate::scan::Scanned::default(),
+            vdso_clock: 0,
+            hot: crate::hot::Hot::default(),
+            files: crate::patch::Files::default(),
             cpu: None,
             given_cpus: Vec::new(),
             took_signal: false,
@@ -447,20 +454,28 @@ impl Unit {
     }
 
     /// Appends the record under construction to the log as the next event.
-    pub fn append(&mut self, vtid: i32, nr: u16, result: i64, digest: u64, flags: u32) {
+    ///
+    /// # Errors
+    /// The log is full, and its events are still needed.
+    pub fn append(&mut self, vtid: i32, nr: u16, result: i64, digest: u64, flags: u32) -> Result<()> {
         let sii = self.sii + 1;
         self.record.tid(vtid as u32).nr(nr).flags(flags).result(result).digest(digest).sii(sii);
-        let bytes: Box<[u8]> = self.record.finish().into();
-        self.sii += 1;
-        self.log.bytes += bytes.len() as u64;
-        // What a checkpoint must follow is kept only with it: see `drop_unloggable`.
-        if let Some(journal) = &mut self.journal
-            && flags & flag::UNLOGGABLE == 0
-        {
-            journal.append(self.sii, &bytes);
+        let record = self.record.finish();
+        if self.log.append(record).is_err() {
+            if let Some(journal) = &mut self.journal {
+                journal.flush(&self.log);
+            }
+            if self.log.append(record).is_err() {
+                return Err(Halt::Broken("the event log is full of events without a checkpoint".into()));
+            }
         }
-        self.log.records.push_back((self.sii, bytes));
+        self.sii = sii;
+        self.log.control().sii.store(sii, std::sync::atomic::Ordering::SeqCst);
+        if let Some(journal) = &mut self.journal {
+            journal.follow(&self.log);
+        }
         self.shared.events.store(self.sii, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
     }
 
     /// Starts a record.
@@ -478,6 +493,7 @@ impl Unit {
         t.yielded = false;
         let (tid, regs) = (t.tid, t.regs);
         self.current = Some(vtid);
+        self.allow_shim();
         tracee::set_regs(tid, &regs)?;
         tracee::cont(tid, 0)?;
         Ok(())

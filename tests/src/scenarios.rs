@@ -218,7 +218,8 @@ pub fn memcached_t4(load: &Load) -> Result<Report, Error> {
     memcached(load, "4")
 }
 
-fn memcached(load: &Load, threads: &str) -> Result<Report, Error> {
+/// A launch of memcached with so many worker threads.
+pub fn memcached_launch(threads: &str) -> Result<Launch, Error> {
     let mut launch = Launch::new("memcached")?;
     let port = free_port()?;
     launch.run(need("memcached")?, ["-l", "127.0.0.1", "-U", "0", "-t", threads, "-p", &port.to_string()]);
@@ -226,7 +227,12 @@ fn memcached(load: &Load, threads: &str) -> Result<Report, Error> {
         launch.add_args(["-u", "root"]);
     }
     launch.ready(Ready::Port(port));
-    let unit = launch.start()?;
+    Ok(launch)
+}
+
+fn memcached(load: &Load, threads: &str) -> Result<Report, Error> {
+    let unit = memcached_launch(threads)?.start()?;
+    let port = unit.port;
     let report = load::run(load, &unit, clients(|n, rng| Memcached::connect(port, n, rng)));
     conclude(&unit, report)
 }
@@ -242,12 +248,11 @@ fn web_files(dir: &Path, seed: u64) -> Result<Arc<Files>, Error> {
     Ok(Arc::new(files))
 }
 
-/// nginx without a master process: files up to 1 MiB on keep-alive connections, and uploads to an upstream.
-pub fn nginx(load: &Load) -> Result<Report, Error> {
+/// A launch of nginx without a master process that serves its working directory, with these further lines for
+/// its `http` and its `server` block.
+pub fn nginx_launch(http: &str, server: &str) -> Result<Launch, Error> {
     let mut launch = Launch::new("nginx")?;
     let (port, work) = (free_port()?, launch.work());
-    let upstream = Upstream::start()?;
-    let files = web_files(&work, load.seed)?;
     let user = if is_root() { "user root;\n" } else { "" };
     let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|kind| format!("    {kind}_temp_path {}/{kind};\n", work.display()))
@@ -255,18 +260,26 @@ pub fn nginx(load: &Load) -> Result<Report, Error> {
     let config = format!(
         "{user}daemon off;\nmaster_process off;\nerror_log stderr;\npid {dir}/nginx.pid;\n\
          events {{ worker_connections 256; }}\n\
-         http {{\n    access_log {dir}/access.log;\n    keepalive_requests 100000000;\n    keepalive_timeout 600;\n\
-         client_max_body_size 8m;\n{temporary}\
-         server {{\n        listen 127.0.0.1:{port};\n        root {dir};\n\
-         location /upload {{ proxy_pass http://127.0.0.1:{up}; proxy_read_timeout 60; }}\n    }}\n}}\n",
+         http {{\n    keepalive_requests 100000000;\n    keepalive_timeout 600;\n{http}\n{temporary}\
+         server {{\n        listen 127.0.0.1:{port};\n        root {dir};\n{server}\n    }}\n}}\n",
         dir = work.display(),
-        up = upstream.port,
     );
     let file = work.join("nginx.conf");
     std::fs::write(&file, config)?;
     launch.run(need("nginx")?, [Path::new("-p"), &work, Path::new("-c"), &file]);
     launch.ready(Ready::Port(port));
+    Ok(launch)
+}
+
+/// nginx: files up to 1 MiB on keep-alive connections, and uploads to an upstream.
+pub fn nginx(load: &Load) -> Result<Report, Error> {
+    let upstream = Upstream::start()?;
+    let server =
+        format!("location /upload {{ proxy_pass http://127.0.0.1:{}; proxy_read_timeout 60; }}", upstream.port);
+    let launch = nginx_launch("access_log access.log; client_max_body_size 8m;", &server)?;
+    let files = web_files(&launch.work(), load.seed)?;
     let unit = launch.start()?;
+    let port = unit.port;
     let connect = |n, rng| Ok(Http::connect(port, n, rng, &files)?.uploading("/upload"));
     let mut report = load::run(load, &unit, clients(connect));
     if let Err(fault) = upstream.check() {

@@ -44,6 +44,8 @@ pub struct Launch {
     through: Vec<OsString>,
     uid: Option<u32>,
     ready: Ready,
+    /// Without ftrun, whatever the mode of this run: the words that stand before the program, if any.
+    instead: Option<Vec<OsString>>,
 }
 
 impl Launch {
@@ -64,6 +66,7 @@ impl Launch {
             through: Vec::new(),
             uid: None,
             ready: Ready::AtOnce,
+            instead: None,
         })
     }
 
@@ -108,6 +111,12 @@ impl Launch {
         self
     }
 
+    /// Runs the program without ftrun, under another tool whose words these are, or bare if there are none.
+    pub fn without_ftrun<A: AsRef<OsStr>>(&mut self, words: impl IntoIterator<Item = A>) -> &mut Self {
+        self.instead = Some(words.into_iter().map(|a| a.as_ref().to_owned()).collect());
+        self
+    }
+
     /// Runs it all as another user (we have to be root), who gets the directory.
     pub fn as_user(&mut self, uid: u32) -> &mut Self {
         self.uid = Some(uid);
@@ -130,9 +139,10 @@ impl Launch {
     /// Starts the unit and waits until it is ready.
     pub fn start(self) -> Result<Unit, Error> {
         let mut ftrun = match binaries::mode()? {
-            Mode::Bare => None,
-            Mode::Under(path) => Some(path.clone()),
+            Mode::Under(path) if self.instead.is_none() => Some(path.clone()),
+            Mode::Under(_) | Mode::Bare => None,
         };
+        let tool = self.instead.clone().unwrap_or_default();
         if let Some(uid) = self.uid {
             if let Some(path) = &mut ftrun {
                 *path = self.copy(path)?;
@@ -142,10 +152,13 @@ impl Launch {
             }
         }
         let mut line = self.through.clone();
-        if let Some(ftrun) = &ftrun {
-            line.extend([ftrun.into(), "run".into(), "--name".into(), self.name.clone().into()]);
-            line.extend(self.options.iter().cloned());
-            line.push("--".into());
+        match &ftrun {
+            None => line.extend(tool.iter().cloned()),
+            Some(ftrun) => {
+                line.extend([ftrun.into(), "run".into(), "--name".into(), self.name.clone().into()]);
+                line.extend(self.options.iter().cloned());
+                line.push("--".into());
+            }
         }
         line.extend(self.argv.iter().cloned());
         let mut command = Command::new(&line[0]);
@@ -160,6 +173,7 @@ impl Launch {
         let unit = Unit {
             name: self.name,
             ftrun,
+            under_a_tool: !tool.is_empty(),
             uid: self.uid,
             port: match self.ready {
                 Ready::Port(port) => port,
@@ -183,6 +197,7 @@ pub struct Unit {
     /// The port it listens at; 0 if it has none.
     pub port: u16,
     ftrun: Option<PathBuf>,
+    under_a_tool: bool,
     uid: Option<u32>,
     child: Mutex<Child>,
     dir: Option<tempfile::TempDir>,
@@ -407,6 +422,11 @@ impl Unit {
         }
     }
 
+    /// Whether what was started has ended.
+    pub fn has_ended(&self) -> Result<bool, Error> {
+        Ok(self.child().try_wait()?.is_some())
+    }
+
     /// Waits for the end of what was started, and returns its status.
     pub fn wait(&self) -> Result<ExitStatus, Error> {
         let status = self.wait_quietly()?;
@@ -415,7 +435,10 @@ impl Unit {
     }
 
     fn wait_quietly(&self) -> Result<ExitStatus, Error> {
-        // An ended child stays a zombie, with its number, until it is waited for here.
+        if let Some(status) = self.child().try_wait()? {
+            return Ok(status);
+        }
+        // A child that ends now stays a zombie, with its number, until it is waited for here.
         let process = Process::open(self.started_pid());
         if let Ok(process) = process
             && !process.ended_within(LIMIT)
@@ -425,10 +448,29 @@ impl Unit {
         Ok(self.child().wait()?)
     }
 
-    /// Asks for the end (`ftrun stop`, or SIGTERM for a bare program) and waits for it.
+    /// System calls so far that were slow, and that were fast.
+    pub fn calls(&self) -> Result<(u64, u64), Error> {
+        let status = self.status()?;
+        let number = |key: &str| {
+            status["calls"][key].as_u64().ok_or_else(|| error!("ftrun status --json: no calls.{key} in {status}"))
+        };
+        Ok((number("slow")?, number("fast")?))
+    }
+
+    /// The program's own process when it runs without ftrun: the one that was started, or the tool's child.
+    fn bare_pid(&self) -> i32 {
+        let started = self.started_pid();
+        let child = || {
+            let children = std::fs::read_to_string(format!("/proc/{started}/task/{started}/children")).ok()?;
+            children.split_whitespace().next()?.parse().ok()
+        };
+        if self.under_a_tool { child().unwrap_or(started) } else { started }
+    }
+
+    /// Asks for the end (`ftrun stop`, or SIGTERM for a program without ftrun) and waits for it.
     pub fn stop(&self) -> Result<ExitStatus, Error> {
         if self.is_bare() {
-            Process::open(self.started_pid())?.signal(libc::SIGTERM)?;
+            Process::open(self.bare_pid())?.signal(libc::SIGTERM)?;
         } else {
             let output = self.ftrun(["stop", &self.name])?;
             if !output.status.success() {
@@ -485,7 +527,7 @@ impl Unit {
         // The keeper first, or it would start a new supervisor; then the supervisor, which takes the unit along.
         let status = self.status().unwrap_or_default();
         let named = ["keeper_pid", "supervisor_pid", "pid"].map(|key| status[key].as_i64().unwrap_or(0));
-        let started = std::iter::once(self.started_pid());
+        let started = [self.bare_pid(), self.started_pid()].into_iter();
         let pids = started.chain(named.into_iter().filter_map(|pid| i32::try_from(pid).ok()));
         let processes: Vec<_> = pids.filter(|pid| *pid > 1).filter_map(|pid| Process::open(pid).ok()).collect();
         for process in processes {

@@ -13,7 +13,7 @@ pub const HEADER_BYTES: usize = 48;
 pub const RECORD_BYTES_MAX: usize = 64 << 20;
 
 /// Bytes before the data of each output.
-const OUTPUT_HEADER_BYTES: usize = 16;
+pub const OUTPUT_HEADER_BYTES: usize = 16;
 
 /// Bits of [`Header::flags`]. Values are part of the log format: append only.
 pub mod flag {
@@ -27,6 +27,8 @@ pub mod flag {
     pub const STARTED: u32 = 8;
     /// A call took a pending signal of the unit (signalfd): replay takes it as well.
     pub const TOOK_SIGNAL: u32 = 16;
+    /// The call was served inside the process: it changes nothing that the supervisor keeps.
+    pub const FAST: u32 = 32;
 }
 
 /// What kind of event a record describes. Values are part of the log format: append only.

@@ -7,7 +7,7 @@ use crate::wire::{Fault, Wire, excerpt};
 /// Checks one answer of an echo server: `count` lines by this sender, more than `highest` in all.
 ///
 /// Returns the new total and what follows the echoed text.
-pub(super) fn check(reply: &[u8], count: u64, highest: u64, text: &[u8]) -> Result<(u64, Vec<u8>), Fault> {
+pub fn check(reply: &[u8], count: u64, highest: u64, text: &[u8]) -> Result<(u64, Vec<u8>), Fault> {
     let unreadable = || Fault::error(format!("not an echo of line {count}: {}", excerpt(reply)));
     let mut parts = reply.splitn(3, |b| *b == b' ');
     let mut number = || {

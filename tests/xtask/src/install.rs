@@ -16,6 +16,7 @@ fn package(program: &str) -> (&str, Option<&str>) {
         "redis-server" => ("redis-server", Some("redis-server")),
         "memcached" => ("memcached", Some("memcached")),
         "nginx" => ("nginx-light", Some("nginx")),
+        "redis-benchmark" => ("redis-tools", None),
         "cc" => ("gcc", None),
         other => (other, None),
     }

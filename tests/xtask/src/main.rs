@@ -60,16 +60,18 @@ enum Task {
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// Time from SIGKILL to the next reply on the same connection, for redis with so much data
-    Recovery(bench::Recovery),
+    Recovery(bench::recovery::Options),
+    /// What programs do in a second: bare, under ftrun with and without its fast path, and under strace
+    Throughput(bench::throughput::Options),
+    /// What one system call costs: bare, and under ftrun with and without its fast path
+    Calls(bench::calls::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Demo { kills, clients } => demo(kills, clients),
         Task::Test { args } => return test(&args).unwrap_or_else(|e| complain(&e)),
-        Task::Bench { what: Bench::Recovery(options) } => {
-            install::ensure(&["redis-server"]).and_then(|()| under_release()).and_then(|()| bench::recovery(&options))
-        }
+        Task::Bench { what } => bench(&what),
         Task::Soak { program, kills, clients, seed } => soak(&program, kills, clients, seed),
     };
     match result {
@@ -87,6 +89,21 @@ fn complain(e: &Error) -> ExitCode {
 fn under_release() -> Result<(), Error> {
     eprintln!("xtask: building ftrun in release mode");
     ftrun_tests::binaries::mode().map(|_| ())
+}
+
+fn bench(what: &Bench) -> Result<(), Error> {
+    let needed = match what {
+        Bench::Recovery(_) => vec!["redis-server"],
+        Bench::Throughput(options) => options.programs()?,
+        Bench::Calls(_) => vec!["cc"],
+    };
+    install::ensure(&needed)?;
+    under_release()?;
+    match what {
+        Bench::Recovery(options) => bench::recovery::run(options),
+        Bench::Throughput(options) => bench::throughput::run(options),
+        Bench::Calls(options) => bench::calls::run(options),
+    }
 }
 
 fn demo(kills: u64, clients: usize) -> Result<(), Error> {

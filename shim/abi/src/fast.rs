@@ -1,0 +1,201 @@
+//! What the supervisor and the shim inside the process share on the fast path: addresses, the control
+//! page, and one area for each thread.
+//!
+//! ```text
+//! 0x6f00_0000_0000  gate and scratch memory (the supervisor's business)
+//! 0x6f00_7000_0000  the kernel's shared object (vdso(7)) and its data
+//! 0x6f00_8000_0000  the shim's code
+//! 0x6f00_9000_0000  areas of the threads
+//! 0x6f01_0000_0000  control page, then the event ring: shared with the supervisor, not with children
+//! ```
+
+use core::sync::atomic::{AtomicU32, AtomicU64};
+
+/// First address of everything of ours in the unit.
+pub const REGION_BASE: u64 = 0x6f00_0000_0000;
+/// First address behind it.
+pub const REGION_END: u64 = 0x6f02_0000_0000;
+/// Where the kernel's shared object is moved.
+pub const VDSO_BASE: u64 = 0x6f00_7000_0000;
+/// Room for it and its data, bytes.
+pub const VDSO_BYTES_MAX: u64 = 1 << 20;
+/// Where the shim's code is linked to run.
+pub const CODE_BASE: u64 = 0x6f00_8000_0000;
+/// Room for the shim's code, bytes.
+pub const CODE_BYTES_MAX: u64 = 1 << 20;
+/// Where the areas of threads begin.
+pub const AREAS_BASE: u64 = 0x6f00_9000_0000;
+/// Bytes of the area of one thread: [`Area`], then the stack that its calls run on.
+pub const AREA_BYTES: u64 = 32 << 10;
+/// Where the control page is; the ring follows at [`RING_BASE`].
+pub const CONTROL_BASE: u64 = 0x6f01_0000_0000;
+/// Bytes of the control page.
+pub const CONTROL_BYTES: u64 = 64 << 10;
+/// Where the event ring is.
+pub const RING_BASE: u64 = CONTROL_BASE + CONTROL_BYTES;
+/// Descriptors about which [`Control::fds`] can know something.
+pub const FDS_MAX: usize = 16384;
+/// Most events that one call of `epoll_wait` is given.
+pub const EPOLL_EVENTS_MAX: usize = 128;
+
+/// [`Control::mode`]: calls are made and logged.
+pub const RECORD: u32 = 0;
+/// [`Control::mode`]: results are taken from the ring.
+pub const REPLAY: u32 = 1;
+
+/// [`Control::pending`]: no operation is in doubt.
+pub const NOTHING: u64 = 0;
+/// [`Control::pending`]: a `recvmmsg` into the uncommitted record at the ring's head.
+pub const RECEIVE: u64 = 1;
+/// [`Control::pending`]: a `sendmmsg`.
+pub const SEND: u64 = 2;
+/// [`Control::pending`]: an `epoll_wait` into [`Control::events`].
+pub const EPOLL: u64 = 3;
+
+/// What is known of a descriptor, [`Control::fds`]: nothing yet.
+pub const FD_UNKNOWN: u8 = 0;
+/// A socket in nonblocking mode.
+pub const FD_SOCKET_NONBLOCKING: u8 = 1;
+/// A socket in blocking mode.
+pub const FD_SOCKET_BLOCKING: u8 = 2;
+/// Something else: its calls are the supervisor's.
+pub const FD_OTHER: u8 = 3;
+
+/// `struct mmsghdr` with one piece of memory, as the kernel reads and writes it.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Message {
+    /// `msg_hdr.msg_name`.
+    pub name: u64,
+    /// `msg_hdr.msg_namelen`.
+    pub name_len: u64,
+    /// `msg_hdr.msg_iov`.
+    pub iov: u64,
+    /// `msg_hdr.msg_iovlen`.
+    pub iov_len: u64,
+    /// `msg_hdr.msg_control`.
+    pub control: u64,
+    /// `msg_hdr.msg_controllen`.
+    pub control_len: u64,
+    /// `msg_hdr.msg_flags`.
+    pub flags: u64,
+    /// `msg_len`: the kernel writes it when the operation has taken effect. [`NOT_YET`] before.
+    pub len: AtomicU64,
+    /// The `struct iovec`: address.
+    pub piece: u64,
+    /// And length.
+    pub piece_len: u64,
+}
+
+/// [`Message::len`] before the kernel has written it (it writes the lower half).
+pub const NOT_YET: u64 = u32::MAX as u64;
+
+/// What the supervisor and the shim share. Only one of them runs at a time, except for [`Control::slow`].
+#[derive(Debug)]
+#[repr(C)]
+pub struct Control {
+    /// Not zero: every call goes to the supervisor.
+    pub slow: AtomicU32,
+    /// [`RECORD`] or [`REPLAY`].
+    pub mode: AtomicU32,
+    /// Not zero: a call may wait in the process, because no other thread needs the turn before
+    /// [`Control::wait_until`] unless the supervisor says so.
+    pub may_wait: AtomicU32,
+    /// Not zero: the running thread waits in the kernel, or is about to.
+    pub waiting: AtomicU32,
+    /// `CLOCK_MONOTONIC` nanoseconds after which no call may wait in the process; 0 for never.
+    pub wait_until: AtomicU64,
+    /// Not zero: the call that comes to the supervisor next has waited already, and was disturbed.
+    pub waited: AtomicU32,
+    /// `CLOCK_MONOTONIC` nanoseconds at which that wait ends by itself; 0 for never.
+    pub deadline: AtomicU64,
+    /// Number of the last event.
+    pub sii: AtomicU64,
+    /// Replay: position in the ring of the next record.
+    pub replay_at: AtomicU64,
+    /// Bytes of the ring, header included.
+    pub ring_bytes: AtomicU64,
+    /// Address of `__vdso_clock_gettime`; 0 when the shim may not use it.
+    pub clock_gettime: AtomicU64,
+    /// Calls served here.
+    pub fast: AtomicU64,
+    /// The program's own process id.
+    pub pid: AtomicU64,
+    /// The operation in doubt: [`NOTHING`], [`RECEIVE`], [`SEND`] or [`EPOLL`].
+    pub pending: AtomicU64,
+    /// Number of the last event when it was begun.
+    pub pending_sii: AtomicU64,
+    /// For the operation in doubt: thread, number of the call, digest, address of its buffer.
+    pub pending_call: [AtomicU64; 4],
+    /// Fault injection: kill the process at the nth seam from now; 0 never.
+    pub kill_in: AtomicU64,
+    /// The process to kill then, and to ask the kernel about.
+    pub real_pid: AtomicU64,
+    /// The message of the operation in doubt.
+    pub message: Message,
+    /// Events of `epoll_wait`.
+    pub events: [[u8; 12]; EPOLL_EVENTS_MAX],
+    /// What is known of each descriptor.
+    pub fds: [u8; FDS_MAX],
+}
+
+/// What belongs to one thread; its address is in the thread's `gs` base.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Area {
+    /// The program's stack pointer while the shim runs.
+    pub user_sp: u64,
+    /// The shim's own stack: where it begins.
+    pub stack: u64,
+    /// The shim's entry point.
+    pub entry: u64,
+    /// Where the thread goes on when the supervisor has to serve its call.
+    pub slow: u64,
+    /// The thread's id as the program knows it.
+    pub tid: u64,
+    /// Address of this area.
+    pub this: u64,
+}
+
+const _: () = {
+    use core::mem::{offset_of, size_of};
+    assert!(offset_of!(Area, user_sp) == 0);
+    assert!(offset_of!(Area, stack) == 8);
+    assert!(offset_of!(Area, entry) == 16);
+    assert!(offset_of!(Area, slow) == 24);
+    assert!(offset_of!(Area, this) == 40);
+    assert!(offset_of!(Message, len) == 56);
+    assert!(offset_of!(Message, piece) == 64);
+    assert!(size_of::<Control>() <= CONTROL_BYTES as usize);
+};
+
+/// What the entry of the shim saves of a thread, at the top of the thread's shim stack.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Frame {
+    /// `xmm0` to `xmm15`.
+    pub vectors: [[u64; 2]; 16],
+    /// `r15 r14 r13 r12 rbp rbx`: the shim's own code restores them, but a fault in it may not.
+    pub kept: [u64; 6],
+    /// `r9 r8 r10 rdx rsi rdi`: the arguments, last first.
+    pub args: [u64; 6],
+    /// `rflags`.
+    pub flags: u64,
+    /// `rax`: the call's number, then its result.
+    pub rax: u64,
+    /// The stub's slow part; for a call that was served, where the program goes on.
+    pub back: u64,
+}
+
+/// Address of the [`Frame`] of a thread whose area is at `area`, while its call is being served.
+pub const fn frame_at(area: u64) -> u64 {
+    area + AREA_BYTES - FRAME_TOP
+}
+
+/// From the frame's begin to the area's end.
+pub const FRAME_TOP: u64 = core::mem::size_of::<Frame>() as u64 + 8;
+
+/// The area of the thread in slot `slot`.
+pub const fn area(slot: usize) -> u64 {
+    AREAS_BASE + slot as u64 * AREA_BYTES
+}

@@ -1,0 +1,429 @@
+//! The fast path: call sites that enter the shim, and the shim's place in the unit.
+//!
+//! A call site is rewritten when a call of it first stops at the filter: its two bytes, `syscall`, become a
+//! short jump into padding near it, which jumps on to a stub (see [`crate::patch`] for where that is safe).
+//! The stub enters the shim, which serves the call or lets the stub's own `syscall` stop as before. Because
+//! sites are rewritten at their first stop, in replay as live, the same code is at the same place at the
+//! same event, and what a checkpoint holds of it is right.
+//!
+//! The supervisor never sees a stub: [`Unit::stopped_regs`] shows a thread as if it had come from its site.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::SeqCst;
+
+use ftrun_abi::fast::{
+    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CONTROL_BASE, EPOLL, EPOLL_EVENTS_MAX, FRAME_TOP, Frame, NOT_YET, NOTHING,
+    RECEIVE, RECORD, SEND, area, frame_at,
+};
+use ftrun_abi::record::{HEADER_BYTES, Kind, OUTPUT_HEADER_BYTES, Record, flag};
+use libc::user_regs_struct;
+use serde::{Deserialize, Serialize};
+
+use crate::launch::{self, LaunchError};
+use crate::tracee::{self, Gate};
+use crate::unit::{Halt, Place, Result, State, Unit, Waiting};
+
+/// What the unit's memory holds of the fast path: it rolls back with it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Sites {
+    /// Rewritten call sites: address of the `syscall`.
+    pub sites: BTreeMap<u64, Site>,
+    /// How often sites stopped that have not been rewritten.
+    pub stops: BTreeMap<u64, u32>,
+    /// Memory of stubs: address and bytes used.
+    pub pages: Vec<(u64, u64)>,
+    /// Instructions that have been replaced by a trap: which, and the bytes that were there.
+    pub traps: BTreeMap<u64, (u16, [u8; 2])>,
+    /// The code of the image has been judged (see [`crate::scan`]).
+    pub judged: bool,
+    /// There is code that cannot be judged.
+    pub unjudged: bool,
+    /// Call sites that cannot be rewritten, and why.
+    pub refused: BTreeMap<u64, String>,
+    /// The unit has a shim.
+    pub used: bool,
+    /// The program uses the register that the shim needs.
+    pub off: bool,
+}
+
+/// One rewritten call site.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Site {
+    /// Its stub.
+    pub stub: u64,
+    /// The padding that its jump goes through.
+    pub padding: u64,
+    /// What was there: at the site, in the padding.
+    pub original: ([u8; 2], [u8; 5]),
+}
+
+/// A site is rewritten when it stops for this many times: what only starts a program is left alone.
+const STOPS: u32 = 4;
+
+/// Bytes of one stub.
+pub const STUB_BYTES: u64 = 40;
+/// From the begin of a stub to its slow part, the `syscall` that stops.
+pub const STUB_SLOW: u64 = 26;
+
+/// The code of the stub at `at`, for a site whose calls go on at `back`.
+pub fn stub(at: u64, back: u64) -> [u8; STUB_BYTES as usize] {
+    let mut code = [0xcc; STUB_BYTES as usize];
+    // mov %rsp,%gs:0; mov %gs:8,%rsp; call *%gs:16
+    code[..26].copy_from_slice(&[
+        0x65, 0x48, 0x89, 0x24, 0x25, 0, 0, 0, 0, 0x65, 0x48, 0x8b, 0x24, 0x25, 8, 0, 0, 0, 0x65, 0xff, 0x14, 0x25, 16,
+        0, 0, 0,
+    ]);
+    // syscall; jmp back
+    code[26..29].copy_from_slice(&[0x0f, 0x05, 0xe9]);
+    let distance = back.wrapping_sub(at + STUB_SLOW + 7) as u32;
+    code[29..33].copy_from_slice(&distance.to_le_bytes());
+    code
+}
+
+/// An address inside our code.
+fn in_shim(ip: u64) -> bool {
+    (CODE_BASE..CODE_BASE + ftrun_shim::IMAGE.len() as u64).contains(&ip)
+}
+
+/// A structure as the bytes that the shim reads.
+fn bytes_of<T: Copy>(value: &T) -> &[u8] {
+    // SAFETY: used for `repr(C)` structures of integers without padding.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+impl Unit {
+    /// Whether this unit uses the shim.
+    pub(crate) fn uses_shim(&self) -> bool {
+        self.shim && !self.model.sites.off
+    }
+
+    /// Maps the shim into a process under construction. Its main thread makes the calls.
+    pub(crate) fn map_shim(&mut self, tid: i32, base: &user_regs_struct) -> Result<()> {
+        if !self.shim {
+            return Ok(());
+        }
+        let call = |nr: libc::c_long, args: [u64; 6]| -> Result<()> {
+            let r = launch::gate_call(tid, base, nr as u64, args, &mut |_| {})?;
+            if (-4095..0).contains(&r) {
+                let source = std::io::Error::from_raw_os_error(-r as i32);
+                return Err(LaunchError::Sys { what: "mapping the shim".into(), source }.into());
+            }
+            Ok(())
+        };
+        let fixed = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE) as u64;
+        let rw = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let code_bytes = (ftrun_shim::IMAGE.len() as u64).next_multiple_of(4096);
+        call(libc::SYS_mmap, [CODE_BASE, code_bytes, rw, fixed, u64::MAX, 0])?;
+        tracee::write_mem(tid, CODE_BASE, ftrun_shim::IMAGE)?;
+        call(libc::SYS_mprotect, [CODE_BASE, code_bytes, (libc::PROT_READ | libc::PROT_EXEC) as u64, 0, 0, 0])?;
+        call(libc::SYS_mmap, [AREAS_BASE, AREA_BYTES * (Gate::THREADS_MAX + 1), rw, fixed, u64::MAX, 0])?;
+        let (fd, bytes) = self.log.file();
+        let service = self.service.run(|| {
+            // SAFETY: no arguments.
+            unsafe { libc::syscall(libc::SYS_gettid) }
+        });
+        let path = format!("/proc/{}/task/{service}/fd/{fd}", std::process::id());
+        let fd = launch::open_mapped(&path, true);
+        let shared = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
+        let mapped = call(libc::SYS_mmap, [CONTROL_BASE, bytes, rw, shared, fd as u64, 0]);
+        if fd >= 0 {
+            // SAFETY: opened above.
+            unsafe { libc::close(fd) };
+        }
+        mapped?;
+        // Children are not recorded: they must not write into the log.
+        call(libc::SYS_madvise, [CONTROL_BASE, bytes, libc::MADV_DONTFORK as u64, 0, 0, 0])?;
+        let control = self.log.control();
+        control.slow.store(1, SeqCst);
+        control.mode.store(RECORD, SeqCst);
+        control.pending.store(NOTHING, SeqCst);
+        control.waiting.store(0, SeqCst);
+        control.waited.store(0, SeqCst);
+        control.pid.store(self.vpid as u64, SeqCst);
+        control.real_pid.store(self.pid as u64, SeqCst);
+        self.log.forget_fds(None);
+        Ok(())
+    }
+
+    /// Gives a thread its area; `gs` points there from now on.
+    pub(crate) fn give_area(&mut self, vtid: i32) -> Result<()> {
+        if !self.uses_shim() {
+            return Ok(());
+        }
+        let t = self.thread(vtid);
+        let at = area(t.slot);
+        t.regs.gs_base = at;
+        let tid = t.tid;
+        let fields = Area {
+            user_sp: 0,
+            stack: at + AREA_BYTES - 8,
+            entry: ftrun_shim::entry(),
+            slow: 0,
+            tid: vtid as u64,
+            this: at,
+        };
+        Ok(tracee::write_mem(tid, at, bytes_of(&fields))?)
+    }
+
+    /// Registers of a thread that stopped at the filter, as if the call had been made at its site: `rcx` and
+    /// `r11` are what the kernel leaves there.
+    pub(crate) fn stopped_regs(&mut self, vtid: i32) -> Result<user_regs_struct> {
+        let regs = self.site_regs(vtid)?;
+        if self.uses_shim() && !self.model.sites.sites.contains_key(&(regs.rip - 2)) {
+            self.rewrite(vtid, regs.rip - 2)?;
+        }
+        Ok(regs)
+    }
+
+    /// As [`Unit::stopped_regs`], for a stop that is not the first of its call.
+    pub(crate) fn site_regs(&self, vtid: i32) -> Result<user_regs_struct> {
+        let mut regs = tracee::get_regs(self.tid(vtid))?;
+        if let Some(site) = self.stubs.get(&regs.rip) {
+            regs.rip = site + 2;
+            regs.rcx = regs.rip;
+        }
+        Ok(regs)
+    }
+
+    /// Rewrites a call site that is used again, if that is safe.
+    fn rewrite(&mut self, vtid: i32, site: u64) -> Result<()> {
+        if self.model.sites.refused.contains_key(&site) {
+            return Ok(());
+        }
+        let stops = self.model.sites.stops.entry(site).or_default();
+        *stops += 1;
+        if *stops < STOPS {
+            return Ok(());
+        }
+        self.model.sites.stops.remove(&site);
+        match self.patch_site(vtid, site)? {
+            Ok(found) => {
+                self.stubs.insert(found.stub + STUB_SLOW + 2, site);
+                self.model.sites.sites.insert(site, found);
+            }
+            Err(why) => {
+                tracing::info!(site = format!("{site:#x}"), why, "a call site stays slow");
+                self.model.sites.refused.insert(site, why);
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows the model after a restore: which stub belongs to which site.
+    pub(crate) fn follow_sites(&mut self) {
+        self.stubs = self.model.sites.sites.iter().map(|(site, s)| (s.stub + STUB_SLOW + 2, *site)).collect();
+    }
+
+    /// Takes the rewriting out of a forked child, which runs on its own.
+    pub(crate) fn restore_sites(&self, child: i32) -> Result<()> {
+        for (site, s) in &self.model.sites.sites {
+            poke_bytes(child, *site, &s.original.0)?;
+            poke_bytes(child, s.padding, &s.original.1)?;
+        }
+        for (at, (_, original)) in &self.model.sites.traps {
+            poke_bytes(child, *at, original)?;
+        }
+        Ok(())
+    }
+
+    /// The program sets `gs` itself: the shim has no place any more.
+    pub(crate) fn end_shim(&mut self) -> Result<()> {
+        let pid = self.pid;
+        self.restore_sites(pid)?;
+        self.model.sites.sites.clear();
+        self.model.sites.traps.clear();
+        self.model.sites.off = true;
+        self.follow_counter()?;
+        for t in self.threads.values_mut() {
+            t.regs.gs_base = 0;
+        }
+        Ok(())
+    }
+
+    /// `arch_prctl` with `gs`: the program's own begins where the shim ends.
+    pub(crate) fn before_arch_prctl(&mut self, vtid: i32, nr: u64, args: &[u64; 6]) -> Result<()> {
+        const ARCH_SET_GS: u64 = 0x1001;
+        const ARCH_GET_GS: u64 = 0x1004;
+        if nr == libc::SYS_arch_prctl as u64 && self.uses_shim() {
+            match args[0] {
+                ARCH_SET_GS => self.end_shim()?,
+                ARCH_GET_GS => self.thread(vtid).regs.gs_base = 0,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A call has changed what descriptors are.
+    pub(crate) fn forget_fds(&mut self, nr: u64, args: &[u64; 6]) {
+        let fd = match nr as i64 {
+            libc::SYS_close | libc::SYS_fcntl | libc::SYS_ioctl => args[0],
+            libc::SYS_dup2 | libc::SYS_dup3 => args[1],
+            libc::SYS_close_range => return self.log.forget_fds(None),
+            _ => return,
+        };
+        self.log.forget_fds(Some(fd as usize));
+    }
+
+    /// Takes notice of what the shim has done since the thread last stopped.
+    pub(crate) fn follow_shim(&mut self) {
+        if !self.shim {
+            return;
+        }
+        self.sii = self.log.control().sii.load(SeqCst);
+        self.shared.events.store(self.sii, SeqCst);
+        self.shared.fast.store(self.log.control().fast.load(SeqCst), SeqCst);
+        if let Some(journal) = &mut self.journal {
+            journal.follow(&self.log);
+        }
+    }
+
+    /// Says whether calls of the thread that is about to run may be served by the shim.
+    pub(crate) fn allow_shim(&mut self) {
+        let slow = !self.ready.is_empty() || self.outside.signals.values().any(|q| !q.is_empty());
+        let mut until = 0;
+        let mut may_wait = true;
+        for (vtid, t) in &self.threads {
+            if Some(*vtid) == self.current || t.place == Place::Parked {
+                continue;
+            }
+            match &t.state {
+                State::Blocked(w) => match w.deadline {
+                    Some(d) if until == 0 || d < until => until = d,
+                    _ => {}
+                },
+                _ => may_wait = false,
+            }
+        }
+        let control = self.log.control();
+        control.may_wait.store(u32::from(may_wait), SeqCst);
+        control.wait_until.store(until, SeqCst);
+        control.slow.store(u32::from(slow), SeqCst);
+    }
+
+    /// Has the running thread come to the supervisor at its next call.
+    pub(crate) fn call_back(&self) {
+        let control = self.log.control();
+        control.slow.store(1, SeqCst);
+        if control.waiting.load(SeqCst) != 0
+            && let Some(t) = self.current.and_then(|v| self.threads.get(&v))
+        {
+            // A thread that is gone, or stopped by itself, needs no interruption.
+            let _gone = tracee::interrupt(t.tid);
+        }
+    }
+
+    /// The call that has just come had begun to wait in the process: it is a blocked one.
+    pub(crate) fn take_wait(&mut self, vtid: i32) -> Result<()> {
+        let control = self.log.control();
+        if control.waited.swap(0, SeqCst) == 0 {
+            return Ok(());
+        }
+        let deadline = Some(control.deadline.load(SeqCst)).filter(|d| *d != 0);
+        let digest = control.pending_call[2].load(SeqCst);
+        self.begun(vtid, digest).deadline = deadline;
+        let t = self.thread(vtid);
+        let fds = vec![(t.regs.rdi as i32, libc::POLLIN)];
+        t.state = State::Blocked(Waiting { fds, deadline, ..Waiting::default() });
+        Ok(())
+    }
+
+    /// The thread is in the shim, or on its way in: it will come out by itself.
+    pub(crate) fn is_in_shim(&self, ip: u64) -> bool {
+        self.shim && (in_shim(ip) || self.model.sites.pages.iter().any(|(at, used)| (*at..*at + *used).contains(&ip)))
+    }
+
+    /// After the process died, or faulted in the shim: the operation in doubt is settled by what the kernel
+    /// wrote, and what was logged is counted. Returns the result of a call that turned out to be done.
+    pub(crate) fn settle(&mut self) -> Result<Option<i64>> {
+        if !self.shim {
+            return Ok(None);
+        }
+        let (mut position, mut last) = (self.log.begin(), None);
+        while let Some((bytes, next)) = self.log.read_at(position) {
+            position = next;
+            if let Ok((record, _)) = Record::parse(bytes) {
+                self.sii = record.header.sii;
+                last = Some(record.header.result);
+            }
+        }
+        let control = self.log.control();
+        control.sii.store(self.sii, SeqCst);
+        let what = control.pending.swap(NOTHING, SeqCst);
+        let [vtid, nr, digest, at] = control.pending_call.each_ref().map(|w| w.load(SeqCst));
+        let length = control.message.len.load(SeqCst) & NOT_YET;
+        if what == NOTHING {
+            return Ok(None);
+        }
+        if self.sii > control.pending_sii.load(SeqCst) {
+            // The end came after it had been logged.
+            return Ok(last);
+        }
+        let mut out = Vec::new();
+        let result = match what {
+            RECEIVE if length != NOT_YET => {
+                let record = self.log.uncommitted().unwrap_or_default();
+                let data = record.get(HEADER_BYTES + OUTPUT_HEADER_BYTES..).unwrap_or_default();
+                out = data.get(..length as usize).unwrap_or_default().to_vec();
+                if out.len() as u64 != length {
+                    return Err(Halt::Broken("a message was received and is not in the log".into()));
+                }
+                length as i64
+            }
+            SEND if length != NOT_YET => length as i64,
+            EPOLL => {
+                let control = self.log.control();
+                let reported = |event: &[u8; 12]| event[..4] != [0; 4];
+                let n = control.events[..EPOLL_EVENTS_MAX].iter().take_while(|e| reported(e)).count();
+                if n == 0 {
+                    return Ok(None);
+                }
+                out = control.events[..n].concat();
+                n as i64
+            }
+            _ => return Ok(None),
+        };
+        self.begin_record(Kind::Call);
+        if !out.is_empty() {
+            self.output(at, &out)?;
+        }
+        self.append(vtid as i32, nr as u16, result, digest, flag::FAST)?;
+        Ok(Some(result))
+    }
+
+    /// A thread faulted in the shim, over an address that the program gave to its call. The call is the
+    /// supervisor's then, unless it has taken effect.
+    pub(crate) fn fault_in_shim(&mut self, vtid: i32) -> Result<()> {
+        let done = self.settle()?;
+        let t = self.thread(vtid);
+        let (tid, at) = (t.tid, area(t.slot));
+        let mut regs = tracee::get_regs(tid)?;
+        regs.rip = ftrun_shim::leave();
+        regs.rsp = frame_at(at);
+        regs.rax = u64::from(done.is_some());
+        regs.orig_rax = u64::MAX;
+        if let Some(result) = done {
+            let top = at + AREA_BYTES;
+            let word = |field: usize| top - FRAME_TOP + field as u64;
+            let back = tracee::read_u64(tid, word(std::mem::offset_of!(Frame, back)))?;
+            let distance = tracee::read_u32(tid, back + 3)? as i32;
+            let back = (back + 7).wrapping_add_signed(i64::from(distance));
+            tracee::write_mem(tid, word(std::mem::offset_of!(Frame, rax)), &result.to_le_bytes())?;
+            tracee::write_mem(tid, word(std::mem::offset_of!(Frame, back)), &back.to_le_bytes())?;
+        }
+        tracee::set_regs(tid, &regs)?;
+        Ok(tracee::cont(tid, 0)?)
+    }
+}
+
+/// Writes a few bytes whatever the protection of the page is.
+pub(crate) fn poke_bytes(tid: i32, at: u64, bytes: &[u8]) -> Result<()> {
+    let base = at & !7;
+    let mut words = vec![0u8; ((at - base) as usize + bytes.len()).next_multiple_of(8)];
+    tracee::read_mem(tid, base, &mut words)?;
+    words[(at - base) as usize..][..bytes.len()].copy_from_slice(bytes);
+    for (i, word) in words.as_chunks::<8>().0.iter().enumerate() {
+        tracee::poke(tid, base + i as u64 * 8, u64::from_le_bytes(*word))?;
+    }
+    Ok(())
+}
