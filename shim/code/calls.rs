@@ -38,6 +38,7 @@ mod nr {
     pub(crate) const KILL: u64 = 62;
     pub(crate) const FCNTL: u64 = 72;
     pub(crate) const GETTIMEOFDAY: u64 = 96;
+    pub(crate) const GETPPID: u64 = 110;
     pub(crate) const GETTID: u64 = 186;
     pub(crate) const TIME: u64 = 201;
     pub(crate) const CLOCK_GETTIME: u64 = 228;
@@ -115,6 +116,7 @@ pub(crate) fn serve(control: &mut Control, tid: u64, number: u64, args: &[u64; 6
             log(control, tid, number, digest(number, args)?, result, None)
         }
         nr::GETPID => log(control, tid, number, digest(number, args)?, control.pid.load(Relaxed) as i64, None),
+        nr::GETPPID => log(control, tid, number, digest(number, args)?, control.parent.load(Relaxed) as i64, None),
         nr::GETTID => log(control, tid, number, digest(number, args)?, tid as i64, None),
         nr::GETRANDOM if a1 <= 256 && a0 != 0 => input(control, tid, number, args, a0, a1),
         nr::FSTAT if a1 != 0 => input(control, tid, number, args, a1, 144),
@@ -128,7 +130,7 @@ pub(crate) fn digest(number: u64, args: &[u64; 6]) -> Option<u64> {
     let mut d = Digest::new();
     d.add_u64(number);
     let count = match number {
-        nr::GETPID | nr::GETTID => 0,
+        nr::GETPID | nr::GETPPID | nr::GETTID => 0,
         nr::TIME => 1,
         nr::FSTAT | nr::CLOCK_GETTIME | nr::GETTIMEOFDAY => 2,
         nr::READ | nr::GETRANDOM => 3,
@@ -495,7 +497,7 @@ fn epoll(control: &mut Control, tid: u64, number: u64, args: &[u64; 6]) -> Optio
 fn wait(control: &Control, fd: u64, events: u64, room: u64, timeout: i32) -> i64 {
     const EINTR: i64 = -4;
     const MILLISECOND: u64 = 1_000_000;
-    if control.may_wait.load(Relaxed) == 0 || !clock(control) {
+    if control.may_wait.load(SeqCst) == 0 || !clock(control) {
         return EINTR;
     }
     let begin = monotonic(control);
@@ -507,7 +509,7 @@ fn wait(control: &Control, fd: u64, events: u64, room: u64, timeout: i32) -> i64
     // A wait is never shorter than it should be, and ends with the millisecond.
     let ms = if until == u64::MAX { u64::MAX } else { until.saturating_sub(begin).div_ceil(MILLISECOND).min(1 << 30) };
     control.waiting.store(1, SeqCst);
-    let n = if control.slow.load(SeqCst) == 0 { syscall(nr::EPOLL_WAIT, [fd, events, room, ms, 0, 0]) } else { EINTR };
+    let n = if control.slow.load(SeqCst) == 0 && control.may_wait.load(SeqCst) != 0 { syscall(nr::EPOLL_WAIT, [fd, events, room, ms, 0, 0]) } else { EINTR };
     control.waiting.store(0, SeqCst);
     if n > 0 || (n == 0 && deadline <= until) {
         return n;

@@ -20,6 +20,17 @@ fn control() -> &'static mut Control {
     unsafe { &mut *(CONTROL_BASE as *mut Control) }
 }
 
+/// Takes a call out of the thread's budget; false when nothing is left.
+fn spend(control: &Control) -> bool {
+    use core::sync::atomic::Ordering::Relaxed;
+    let left = control.budget.load(Relaxed);
+    if left == u64::MAX {
+        return true;
+    }
+    control.budget.store(left.saturating_sub(1), Relaxed);
+    left > 0
+}
+
 /// Serves a call. Returns 1 when it has been served, 0 when the supervisor has to do it.
 #[unsafe(no_mangle)]
 extern "C" fn shim_serve(frame: &mut Frame, area: &mut Area) -> u64 {
@@ -29,7 +40,7 @@ extern "C" fn shim_serve(frame: &mut Frame, area: &mut Area) -> u64 {
     let args = [a0, a1, a2, a3, a4, a5];
     let served = if control.mode.load(Relaxed) == REPLAY {
         replay::serve(control, area.tid, frame.rax, &args)
-    } else if control.slow.load(Relaxed) == 0 {
+    } else if control.slow.load(Relaxed) == 0 && spend(control) {
         calls::serve(control, area.tid, frame.rax, &args)
     } else {
         None

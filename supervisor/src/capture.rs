@@ -131,6 +131,9 @@ impl Unit {
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
         self.log.checkpointed();
+        if let Some(journal) = &mut self.journal {
+            journal.rewind(&mut self.log);
+        }
         self.checkpoint_at = now();
         self.pause_ns = self.checkpoint_at - begin;
         self.shared.checkpoint.store(false, Relaxed);
@@ -150,8 +153,7 @@ impl Unit {
         self.shared.checkpoints.fetch_add(1, Relaxed);
         if let Some(journal) = &mut self.journal {
             // What fails here has been told; recovery uses memory.
-            let _told =
-                journal.checkpoint(Capture { snapshot, parent, staged, gone: scan.gone }, &self.pages, &self.log);
+            let _told = journal.checkpoint(Capture { snapshot, parent, staged, gone: scan.gone }, &self.pages);
         }
         crate::fault::point("checkpoint-end", self.pid);
         Ok(())
@@ -308,7 +310,7 @@ impl Unit {
         self.checkpoint_at = now();
         if let Some(journal) = &mut self.journal {
             let capture = Capture { snapshot, parent: None, staged, gone: vec![] };
-            return Ok(journal.checkpoint(capture, &self.pages, &self.log));
+            return Ok(journal.checkpoint(capture, &self.pages));
         }
         Ok(Ok(()))
     }

@@ -189,6 +189,16 @@ impl EventLog {
         release(&mut self.ring, &self.kept);
     }
 
+    /// Begins the memory anew if no event in it is needed any more. The unit is stopped.
+    pub fn rewind(&mut self, tail: &mut LogTail) {
+        if tail.position == self.end() && self.begin == self.end() && self.ring.rewind() {
+            (self.begin, tail.position) = (0, 0);
+            tail.ring = self.memory.ring();
+            self.kept.checkpoint.store(0, Ordering::SeqCst);
+            self.kept.journal.store(0, Ordering::SeqCst);
+        }
+    }
+
     /// The process died between a call that cannot be logged and the checkpoint that must follow it: what the
     /// call did to the process is lost with it, so that the call has to be made again.
     pub fn drop_unloggable(&mut self) {
@@ -220,15 +230,9 @@ impl EventLog {
 }
 
 impl LogTail {
-    /// The next record before position `end` that has not been taken, without taking it. One that a checkpoint must follow is there
-    /// only with it: see [`EventLog::drop_unloggable`].
-    pub fn peek(&self, end: u64) -> Option<&[u8]> {
-        if self.position >= end {
-            return None;
-        }
-        let (record, next) = self.ring.read_at(self.position).ok().flatten()?;
-        let whole = !is_unloggable(record) || next <= self.kept.checkpoint.load(Ordering::SeqCst);
-        whole.then_some(record)
+    /// The next record that has not been taken, without taking it.
+    pub fn peek(&self) -> Option<&[u8]> {
+        self.ring.read_at(self.position).ok().flatten().map(|(record, _)| record)
     }
 
     /// Takes the record that [`LogTail::peek`] shows.

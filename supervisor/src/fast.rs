@@ -51,32 +51,37 @@ pub struct Sites {
 pub struct Site {
     /// Its stub.
     pub stub: u64,
-    /// The padding that its jump goes through.
+    /// Where the near jump to the stub is: in padding near the site, or right before the site.
     pub padding: u64,
-    /// What was there: at the site, in the padding.
+    /// What was there: at the site, at the near jump.
     pub original: ([u8; 2], [u8; 5]),
 }
 
 /// A site is rewritten when it stops for this many times: what only starts a program is left alone.
 const STOPS: u32 = 4;
 
+/// Calls that a thread is served in the process while others wait for the turn.
+const CALLS_PER_TURN: u64 = 64;
+
 /// Bytes of one stub.
 pub const STUB_BYTES: u64 = 40;
 /// From the begin of a stub to its slow part, the `syscall` that stops.
-pub const STUB_SLOW: u64 = 26;
+pub const STUB_SLOW: u64 = 31;
 
-/// The code of the stub at `at`, for a site whose calls go on at `back`.
-pub fn stub(at: u64, back: u64) -> [u8; STUB_BYTES as usize] {
+/// The code of the stub at `at`, for a site whose calls go on at `back`. `first` is the instruction of five
+/// bytes that the site's jump has replaced, or one without effect.
+pub fn stub(at: u64, back: u64, first: [u8; 5]) -> [u8; STUB_BYTES as usize] {
     let mut code = [0xcc; STUB_BYTES as usize];
+    code[..5].copy_from_slice(&first);
     // mov %rsp,%gs:0; mov %gs:8,%rsp; call *%gs:16
-    code[..26].copy_from_slice(&[
+    code[5..31].copy_from_slice(&[
         0x65, 0x48, 0x89, 0x24, 0x25, 0, 0, 0, 0, 0x65, 0x48, 0x8b, 0x24, 0x25, 8, 0, 0, 0, 0x65, 0xff, 0x14, 0x25, 16,
         0, 0, 0,
     ]);
     // syscall; jmp back
-    code[26..29].copy_from_slice(&[0x0f, 0x05, 0xe9]);
+    code[31..34].copy_from_slice(&[0x0f, 0x05, 0xe9]);
     let distance = back.wrapping_sub(at + STUB_SLOW + 7) as u32;
-    code[29..33].copy_from_slice(&distance.to_le_bytes());
+    code[34..38].copy_from_slice(&distance.to_le_bytes());
     code
 }
 
@@ -140,6 +145,7 @@ impl Unit {
         control.waiting.store(0, SeqCst);
         control.waited.store(0, SeqCst);
         control.pid.store(self.vpid as u64, SeqCst);
+        control.parent.store(u64::from(std::process::id()), SeqCst);
         control.real_pid.store(self.pid as u64, SeqCst);
         self.log.forget_fds(None);
         Ok(())
@@ -280,9 +286,10 @@ impl Unit {
 
     /// Says whether calls of the thread that is about to run may be served by the shim.
     pub(crate) fn allow_shim(&mut self) {
-        let slow = !self.ready.is_empty() || self.outside.signals.values().any(|q| !q.is_empty());
+        let slow = self.outside.signals.values().any(|q| !q.is_empty());
         let mut until = 0;
-        let mut may_wait = true;
+        let mut may_wait = self.ready.is_empty();
+        let budget = if self.ready.is_empty() { u64::MAX } else { CALLS_PER_TURN };
         for (vtid, t) in &self.threads {
             if Some(*vtid) == self.current || t.place == Place::Parked {
                 continue;
@@ -296,6 +303,7 @@ impl Unit {
             }
         }
         let control = self.log.control();
+        control.budget.store(budget, SeqCst);
         control.may_wait.store(u32::from(may_wait), SeqCst);
         control.wait_until.store(until, SeqCst);
         control.slow.store(u32::from(slow), SeqCst);
@@ -310,6 +318,16 @@ impl Unit {
         {
             // A thread that is gone, or stopped by itself, needs no interruption.
             let _gone = tracee::interrupt(t.tid);
+        }
+    }
+
+    /// Another thread can run: the running one has so many more calls, and does not wait in the process.
+    pub(crate) fn share_turn(&self) {
+        let control = self.log.control();
+        control.may_wait.store(0, SeqCst);
+        control.budget.fetch_min(CALLS_PER_TURN, SeqCst);
+        if control.waiting.load(SeqCst) != 0 {
+            self.call_back();
         }
     }
 

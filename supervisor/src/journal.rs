@@ -1,7 +1,7 @@
 //! The part of the event log and the checkpoints that is kept in the state directory.
 //!
 //! Everything is written by a thread of its own, in order: records before the checkpoint that follows
-//! them, and behind the checkpoint that they follow. What waits for it is bounded; the unit waits when the disk is slower than that. A full disk stops
+//! them. What waits for it is bounded; the unit waits when the disk is slower than that. A full disk stops
 //! nothing and loses nothing at level `process`, where recovery uses memory: the disk then misses
 //! something until the next checkpoint, which is stored whole.
 
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use ftrun_abi::record::Record;
+use ftrun_abi::record::{Record, flag};
 use ftrun_ckpt::image::{self, Chain, WriteOptions};
 use ftrun_ckpt::pages::PageStore;
 use ftrun_store::LogWriter;
@@ -34,6 +34,9 @@ struct Disk {
     chain: Chain,
     /// The events that have not been written.
     tail: LogTail,
+    /// Events up to this one may be written whatever they are. One behind it that a checkpoint must follow is
+    /// written only just before that checkpoint, so that the two are on disk together.
+    allowed: u64,
     warned: bool,
 }
 
@@ -45,6 +48,8 @@ pub struct Journal {
     /// Position in the log up to which writing has been asked for.
     asked: u64,
     waiting: Arc<AtomicU64>,
+    /// Pieces of work that have not been done.
+    jobs: Arc<AtomicU64>,
     /// Something could not be written, so that changes alone would hang in the air.
     gap: Arc<AtomicBool>,
 }
@@ -57,12 +62,20 @@ impl Journal {
         })?;
         let worker =
             Service::start(Vec::new()).map_err(|e| crate::report::Error::bug(format!("the journal's thread: {e}")))?;
-        let disk = Disk { log: LogWriter::open(log)?, dir: checkpoints, chain, tail: events.tail(), warned: false };
+        let disk = Disk {
+            log: LogWriter::open(log)?,
+            dir: checkpoints,
+            chain,
+            tail: events.tail(),
+            allowed: 0,
+            warned: false,
+        };
         Ok(Self {
             disk: Arc::new(Mutex::new(disk)),
             worker,
             asked: events.end(),
             waiting: Arc::default(),
+            jobs: Arc::default(),
             gap: Arc::default(),
         })
     }
@@ -70,15 +83,24 @@ impl Journal {
     /// Has events written when there are enough of them. Call it now and then.
     pub fn follow(&mut self, events: &EventLog) {
         if events.end() - self.asked >= BATCH_BYTES {
-            self.write_events(events);
+            self.asked = events.end();
+            self.write_events();
         }
     }
 
-    /// Events that are logged while this waits are left to the next time: a checkpoint may be before them.
-    fn write_events(&mut self, events: &EventLog) {
-        let end = events.end();
-        self.asked = end;
-        self.post(0, move |disk| disk.write_events(end));
+    /// After a checkpoint, while the unit is stopped: when the disk has kept up, the last few events are written
+    /// and the memory of the log begins anew.
+    pub fn rewind(&mut self, events: &mut EventLog) {
+        if self.jobs.load(Ordering::SeqCst) == 0 && !self.gap.load(Ordering::SeqCst) {
+            self.write_events();
+            self.sync();
+            events.rewind(&mut crate::run::lock(&self.disk).tail);
+            self.asked = events.end();
+        }
+    }
+
+    fn write_events(&mut self) {
+        self.post(0, |disk| disk.write_events(u64::MAX));
     }
 
     /// Queues a piece of work that holds so many bytes.
@@ -87,6 +109,8 @@ impl Journal {
             self.sync();
         }
         let (disk, waiting, gap) = (Arc::clone(&self.disk), Arc::clone(&self.waiting), Arc::clone(&self.gap));
+        self.jobs.fetch_add(1, Ordering::SeqCst);
+        let jobs = Arc::clone(&self.jobs);
         self.worker.post(move || {
             let disk = &mut *crate::run::lock(&disk);
             let result = work(disk);
@@ -95,6 +119,7 @@ impl Journal {
             }
             disk.tell(result);
             waiting.fetch_sub(bytes, Ordering::Relaxed);
+            jobs.fetch_sub(1, Ordering::SeqCst);
         });
     }
 
@@ -109,8 +134,8 @@ impl Journal {
     }
 
     /// Writes all that was appended.
-    pub fn flush(&mut self, events: &EventLog) {
-        self.write_events(events);
+    pub fn flush(&mut self) {
+        self.write_events();
         self.sync();
     }
 
@@ -118,11 +143,13 @@ impl Journal {
     ///
     /// # Errors
     /// A base cannot be written. What is on disk stays as it is, and the next checkpoint tries again.
-    pub fn checkpoint(&mut self, capture: Capture, pages: &PageStore, events: &EventLog) -> Result<(), String> {
-        self.write_events(events);
+    pub fn checkpoint(&mut self, capture: Capture, pages: &PageStore) -> Result<(), String> {
+        self.write_events();
         let sii = capture.snapshot.sii;
         if capture.parent.is_some() && !self.gap.load(Ordering::SeqCst) {
             self.post(capture.staged.bytes(), move |disk| {
+                disk.allowed = sii;
+                disk.write_events(sii)?;
                 let (parent, pages) = (capture.parent, &capture.staged);
                 let written =
                     image::write(&disk.dir, &capture.snapshot, parent, pages, &capture.gone, WriteOptions::default());
@@ -134,6 +161,13 @@ impl Journal {
         let disk = Arc::clone(&self.disk);
         let result = self.worker.run(|| {
             let disk = &mut *crate::run::lock(&disk);
+            disk.allowed = sii;
+            if !self.gap.load(Ordering::SeqCst)
+                && let Err(e) = disk.write_events(sii)
+            {
+                disk.tell(Err(e));
+                self.gap.store(true, Ordering::SeqCst);
+            }
             let written = image::write(&disk.dir, &capture.snapshot, None, pages, &[], WriteOptions::default());
             let whole = self.gap.load(Ordering::SeqCst);
             if whole {
@@ -159,11 +193,15 @@ impl Journal {
 }
 
 impl Disk {
-    /// Writes the events up to a position in the log.
-    fn write_events(&mut self, end: u64) -> Result<(), String> {
+    /// Writes what may be written of the events up to one.
+    fn write_events(&mut self, last: u64) -> Result<(), String> {
         let mut result = Ok(());
-        while let Some(record) = self.tail.peek(end) {
-            let sii = Record::parse(record).map_err(|e| format!("an event in memory is damaged: {e}"))?.0.header.sii;
+        while let Some(record) = self.tail.peek() {
+            let h = Record::parse(record).map_err(|e| format!("an event in memory is damaged: {e}"))?.0.header;
+            let sii = h.sii;
+            if sii > last || (h.flags & flag::UNLOGGABLE != 0 && sii > self.allowed) {
+                break;
+            }
             result = self.log.append(sii, record).map_err(|e| e.to_string());
             if result.is_err() {
                 break;

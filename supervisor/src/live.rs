@@ -26,6 +26,9 @@ const REPLAY_MAX_NS: u64 = 150_000_000;
 /// Checkpoints for that reason take at most one part in this many of the time.
 const PAUSE_SHARE: u64 = 50;
 
+/// How often a running thread is asked to pass the turn, at most.
+const TICK_NS: u64 = 2_000_000;
+
 /// What came of trying a call.
 pub(crate) enum Outcome {
     /// Complete, with this result; outputs are in the prepared call.
@@ -153,7 +156,7 @@ impl Unit {
                 if self.thread(vtid).place == Place::Parked {
                     self.thread(vtid).place = Place::Stopped;
                     self.make_ready(vtid);
-                    self.call_back();
+                    self.share_turn();
                     return Ok(());
                 }
                 let regs = self.arrived(vtid)?;
@@ -414,7 +417,8 @@ impl Unit {
         let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
         let starving = self.current.is_some_and(|c| !self.ready.is_empty() || self.has_signals(c) || others);
         if let Some(vtid) = self.current {
-            if due || !self.ready.is_empty() {
+            if due || (self.slice_over() && time - self.last_tick > TICK_NS) {
+                self.last_tick = time;
                 self.call_back();
             }
             let waited = if due { 20_000_000 } else { PREEMPT_NS };

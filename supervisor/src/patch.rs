@@ -4,7 +4,11 @@
 //! and no jump of the program can enter in the middle) into padding between functions within 127 bytes,
 //! where a near jump of five bytes leads to the stub. Padding is what the file's own tables say belongs to
 //! no function (frame descriptions in `.eh_frame`, sizes in `.symtab`), that follows one directly, and that
-//! holds nothing but instructions without effect. A site without such padding stays as it is.
+//! holds nothing but instructions without effect.
+//!
+//! Where the instruction before it is `mov $nr,%eax`, of five bytes, that one becomes the near jump instead, and
+//! the stub loads the number. Whether an instruction begins there is found by decoding its function from the
+//! beginning. A site with neither stays as it is.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -16,6 +20,7 @@ use gimli::{BaseAddresses, CieOrFde, EhFrame, LittleEndian, UnwindSection};
 use object::{Object, ObjectSection, ObjectSegment, ObjectSymbol, SymbolKind};
 
 use crate::fast::{STUB_BYTES, Site, poke_bytes, stub};
+use crate::scan::is_instruction;
 use crate::tracee;
 use crate::unit::{Result, Unit};
 
@@ -23,14 +28,24 @@ use crate::unit::{Result, Unit};
 const PAGE_BYTES: u64 = 4096;
 /// A near jump.
 const JUMP_BYTES: u64 = 5;
+/// An instruction of that length without effect.
+const NOTHING: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 
-/// Ranges of a file, by offset, that are padding between functions; ascending.
-type Padding = Rc<Vec<(u64, u64)>>;
+/// What a program or library says of its code.
+#[derive(Debug)]
+struct Code {
+    /// Begin and end of each function; ascending.
+    functions: Vec<(u64, u64)>,
+    /// Parts that are loaded: begin, end, offset in the file.
+    segments: Vec<(u64, u64, u64)>,
+    /// Ranges, by offset, that are padding between functions; ascending.
+    padding: Vec<(u64, u64)>,
+}
 
 /// What is known of files, by device and inode.
 #[derive(Debug, Default)]
 pub struct Files {
-    padding: HashMap<(u64, u64), Padding>,
+    code: HashMap<(u64, u64), Rc<Code>>,
     maps: Vec<Mapping>,
 }
 
@@ -41,8 +56,8 @@ impl Files {
     }
 }
 
-/// The padding of a program or library.
-fn padding(path: &str) -> std::result::Result<Vec<(u64, u64)>, String> {
+/// Reads what a file says of its code.
+fn code_of(path: &str) -> std::result::Result<Code, String> {
     let file = std::fs::File::open(path).map_err(|e| format!("{path}: {e}"))?;
     // SAFETY: the file is only read; should it be changed meanwhile, sites are compared with the bytes in
     // memory before anything is written.
@@ -54,9 +69,9 @@ fn padding(path: &str) -> std::result::Result<Vec<(u64, u64)>, String> {
     }
     let segments: Vec<(u64, u64, u64)> =
         elf.segments().map(|s| (s.address(), s.address() + s.file_range().1, s.file_range().0)).collect();
-    let mut out = Vec::new();
+    let mut padding = Vec::new();
     let mut end = 0;
-    for (begin, stop) in functions {
+    for &(begin, stop) in &functions {
         if end != 0 && begin > end {
             let segment = segments.iter().find(|s| (s.0..s.1).contains(&end) && begin <= s.1);
             if let Some((address, _, offset)) = segment {
@@ -64,13 +79,13 @@ fn padding(path: &str) -> std::result::Result<Vec<(u64, u64)>, String> {
                 let gap = data.get(at as usize..(begin - address + offset) as usize).unwrap_or_default();
                 let idle = idle_bytes(gap) as u64;
                 if idle >= JUMP_BYTES {
-                    out.push((at, at + idle));
+                    padding.push((at, at + idle));
                 }
             }
         }
         end = end.max(stop);
     }
-    Ok(out)
+    Ok(Code { functions, segments, padding })
 }
 
 /// Where functions begin and end, as far as the file says; ascending.
@@ -130,6 +145,30 @@ fn idle_bytes(code: &[u8]) -> usize {
     }
 }
 
+/// The instruction before the site, if it is the one that loads the number: `mov $nr,%eax` has the five bytes of a
+/// near jump. A jump of the program to the `syscall` itself still finds it, and stops there.
+fn number_before(tid: i32, m: &Mapping, file: &Code, site: u64) -> Result<Option<[u8; 5]>> {
+    let at = site - JUMP_BYTES;
+    let mut mov = [0u8; 5];
+    if at < m.start || tracee::read_mem(tid, at, &mut mov).is_err() || mov[0] != 0xb8 {
+        return Ok(None);
+    }
+    let offset = at - m.start + m.offset;
+    let Some(segment) = file.segments.iter().find(|s| (s.2..s.2 + s.1 - s.0).contains(&offset)) else {
+        return Ok(None);
+    };
+    let target = offset - segment.2 + segment.0;
+    let before = file.functions.partition_point(|f| f.0 <= target);
+    let Some(&(begin, end)) = before.checked_sub(1).and_then(|i| file.functions.get(i)) else { return Ok(None) };
+    // Rewriting keeps the lengths of instructions, so what is in memory is decoded as the file would be.
+    let mut code = vec![0u8; (target - begin + JUMP_BYTES) as usize];
+    if target >= end || code.len() > 1 << 20 || tracee::read_mem(tid, at - (target - begin), &mut code).is_err() {
+        return Ok(None);
+    }
+    let begins = is_instruction(begin, &code, (target - begin) as usize, &[(begin, end)]);
+    Ok((begins == Some(true)).then_some(mov))
+}
+
 impl Unit {
     /// Rewrites the call site at `site`, or says why not. The thread stands behind it.
     pub(crate) fn patch_site(&mut self, vtid: i32, site: u64) -> Result<std::result::Result<Site, String>> {
@@ -143,31 +182,35 @@ impl Unit {
         if m.inode == 0 || m.shared || m.prot != exec {
             return Ok(Err("the code is not that of a file".into()));
         }
-        let known = self.files.padding.get(&(m.dev, m.inode)).cloned();
-        let gaps = match known {
-            Some(gaps) => gaps,
+        let known = self.files.code.get(&(m.dev, m.inode)).cloned();
+        let file = match known {
+            Some(file) => file,
             None => {
                 let path = m.path.clone();
-                let found = self.service.run(move || padding(&path));
-                let gaps = match found {
-                    Ok(gaps) => Rc::new(gaps),
+                let file = match self.service.run(move || code_of(&path)) {
+                    Ok(file) => Rc::new(file),
                     Err(why) => return Ok(Err(why)),
                 };
-                self.files.padding.insert((m.dev, m.inode), Rc::clone(&gaps));
-                gaps
+                self.files.code.insert((m.dev, m.inode), Rc::clone(&file));
+                file
             }
         };
-        let Some((at, original)) = self.free_padding(tid, &m, &gaps, site)? else {
-            return Ok(Err("no padding in reach".into()));
+        let number = number_before(tid, &m, &file, site)?;
+        let (at, original, first) = match (number, self.free_padding(tid, &m, &file.padding, site)?) {
+            (Some(mov), _) => (site - JUMP_BYTES, mov, mov),
+            (None, Some((at, original))) => (at, original, NOTHING),
+            (None, None) => return Ok(Err("no padding in reach".into())),
         };
         let Some(stub_at) = self.stub_memory(vtid, &m)? else {
             return Ok(Err("no memory in reach".into()));
         };
-        poke_bytes(tid, stub_at, &stub(stub_at, site + 2))?;
+        poke_bytes(tid, stub_at, &stub(stub_at, site + 2, first))?;
         let mut jump = [0xe9, 0, 0, 0, 0];
         jump[1..].copy_from_slice(&(stub_at.wrapping_sub(at + JUMP_BYTES) as u32).to_le_bytes());
         poke_bytes(tid, at, &jump)?;
-        poke_bytes(tid, site, &[0xeb, at.wrapping_sub(site + 2) as u8])?;
+        if number.is_none() {
+            poke_bytes(tid, site, &[0xeb, at.wrapping_sub(site + 2) as u8])?;
+        }
         Ok(Ok(Site { stub: stub_at, padding: at, original: (code, original) }))
     }
 

@@ -272,7 +272,7 @@ fn try_supervisor(
     let end = unit.supervise(&program);
     let unit = &mut *unit;
     if let Some(journal) = &mut unit.journal {
-        journal.flush(&unit.log);
+        journal.flush();
     }
     let (code, state, reason) = match end {
         Ok(End::Ended(s)) if libc::WIFEXITED(s) => (libc::WEXITSTATUS(s), State::Stopped, None),

@@ -65,7 +65,7 @@ fn scan(path: &str) -> Option<Vec<(u64, Trapped)>> {
 }
 
 /// Whether an instruction begins at `at`; `None` if that cannot be told.
-fn is_instruction(address: u64, code: &[u8], at: usize, functions: &[(u64, u64)]) -> Option<bool> {
+pub(crate) fn is_instruction(address: u64, code: &[u8], at: usize, functions: &[(u64, u64)]) -> Option<bool> {
     let target = address + at as u64;
     let i = functions.partition_point(|f| f.0 <= target).checked_sub(1)?;
     // Between functions: what follows the one before is padding or code without a description.

@@ -110,6 +110,18 @@ pub fn replay(
     finding
 }
 
+/// A log in memory that holds these records.
+fn log_of(records: &[(u64, Box<[u8]>)]) -> std::io::Result<EventLog> {
+    let bytes: usize = records.iter().map(|r| r.1.len() + 16).sum();
+    // Half of a ring is what one record may take.
+    let largest = records.iter().map(|r| r.1.len()).max().unwrap_or(0);
+    let mut log = EventLog::new((bytes + 2 * largest + 4096) as u64)?;
+    for (_, record) in records {
+        log.append(record).map_err(|_full| std::io::Error::other("the events do not fit"))?;
+    }
+    Ok(log)
+}
+
 /// Ends a shadow that computes for ever, so that its tracer does not wait for ever.
 #[derive(Default)]
 struct Watch {
@@ -135,18 +147,6 @@ impl Watch {
             }
         }
     }
-}
-
-/// A log in memory that holds these records.
-fn log_of(records: &[(u64, Box<[u8]>)]) -> std::io::Result<EventLog> {
-    let bytes: usize = records.iter().map(|r| r.1.len() + 16).sum();
-    // Half of a ring is what one record may take.
-    let largest = records.iter().map(|r| r.1.len()).max().unwrap_or(0);
-    let mut log = EventLog::new((bytes + 2 * largest + 4096) as u64)?;
-    for (_, record) in records {
-        log.append(record).map_err(|_full| std::io::Error::other("the events do not fit"))?;
-    }
-    Ok(log)
 }
 
 fn run(unit: &mut Unit) -> Result<(), Halt> {

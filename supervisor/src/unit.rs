@@ -336,6 +336,8 @@ pub struct Unit {
     pub(crate) board_pid: Option<&'static std::sync::atomic::AtomicI32>,
     /// The signal of a fault that made the unit fail.
     pub(crate) failed_signal: Option<i32>,
+    /// When the running thread was last asked to pass the turn.
+    pub(crate) last_tick: u64,
     /// Every thread has looked at the signals kept for any of them.
     pub(crate) offered: bool,
     /// Calls may be served inside the process.
@@ -407,6 +409,7 @@ impl Unit {
             backend,
             board_pid: None,
             failed_signal: None,
+            last_tick: 0,
             offered: false,
             shim: false,
             stubs: HashMap::new(),
@@ -463,7 +466,7 @@ impl Unit {
         let record = self.record.finish();
         if self.log.append(record).is_err() {
             if let Some(journal) = &mut self.journal {
-                journal.flush(&self.log);
+                journal.flush();
             }
             if self.log.append(record).is_err() {
                 return Err(Halt::Broken("the event log is full of events without a checkpoint".into()));

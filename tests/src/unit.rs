@@ -57,17 +57,8 @@ impl Launch {
         for part in ["work", "state"] {
             std::fs::create_dir(dir.path().join(part))?;
         }
-        Ok(Self {
-            name,
-            dir,
-            argv: Vec::new(),
-            options: Vec::new(),
-            env: Vec::new(),
-            through: Vec::new(),
-            uid: None,
-            ready: Ready::AtOnce,
-            instead: None,
-        })
+        let (argv, options, env, through) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { name, dir, argv, options, env, through, uid: None, ready: Ready::AtOnce, instead: None })
     }
 
     /// The program's working directory.
@@ -105,15 +96,15 @@ impl Launch {
         self
     }
 
-    /// Starts it all by a program that executes its last arguments, as nohup(1) does.
-    pub fn through<A: AsRef<OsStr>>(&mut self, starter: impl IntoIterator<Item = A>) -> &mut Self {
-        self.through = starter.into_iter().map(|a| a.as_ref().to_owned()).collect();
-        self
-    }
-
     /// Runs the program without ftrun, under another tool whose words these are, or bare if there are none.
     pub fn without_ftrun<A: AsRef<OsStr>>(&mut self, words: impl IntoIterator<Item = A>) -> &mut Self {
         self.instead = Some(words.into_iter().map(|a| a.as_ref().to_owned()).collect());
+        self
+    }
+
+    /// Starts it all by a program that executes its last arguments, as nohup(1) does.
+    pub fn through<A: AsRef<OsStr>>(&mut self, starter: impl IntoIterator<Item = A>) -> &mut Self {
+        self.through = starter.into_iter().map(|a| a.as_ref().to_owned()).collect();
         self
     }
 

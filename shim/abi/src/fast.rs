@@ -121,6 +121,10 @@ pub struct Control {
     pub fast: AtomicU64,
     /// The program's own process id.
     pub pid: AtomicU64,
+    /// The id of its parent.
+    pub parent: AtomicU64,
+    /// Calls that may be served before one has to stop.
+    pub budget: AtomicU64,
     /// The operation in doubt: [`NOTHING`], [`RECEIVE`], [`SEND`] or [`EPOLL`].
     pub pending: AtomicU64,
     /// Number of the last event when it was begun.

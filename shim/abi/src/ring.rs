@@ -350,6 +350,19 @@ impl Ring {
         }
     }
 
+    /// Begins anew at the start of the memory, which is warmer than what lies ahead. All records must have been
+    /// released, and nobody may use the ring meanwhile. Says whether that was so.
+    pub fn rewind(&mut self) -> bool {
+        let empty = self.begin() == self.end();
+        if empty {
+            // The tail first: it is never ahead of the head.
+            self.tail().store(0, Ordering::SeqCst);
+            self.head().store(0, Ordering::SeqCst);
+            (self.reserved, self.tail_seen, self.peeked) = (0, 0, 0);
+        }
+        empty
+    }
+
     /// The record that a producer had reserved and not committed when it died.
     pub fn uncommitted(&self) -> Option<&[u8]> {
         let mut position = self.end();
