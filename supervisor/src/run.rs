@@ -5,6 +5,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -250,7 +251,9 @@ fn try_supervisor(
     }
     catch_signals();
     log.control().kill_in.store(crate::fault::in_shim(), Ordering::SeqCst);
-    let mut unit = Unit::new(service.clone(), log, Arc::clone(&shared), Arc::clone(&status), backend);
+    // Never dropped: it owns descriptors of the service thread's table, and this process ends with it.
+    let mut unit =
+        ManuallyDrop::new(Unit::new(service.clone(), log, Arc::clone(&shared), Arc::clone(&status), backend));
     unit.journal = Some(journal);
     unit.board_pid = Some(&board.pid);
     unit.checkpoint_every = options.checkpoint_every.as_nanos() as u64;
@@ -268,6 +271,7 @@ fn try_supervisor(
         ignored: program.ignored,
     };
     let end = unit.supervise(&program);
+    let unit = &mut *unit;
     if let Some(journal) = &mut unit.journal {
         journal.flush();
     }

@@ -104,6 +104,9 @@ pub fn replay(
         Err(h) => Err(h.to_string()),
     };
     unit.bury();
+    // It owns a descriptor of the service thread's table.
+    let log = unit.log;
+    service.run(move || drop(log));
     finding
 }
 
