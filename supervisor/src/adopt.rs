@@ -20,6 +20,9 @@ impl Unit {
     /// Takes the first checkpoint from a process that stands before the first instruction of its image,
     /// and ends that process. Says why the checkpoint could not be stored, if it could not.
     pub fn adopt_image(&mut self, scratch: i32) -> Result<std::result::Result<(), String>> {
+        if self.sii > 0 {
+            crate::fault::point("exec-made", scratch);
+        }
         let mut regs = tracee::get_regs(scratch)?;
         regs.rax = 0;
         regs.orig_rax = u64::MAX;

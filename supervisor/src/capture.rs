@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ftrun_abi::fast::{REGION_BASE, REGION_END};
 use ftrun_ckpt::copy::copy_in;
-use ftrun_ckpt::dirty::{DirtyTracker, Full, Kind, SoftDirty, UFFD_FLAGS, WpAsync};
+use ftrun_ckpt::dirty::{Full, Kind, SoftDirty, UFFD_FLAGS, WpAsync};
 use ftrun_ckpt::maps::read_maps;
 use ftrun_ckpt::pages::StagedPages;
 use ftrun_ckpt::runs::PageRun;
@@ -72,7 +72,7 @@ impl Unit {
                 // The unit may have been killed under our hands: then its end is reported next.
                 self.tracker.forget();
                 // SAFETY: asks whether our own child still exists.
-                let gone = unsafe { libc::kill(pid, 0) } != 0 || self.is_dying();
+                let gone = unsafe { libc::kill(pid, 0) } != 0 || self.is_dying(pid);
                 return Err(if gone { Halt::Died } else { Halt::Broken(format!("checkpoint: {e}")) });
             }
         };
@@ -159,12 +159,11 @@ impl Unit {
         Ok(())
     }
 
-    /// The process has been killed, though its end has not been reported yet: it is on its way out (its
+    /// The process (of the unit) has been killed, though its end has not been reported yet: it is on its way out (its
     /// memory goes before it becomes a zombie), or gone.
-    pub(crate) fn is_dying(&self) -> bool {
+    pub(crate) fn is_dying(&self, pid: i32) -> bool {
         /// `flags` of proc_pid_stat(5): the thread is ending.
         const PF_EXITING: u64 = 4;
-        let pid = self.pid;
         self.service.run(move || {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             let mut fields = stat.rsplit_once(") ").map_or("X", |x| x.1).split_whitespace();

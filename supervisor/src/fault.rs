@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 14] = [
+pub const POINTS: [&str; 15] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
@@ -21,6 +21,7 @@ pub const POINTS: [&str; 14] = [
     "checkpoint-begin",
     "checkpoint-copied",
     "checkpoint-end",
+    "exec-made",
     "shim-seam",
 ];
 

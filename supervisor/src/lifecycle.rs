@@ -18,6 +18,8 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use ftrun_abi::record::{Kind, flag};
+
 use crate::launch::{self, LaunchError, Program};
 use crate::report::Error;
 use crate::run::lock;
@@ -61,14 +63,20 @@ impl Unit {
                 Halt::Ended(status) => return Ok(End::Ended(status)),
                 Halt::Exec(pid) => {
                     close_on_exec();
-                    self.begin_record(ftrun_abi::record::Kind::Exec);
+                    self.begin_record(Kind::Exec);
                     self.model.credentials.get_or_insert_with(Default::default);
-                    let logged = self.append(self.vpid, libc::SYS_execve as u16, 0, 0, 0);
+                    // Only the checkpoint that follows can stand for it: without one the call is made again.
+                    let logged = self.append(self.vpid, libc::SYS_execve as u16, 0, 0, flag::UNLOGGABLE);
                     match logged.and_then(|()| self.adopt_image(pid)) {
                         // What could not be stored has been told; recovery uses memory.
                         Ok(_told) => {}
-                        Err(Halt::Died) => died_at = Some(now()),
-                        Err(e) => return Ok(End::Failed(e.to_string())),
+                        Err(e) => {
+                            if !matches!(e, Halt::Died) && !self.is_dying(pid) {
+                                return Ok(End::Failed(e.to_string()));
+                            }
+                            launch::kill_and_reap(pid);
+                            died_at = Some(now());
+                        }
                     }
                 }
                 Halt::Died => {
@@ -97,7 +105,7 @@ impl Unit {
                 }
                 Halt::BadAddress => return Ok(End::Failed("a bad address in the supervisor's own work".into())),
                 Halt::Broken(why) => {
-                    if self.is_dying() {
+                    if self.is_dying(self.pid) {
                         self.bury();
                         if let Err(e) = self.settle() {
                             return Ok(End::Failed(e.to_string()));

@@ -360,11 +360,16 @@ pub fn thread_echo(load: &Load) -> Result<Report, Error> {
 
 /// A shell that becomes `env`, which becomes the server.
 pub fn exec_chain(load: &Load) -> Result<Report, Error> {
+    echo_server(load, exec_chain_launch()?)
+}
+
+/// A shell that executes `env`, which executes the echo server.
+pub fn exec_chain_launch() -> Result<Launch, Error> {
     let mut launch = Launch::new("exec-chain")?;
     let program = launch.copy(&guest("epoll_echo")?)?;
     let script = format!("cd . && exec env CHAIN=1 '{}'", program.display());
     launch.run("/bin/sh", ["-c", &script]);
-    echo_server(load, launch)
+    Ok(launch)
 }
 
 /// A tokio server with four worker threads.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ftrun_tests::binaries::is_bare;
 use ftrun_tests::load::Load;
-use ftrun_tests::scenarios::{echo_server, guest_launch, rounds};
+use ftrun_tests::scenarios::{echo_server, exec_chain_launch, guest_launch, rounds};
 use ftrun_tests::unit::Launch;
 use ftrun_tests::{Error, error};
 
@@ -19,7 +19,7 @@ fn points() -> Vec<&'static str> {
 }
 
 /// Which of the groups below walks a point: by its name's first word.
-const GROUPS: [&str; 7] = ["call-", "signal-", "checkpoint-", "restore-", "replay-", "shim-", "unloggable-"];
+const GROUPS: [&str; 8] = ["call-", "signal-", "checkpoint-", "restore-", "replay-", "shim-", "unloggable-", "exec-"];
 
 fn of(group: &str) -> Vec<&'static str> {
     points().into_iter().filter(|p| p.starts_with(group)).collect()
@@ -39,12 +39,12 @@ fn walk(
         for pass in passes {
             let fault = format!("{point}:{pass}");
             let load = Load { clients: 4, at_least: Duration::from_millis(800), ..Load::from_env().kills(kills) };
-            let guest = match group {
-                "signal-" => "timers",
-                "unloggable-" => "unlogged",
-                _ => "epoll_echo",
+            let mut launch = match group {
+                "exec-" => exec_chain_launch()?,
+                "signal-" => guest_launch("timers")?,
+                "unloggable-" => guest_launch("unlogged")?,
+                _ => guest_launch("epoll_echo")?,
             };
-            let mut launch = guest_launch(guest)?;
             launch.env("FTRUN_FAULT", &fault).options(["--checkpoint-every", "100ms"]);
             run(&load, launch).map_err(|e| error!("with FTRUN_FAULT={fault}: {e}"))?;
         }
@@ -87,6 +87,11 @@ fn killed_inside_the_shim() -> Result<(), Error> {
 #[test]
 fn killed_between_an_unloggable_call_and_its_checkpoint() -> Result<(), Error> {
     walk("unloggable-", &[1, 3], 0, alone)
+}
+
+#[test]
+fn killed_inside_an_exec() -> Result<(), Error> {
+    walk("exec-", &[1, 2], 0, echo)
 }
 
 #[test]
