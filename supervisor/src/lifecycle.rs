@@ -189,7 +189,12 @@ impl Unit {
                         tracing::debug!(pid = who, error = %e, "an event during the burial");
                     }
                 }
-                Ok(None) => {}
+                // Its end may have been taken already by who waited for it; its children do not end with it.
+                Ok(None) => match tracee::wait(pid, libc::WNOHANG) {
+                    Ok(Some((_, Event::Ended(status)))) => break status,
+                    Ok(_) => {}
+                    Err(_) => break 0,
+                },
                 Err(_) => break 0,
             }
         };

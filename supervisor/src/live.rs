@@ -435,14 +435,18 @@ impl Unit {
         self.call_back();
         tracee::interrupt(tid)?;
         loop {
-            match tracee::wait_one(tid)? {
+            let Some(event) = tracee::wait_tick(tid)? else {
+                tracee::interrupt(tid)?;
+                continue;
+            };
+            match event {
                 Event::Stop(_) => {
                     if !self.is_in_shim(tracee::get_regs(tid)?.rip) {
                         break;
                     }
-                    // It comes out at once: served, or at the filter.
+                    // It comes out by itself: served, or at the filter. Until the next tick, that is: interrupted
+                    // at once it might never execute an instruction, being on our own processor.
                     tracee::cont(tid, 0)?;
-                    tracee::interrupt(tid)?;
                 }
                 Event::Seccomp => {
                     // It came to a call by itself. The stop follows when it is continued.
