@@ -6,10 +6,18 @@
 #![no_std]
 #![no_main]
 
+mod call;
 mod calls;
+mod clock;
 mod entry;
+mod files;
+mod log;
+mod mapping;
 mod memory;
+mod nr;
 mod replay;
+mod sockets;
+mod wait;
 
 use ftrun_abi::fast::{Area, CONTROL_BASE, Control, Frame, REPLAY};
 
@@ -37,11 +45,11 @@ extern "C" fn shim_serve(frame: &mut Frame, area: &mut Area) -> u64 {
     use core::sync::atomic::Ordering::Relaxed;
     let control = control();
     let [a5, a4, a3, a2, a1, a0] = frame.args;
-    let args = [a0, a1, a2, a3, a4, a5];
+    let call = call::Call { tid: area.tid, number: frame.rax, args: [a0, a1, a2, a3, a4, a5] };
     let served = if control.mode.load(Relaxed) == REPLAY {
-        replay::serve(control, area.tid, frame.rax, &args)
+        replay::serve(control, &call)
     } else if control.slow.load(Relaxed) == 0 && spend(control) {
-        calls::serve(control, area.tid, frame.rax, &args)
+        calls::serve(control, &call)
     } else {
         None
     };

@@ -6,12 +6,13 @@ use ftrun_abi::fast::{Control, RING_BASE};
 use ftrun_abi::record::{Kind, Record, flag};
 use ftrun_abi::ring::Ring;
 
-use crate::calls;
+use crate::call::Call;
+use crate::mapping::change_again;
 use crate::memory::copy;
 
 /// The logged result of this call, if the next event is this call and was served here; otherwise the
 /// supervisor has to look at it.
-pub(crate) fn serve(control: &mut Control, tid: u64, nr: u64, args: &[u64; 6]) -> Option<i64> {
+pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     // SAFETY: the supervisor maps the ring there; nobody writes to it during replay.
     let ring = unsafe { Ring::attach(RING_BASE as *mut u8, control.ring_bytes.load(Relaxed) as usize) }.ok()?;
     let (bytes, next) = ring.read_at(control.replay_at.load(Relaxed)).ok()??;
@@ -19,9 +20,10 @@ pub(crate) fn serve(control: &mut Control, tid: u64, nr: u64, args: &[u64; 6]) -
     let h = &record.header;
     if record.kind != Kind::Call
         || h.flags & flag::FAST == 0
-        || u64::from(h.tid) != tid
-        || u64::from(h.nr) != nr
-        || calls::digest(nr, args)? != h.digest
+        || u64::from(h.tid) != call.tid
+        || u64::from(h.nr) != call.number
+        || call.digest()? != h.digest
+        || !change_again(call, h.result)
     {
         return None;
     }

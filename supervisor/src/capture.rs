@@ -280,6 +280,9 @@ impl Unit {
             );
         }
         self.map_shim(pid, &base)?;
+        for m in snapshot.maps.iter().filter(|m| m.prot & libc::PROT_EXEC as u32 != 0) {
+            self.note_code(&(m.start..m.end));
+        }
         self.follow_sites();
         for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
             self.give_area(vtid)?;

@@ -12,16 +12,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::fast::{
-    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CONTROL_BASE, EPOLL, EPOLL_EVENTS_MAX, FRAME_TOP, Frame, NOT_YET, NOTHING,
-    RECEIVE, RECORD, SEND, area, frame_at,
+    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_RANGES, CONTROL_BASE, NOTHING, RECORD, area,
 };
-use ftrun_abi::record::{HEADER_BYTES, Kind, OUTPUT_HEADER_BYTES, Record, flag};
 use libc::user_regs_struct;
 use serde::{Deserialize, Serialize};
 
 use crate::launch::{self, LaunchError};
 use crate::tracee::{self, Gate};
-use crate::unit::{Halt, Place, Result, State, Unit, Waiting};
+use crate::unit::{Place, Result, State, Unit, Waiting};
 
 /// What the unit's memory holds of the fast path: it rolls back with it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -56,6 +54,9 @@ pub struct Site {
     /// What was there: at the site, at the near jump.
     pub original: ([u8; 2], [u8; 5]),
 }
+
+/// `SIG_IGN`.
+const IGNORED: u64 = 1;
 
 /// A site is rewritten when it stops for this many times: what only starts a program is left alone.
 const STOPS: u32 = 4;
@@ -146,6 +147,8 @@ impl Unit {
         control.waited.store(0, SeqCst);
         control.pid.store(self.vpid as u64, SeqCst);
         control.parent.store(u64::from(std::process::id()), SeqCst);
+        control.free_fd.store(0, SeqCst);
+        control.code_ranges.store(0, SeqCst);
         control.real_pid.store(self.pid as u64, SeqCst);
         self.log.forget_fds(None);
         Ok(())
@@ -262,13 +265,61 @@ impl Unit {
 
     /// A call has changed what descriptors are.
     pub(crate) fn forget_fds(&mut self, nr: u64, args: &[u64; 6]) {
+        let control = self.log.control();
         let fd = match nr as i64 {
-            libc::SYS_close | libc::SYS_fcntl | libc::SYS_ioctl => args[0],
-            libc::SYS_dup2 | libc::SYS_dup3 => args[1],
-            libc::SYS_close_range => return self.log.forget_fds(None),
+            libc::SYS_close => {
+                control.free_fd.fetch_min(args[0], SeqCst);
+                args[0]
+            }
+            libc::SYS_fcntl if matches!(args[1] as i32, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) => {
+                return control.duplicated.store(1, SeqCst);
+            }
+            libc::SYS_dup => return control.duplicated.store(1, SeqCst),
+            libc::SYS_fcntl | libc::SYS_ioctl if control.duplicated.load(SeqCst) != 0 => {
+                return self.log.forget_fds(None);
+            }
+            libc::SYS_fcntl | libc::SYS_ioctl => args[0],
+            libc::SYS_dup2 | libc::SYS_dup3 => {
+                control.duplicated.store(1, SeqCst);
+                args[1]
+            }
+            // What is new in an epoll set is fresh no more.
+            libc::SYS_epoll_ctl => args[2],
+            libc::SYS_close_range => {
+                control.free_fd.store(0, SeqCst);
+                return self.log.forget_fds(None);
+            }
             _ => return,
         };
         self.log.forget_fds(Some(fd as usize));
+    }
+
+    /// Memory that may hold code from now on: what happens to it concerns the supervisor. Ranges beyond what the
+    /// page can hold are merged with the nearest.
+    pub(crate) fn note_code(&self, range: &std::ops::Range<u64>) {
+        let control = self.log.control();
+        let count = control.code_ranges.load(SeqCst) as usize;
+        let mut ranges: Vec<(u64, u64)> =
+            control.code[..count].iter().map(|[a, b]| (a.load(SeqCst), b.load(SeqCst))).collect();
+        ranges.push((range.start, range.end));
+        ranges.sort_unstable();
+        ranges.dedup_by(|next, kept| {
+            let joined = next.0 <= kept.1;
+            if joined {
+                kept.1 = kept.1.max(next.1);
+            }
+            joined
+        });
+        while ranges.len() > CODE_RANGES {
+            let nearest = (1..ranges.len()).min_by_key(|i| ranges[*i].0 - ranges[*i - 1].1).unwrap_or(1);
+            ranges[nearest - 1].1 = ranges[nearest].1;
+            ranges.remove(nearest);
+        }
+        for ([first, end], range) in control.code.iter().zip(&ranges) {
+            first.store(range.0, SeqCst);
+            end.store(range.1, SeqCst);
+        }
+        control.code_ranges.store(ranges.len() as u32, SeqCst);
     }
 
     /// Takes notice of what the shim has done since the thread last stopped.
@@ -286,7 +337,9 @@ impl Unit {
 
     /// Says whether calls of the thread that is about to run may be served by the shim.
     pub(crate) fn allow_shim(&mut self) {
-        let slow = self.outside.signals.values().any(|q| !q.is_empty());
+        // A call of which a part is done goes on with the rest.
+        let slow = self.outside.signals.values().any(|q| !q.is_empty())
+            || self.outside.begun.values().any(|begun| begun.done > 0);
         let mut until = 0;
         let mut may_wait = self.ready.is_empty();
         let budget = if self.ready.is_empty() { u64::MAX } else { CALLS_PER_TURN };
@@ -306,6 +359,10 @@ impl Unit {
         control.budget.store(budget, SeqCst);
         control.may_wait.store(u32::from(may_wait), SeqCst);
         control.wait_until.store(until, SeqCst);
+        let ignores_pipe = self.model.actions.get(libc::SIGPIPE as usize - 1).is_some_and(|a| a[0] == IGNORED);
+        control.ignores_pipe.store(u32::from(ignores_pipe), SeqCst);
+        control.alone.store(u32::from(self.outside.children.values().all(|c| c.ended.is_some())), SeqCst);
+        control.futex_waiters.store(self.model.futexes.len() as u32, SeqCst);
         control.slow.store(u32::from(slow), SeqCst);
     }
 
@@ -338,99 +395,19 @@ impl Unit {
             return Ok(());
         }
         let deadline = Some(control.deadline.load(SeqCst)).filter(|d| *d != 0);
-        let digest = control.pending_call[2].load(SeqCst);
+        let digest = control.waited_digest.load(SeqCst);
         self.begun(vtid, digest).deadline = deadline;
         let t = self.thread(vtid);
-        let fds = vec![(t.regs.rdi as i32, libc::POLLIN)];
-        t.state = State::Blocked(Waiting { fds, deadline, ..Waiting::default() });
+        if let libc::SYS_epoll_wait | libc::SYS_epoll_pwait = t.regs.orig_rax as i64 {
+            let fds = vec![(t.regs.rdi as i32, libc::POLLIN)];
+            t.state = State::Blocked(Waiting { fds, deadline, ..Waiting::default() });
+        }
         Ok(())
     }
 
     /// The thread is in the shim, or on its way in: it will come out by itself.
     pub(crate) fn is_in_shim(&self, ip: u64) -> bool {
         self.shim && (in_shim(ip) || self.model.sites.pages.iter().any(|(at, used)| (*at..*at + *used).contains(&ip)))
-    }
-
-    /// After the process died, or faulted in the shim: the operation in doubt is settled by what the kernel
-    /// wrote, and what was logged is counted. Returns the result of a call that turned out to be done.
-    pub(crate) fn settle(&mut self) -> Result<Option<i64>> {
-        if !self.shim {
-            return Ok(None);
-        }
-        let (mut position, mut last) = (self.log.begin(), None);
-        while let Some((bytes, next)) = self.log.read_at(position) {
-            position = next;
-            if let Ok((record, _)) = Record::parse(bytes) {
-                self.sii = record.header.sii;
-                last = Some(record.header.result);
-            }
-        }
-        let control = self.log.control();
-        control.sii.store(self.sii, SeqCst);
-        let what = control.pending.swap(NOTHING, SeqCst);
-        let [vtid, nr, digest, at] = control.pending_call.each_ref().map(|w| w.load(SeqCst));
-        let length = control.message.len.load(SeqCst) & NOT_YET;
-        if what == NOTHING {
-            return Ok(None);
-        }
-        if self.sii > control.pending_sii.load(SeqCst) {
-            // The end came after it had been logged.
-            return Ok(last);
-        }
-        let mut out = Vec::new();
-        let result = match what {
-            RECEIVE if length != NOT_YET => {
-                let record = self.log.uncommitted().unwrap_or_default();
-                let data = record.get(HEADER_BYTES + OUTPUT_HEADER_BYTES..).unwrap_or_default();
-                out = data.get(..length as usize).unwrap_or_default().to_vec();
-                if out.len() as u64 != length {
-                    return Err(Halt::Broken("a message was received and is not in the log".into()));
-                }
-                length as i64
-            }
-            SEND if length != NOT_YET => length as i64,
-            EPOLL => {
-                let control = self.log.control();
-                let reported = |event: &[u8; 12]| event[..4] != [0; 4];
-                let n = control.events[..EPOLL_EVENTS_MAX].iter().take_while(|e| reported(e)).count();
-                if n == 0 {
-                    return Ok(None);
-                }
-                out = control.events[..n].concat();
-                n as i64
-            }
-            _ => return Ok(None),
-        };
-        self.begin_record(Kind::Call);
-        if !out.is_empty() {
-            self.output(at, &out)?;
-        }
-        self.append(vtid as i32, nr as u16, result, digest, flag::FAST)?;
-        Ok(Some(result))
-    }
-
-    /// A thread faulted in the shim, over an address that the program gave to its call. The call is the
-    /// supervisor's then, unless it has taken effect.
-    pub(crate) fn fault_in_shim(&mut self, vtid: i32) -> Result<()> {
-        let done = self.settle()?;
-        let t = self.thread(vtid);
-        let (tid, at) = (t.tid, area(t.slot));
-        let mut regs = tracee::get_regs(tid)?;
-        regs.rip = ftrun_shim::leave();
-        regs.rsp = frame_at(at);
-        regs.rax = u64::from(done.is_some());
-        regs.orig_rax = u64::MAX;
-        if let Some(result) = done {
-            let top = at + AREA_BYTES;
-            let word = |field: usize| top - FRAME_TOP + field as u64;
-            let back = tracee::read_u64(tid, word(std::mem::offset_of!(Frame, back)))?;
-            let distance = tracee::read_u32(tid, back + 3)? as i32;
-            let back = (back + 7).wrapping_add_signed(i64::from(distance));
-            tracee::write_mem(tid, word(std::mem::offset_of!(Frame, rax)), &result.to_le_bytes())?;
-            tracee::write_mem(tid, word(std::mem::offset_of!(Frame, back)), &back.to_le_bytes())?;
-        }
-        tracee::set_regs(tid, &regs)?;
-        Ok(tracee::cont(tid, 0)?)
     }
 }
 

@@ -30,6 +30,7 @@ pub mod report;
 pub mod run;
 pub mod scan;
 pub mod service;
+pub mod settle;
 pub mod shadow;
 pub mod signals;
 pub mod status;

@@ -195,6 +195,7 @@ impl Unit {
         t.regs = regs;
         t.state = State::Entry;
         self.take_wait(vtid)?;
+        self.take_part(vtid);
         Ok(regs)
     }
 

@@ -291,6 +291,7 @@ impl Unit {
         if made != at as i64 {
             return Ok(None);
         }
+        self.note_code(&(at..at + PAGE_BYTES));
         self.model.sites.pages.push((at, STUB_BYTES));
         Ok(Some(at))
     }

@@ -89,6 +89,7 @@ impl Unit {
         }
         let tid = self.tid(vtid);
         for m in self.executable(&range)? {
+            self.note_code(&(m.start..m.end));
             let own = m.inode == 0 || m.shared || m.prot & libc::PROT_WRITE as u32 != 0;
             let found = if own { None } else { self.scanned(&m) };
             let Some(found) = found else {

@@ -51,6 +51,23 @@ pub const RECEIVE: u64 = 1;
 pub const SEND: u64 = 2;
 /// [`Control::pending`]: an `epoll_wait` into [`Control::events`].
 pub const EPOLL: u64 = 3;
+/// [`Control::pending`]: a call that opens the descriptor [`Control::pending_fd`], the lowest free one.
+pub const OPEN: u64 = 4;
+/// [`Control::pending`]: a `close` of the open descriptor [`Control::pending_fd`].
+pub const CLOSE: u64 = 5;
+/// [`Control::pending`]: a `sendfile` that moves [`Control::offset`] on from [`Control::pending_from`].
+pub const TRANSFER: u64 = 6;
+/// [`Control::pending`]: a `write` that moves the position of the file [`Control::pending_fd`] on from
+/// [`Control::pending_from`].
+pub const WRITE_FILE: u64 = 7;
+/// [`Control::pending`]: a `read` into the uncommitted record, which sets the position of the file
+/// [`Control::pending_fd`] from [`Control::pending_from`] to [`Control::offset`] in the end.
+pub const READ_FILE: u64 = 8;
+/// [`Control::pending`]: an `epoll_ctl` that adds the descriptor [`Control::pending_fd`], which was in no set.
+pub const ENROL: u64 = 9;
+/// [`Control::pending`]: a `sendmmsg` of [`Control::pending_from`] bytes on a socket in blocking mode: what is
+/// left is the supervisor's to send.
+pub const SEND_ALL: u64 = 10;
 
 /// What is known of a descriptor, [`Control::fds`]: nothing yet.
 pub const FD_UNKNOWN: u8 = 0;
@@ -60,6 +77,15 @@ pub const FD_SOCKET_NONBLOCKING: u8 = 1;
 pub const FD_SOCKET_BLOCKING: u8 = 2;
 /// Something else: its calls are the supervisor's.
 pub const FD_OTHER: u8 = 3;
+/// A regular file.
+pub const FD_FILE: u8 = 4;
+/// Added to one of the above: a new connection, in no epoll set yet.
+pub const FD_FRESH: u8 = 0x80;
+
+/// Ranges of addresses in [`Control::code`].
+pub const CODE_RANGES: usize = 64;
+/// Most bytes of an address that `accept` returns here.
+pub const ADDRESS_BYTES: usize = 128;
 
 /// `struct mmsghdr` with one piece of memory, as the kernel reads and writes it.
 #[derive(Debug, Default)]
@@ -107,6 +133,8 @@ pub struct Control {
     pub wait_until: AtomicU64,
     /// Not zero: the call that comes to the supervisor next has waited already, and was disturbed.
     pub waited: AtomicU32,
+    /// The digest of that call.
+    pub waited_digest: AtomicU64,
     /// `CLOCK_MONOTONIC` nanoseconds at which that wait ends by itself; 0 for never.
     pub deadline: AtomicU64,
     /// Number of the last event.
@@ -125,12 +153,38 @@ pub struct Control {
     pub parent: AtomicU64,
     /// Calls that may be served before one has to stop.
     pub budget: AtomicU64,
-    /// The operation in doubt: [`NOTHING`], [`RECEIVE`], [`SEND`] or [`EPOLL`].
+    /// The operation in doubt: [`NOTHING`], or one of [`RECEIVE`] and its like.
     pub pending: AtomicU64,
     /// Number of the last event when it was begun.
     pub pending_sii: AtomicU64,
     /// For the operation in doubt: thread, number of the call, digest, address of its buffer.
     pub pending_call: [AtomicU64; 4],
+    /// For the operation in doubt: a descriptor.
+    pub pending_fd: AtomicU64,
+    /// For [`ENROL`]: the epoll set.
+    pub pending_set: AtomicU64,
+    /// For the operation in doubt: a position in a file, or bytes to send.
+    pub pending_from: AtomicU64,
+    /// A position in a file that the operation in doubt moves.
+    pub offset: AtomicU64,
+    /// The address that `accept` returns, and its length.
+    pub address: [u8; ADDRESS_BYTES],
+    /// Room, then length of the address.
+    pub address_len: AtomicU32,
+    /// Not zero: descriptors share open files, so that a change of one changes others.
+    pub duplicated: AtomicU32,
+    /// Every descriptor below this one is open.
+    pub free_fd: AtomicU64,
+    /// Threads that wait for a futex.
+    pub futex_waiters: AtomicU32,
+    /// Not zero: the unit has no children that could use its open files.
+    pub alone: AtomicU32,
+    /// Not zero: the program ignores `SIGPIPE`.
+    pub ignores_pipe: AtomicU32,
+    /// Ranges in use of [`Control::code`].
+    pub code_ranges: AtomicU32,
+    /// Addresses that may hold code, first and end: the supervisor has to know what happens to them.
+    pub code: [[AtomicU64; 2]; CODE_RANGES],
     /// Fault injection: kill the process at the nth seam from now; 0 never.
     pub kill_in: AtomicU64,
     /// The process to kill then, and to ask the kernel about.
