@@ -283,6 +283,9 @@ impl Unit {
         for m in snapshot.maps.iter().filter(|m| m.prot & libc::PROT_EXEC as u32 != 0) {
             self.note_code(&(m.start..m.end));
         }
+        for page in &self.model.sites.guarded {
+            self.note_code(&(*page..*page + 4096));
+        }
         self.follow_sites();
         for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
             self.give_area(vtid)?;

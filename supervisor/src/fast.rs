@@ -8,7 +8,7 @@
 //!
 //! The supervisor never sees a stub: [`Unit::stopped_regs`] shows a thread as if it had come from its site.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::fast::{
@@ -32,6 +32,8 @@ pub struct Sites {
     pub pages: Vec<(u64, u64)>,
     /// Instructions that have been replaced by a trap: which, and the bytes that were there.
     pub traps: BTreeMap<u64, (u16, [u8; 2])>,
+    /// Pages that are not executable because nobody knows what is in them (see [`crate::scan`]).
+    pub guarded: BTreeSet<u64>,
     /// The code of the image has been judged (see [`crate::scan`]).
     pub judged: bool,
     /// There is code that cannot be judged.

@@ -3,9 +3,10 @@
 //! Where the code that a unit maps is found to hold none but those that could be replaced by a trap, the
 //! time-stamp counter need not be forbidden, and the shim can read the time without a system call. The code
 //! of a file is judged function by function: bytes that look like such an instruction are one if decoding
-//! from the beginning of their function comes to them. Code that is written by the program itself, or whose
-//! file does not say where its functions are, cannot be judged, and then the counter stays forbidden
-//! (`PR_SET_TSC`), which is as right and slower.
+//! from the beginning of their function comes to them. Where that cannot be told, which is mostly data between
+//! functions, the page is guarded: it may be read, and should it ever be executed, the counter is forbidden
+//! (`PR_SET_TSC`) before it is. Code that is written by the program itself cannot be judged at all, and has
+//! the counter forbidden at once, which is as right and slower.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -22,8 +23,12 @@ use crate::unit::{Result, Unit};
 /// An illegal instruction, in place of another.
 const UD2: [u8; 2] = [0x0f, 0x0b];
 
-/// What stands in a file: offset of each instruction and which it is; `None` if that cannot be told.
-type Found = Option<Rc<Vec<(u64, Trapped)>>>;
+/// What stands in a file: offset of each instruction, which it is, and whether it is one for certain; `None` if
+/// the file cannot be read.
+type Found = Option<Rc<Vec<(u64, Trapped, bool)>>>;
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
 
 /// What is known of files, by device and inode.
 #[derive(Debug, Default)]
@@ -39,7 +44,7 @@ pub(crate) fn looks_like(code: &[u8]) -> Option<Trapped> {
     }
 }
 
-fn scan(path: &str) -> Option<Vec<(u64, Trapped)>> {
+fn scan(path: &str) -> Option<Vec<(u64, Trapped, bool)>> {
     const PF_X: u32 = 1;
     let file = std::fs::File::open(path).ok()?;
     // SAFETY: the file is only read; should it be changed meanwhile, what is found is compared with the bytes
@@ -56,8 +61,9 @@ fn scan(path: &str) -> Option<Vec<(u64, Trapped)>> {
         let (address, code, offset) = (segment.address(), segment.data().ok()?, segment.file_range().0);
         for (at, _) in code.windows(2).enumerate().filter(|(_, w)| w[0] == 0x0f) {
             let Some(which) = looks_like(&code[at..]) else { continue };
-            if is_instruction(address, code, at, &functions)? {
-                out.push((offset + at as u64, which));
+            match is_instruction(address, code, at, &functions) {
+                Some(false) => {}
+                told => out.push((offset + at as u64, which, told.is_some())),
             }
         }
     }
@@ -96,10 +102,14 @@ impl Unit {
                 self.forbid_counter()?;
                 continue;
             };
-            for (offset, which) in found.iter() {
+            for (offset, which, certain) in found.iter() {
                 let Some(at) = offset.checked_sub(m.offset).map(|o| m.start + o).filter(|a| *a + 3 <= m.end) else {
                     continue;
                 };
+                if !certain {
+                    self.guard(vtid, at)?;
+                    continue;
+                }
                 let mut code = [0u8; 3];
                 tracee::read_mem(tid, at, &mut code)?;
                 if looks_like(&code) == Some(*which) {
@@ -111,6 +121,38 @@ impl Unit {
             }
         }
         Ok(())
+    }
+
+    /// Makes the page of `at`, and the next one if the instruction would reach into it, not executable.
+    fn guard(&mut self, vtid: i32, at: u64) -> Result<()> {
+        for page in [at & !(PAGE - 1), (at + 2) & !(PAGE - 1)] {
+            if self.model.sites.guarded.insert(page) {
+                self.gate(vtid, libc::SYS_mprotect, [page, PAGE, libc::PROT_READ as u64, 0, 0, 0])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A running thread was stopped by a fault: if a guarded page is to be executed after all, the counter is
+    /// forbidden and the thread goes on. False if the fault was something else.
+    pub(crate) fn enters_guarded(&mut self, vtid: i32) -> Result<bool> {
+        let tid = self.tid(vtid);
+        let regs = tracee::get_regs(tid)?;
+        // An instruction may begin in the page before.
+        let pages = [regs.rip & !(PAGE - 1), (regs.rip + 15) & !(PAGE - 1)];
+        if !pages.iter().any(|page| self.model.sites.guarded.contains(page)) {
+            return Ok(false);
+        }
+        self.thread(vtid).regs = regs;
+        let code = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+        for page in std::mem::take(&mut self.model.sites.guarded) {
+            self.gate(vtid, libc::SYS_mprotect, [page, PAGE, code, 0, 0, 0])?;
+        }
+        self.forbid_counter()?;
+        self.thread(vtid).place = crate::unit::Place::Program;
+        tracee::set_regs(tid, &regs)?;
+        tracee::cont(tid, 0)?;
+        Ok(true)
     }
 
     fn scanned(&mut self, m: &ftrun_ckpt::state::Mapping) -> Found {
@@ -128,6 +170,7 @@ impl Unit {
     pub(crate) fn forget_code(&mut self, range: &std::ops::Range<u64>) {
         let sites = &mut self.model.sites;
         sites.traps.retain(|at, _| !range.contains(at));
+        sites.guarded.retain(|page| !range.contains(page));
         sites.sites.retain(|at, _| !range.contains(at));
         sites.refused.retain(|at, _| !range.contains(at));
         self.follow_sites();

@@ -129,6 +129,9 @@ impl Unit {
             if matches!(signal, libc::SIGSEGV | libc::SIGILL) && self.trapped_instruction(vtid)? {
                 return Ok(());
             }
+            if signal == libc::SIGSEGV && self.enters_guarded(vtid)? {
+                return Ok(());
+            }
             if self.disposition(signal) != Disposition::Handler {
                 let addr = u64::from_le_bytes(info[16..24].try_into().unwrap_or([0; 8]));
                 self.fault = Some((signal, addr));
