@@ -75,11 +75,7 @@ impl Unit {
             Wait::Readable(i) => self.read_like(vtid, nr, args, call, args[i as usize] as i32),
             Wait::Writable(i) => self.write_like(vtid, nr, args, call, args[i as usize] as i32),
             Wait::Never | Wait::Special => {
-                let mut r = call.run(nr);
-                while r == INTR {
-                    r = call.run(nr);
-                }
-                Ok(Outcome::Done(r))
+                Ok(Outcome::Done(call.run(nr)))
             }
         }
     }
@@ -112,11 +108,8 @@ impl Unit {
             }
         }
         if kind == Kind::Immediate || (changed.is_none() && ready(fd, libc::POLLIN)) {
-            let mut r = call.run(nr);
-            if r == INTR {
-                r = call.run(nr);
-            }
-            if kind != Kind::Immediate && (r == AGAIN || r == INTR) {
+            let r = call.run(nr);
+            if kind != Kind::Immediate && r == AGAIN {
                 return Ok(self.wait_fd(vtid, call.digest, fd, libc::POLLIN, None));
             }
             return Ok(Outcome::Done(r));
@@ -137,7 +130,7 @@ impl Unit {
             }
             call.args[flags] |= libc::MSG_DONTWAIT as u64;
             let r = call.run(nr);
-            if r != AGAIN && r != INTR {
+            if r != AGAIN {
                 return Ok(Outcome::Done(r));
             }
         }
@@ -191,11 +184,7 @@ impl Unit {
             if let Some(i) = flags {
                 call.args[i] |= libc::MSG_NOSIGNAL as u64;
             }
-            let mut r = call.run(nr);
-            while r == INTR {
-                r = call.run(nr);
-            }
-            Outcome::Done(r)
+            Outcome::Done(call.run(nr))
         } else {
             self.write_on(vtid, nr, call, fd, kind, flags)
         };

@@ -92,10 +92,7 @@ impl Unit {
                 self.transfer(vtid, nr, args, call)
             }
             _ => {
-                let mut r = call.run(nr);
-                while r == -i64::from(libc::EINTR) {
-                    r = call.run(nr);
-                }
+                let r = call.run(nr);
                 Ok(Outcome::With(r, call.written(r)))
             }
         }

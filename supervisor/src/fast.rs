@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::fast::{
-    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_RANGES, CONTROL_BASE, NOTHING, RECORD, area,
+    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_RANGES, CONTROL_BASE, NOTHING, RECORD, VDSO_BASE, area,
 };
 use libc::user_regs_struct;
 use serde::{Deserialize, Serialize};
@@ -88,9 +88,9 @@ pub fn stub(at: u64, back: u64, first: [u8; 5]) -> [u8; STUB_BYTES as usize] {
     code
 }
 
-/// An address inside our code.
+/// In the shim's code, or in the kernel's that it calls.
 fn in_shim(ip: u64) -> bool {
-    (CODE_BASE..CODE_BASE + ftrun_shim::IMAGE.len() as u64).contains(&ip)
+    (VDSO_BASE..AREAS_BASE).contains(&ip)
 }
 
 /// A structure as the bytes that the shim reads.
@@ -405,6 +405,19 @@ impl Unit {
             t.state = State::Blocked(Waiting { fds, deadline, ..Waiting::default() });
         }
         Ok(())
+    }
+
+    /// Lets a thread go on that was stopped on its way: if it waits in the shim, that call ends now (the kernel
+    /// would begin it again, signal(7)).
+    pub(crate) fn go_on(&self, tid: i32) -> Result<()> {
+        const AGAIN: [i64; 4] = [-512, -513, -514, -516];
+        let mut regs = tracee::get_regs(tid)?;
+        if self.is_in_shim(regs.rip) && regs.orig_rax as i64 >= 0 && AGAIN.contains(&(regs.rax as i64)) {
+            regs.rax = -i64::from(libc::EINTR) as u64;
+            regs.orig_rax = u64::MAX;
+            tracee::set_regs(tid, &regs)?;
+        }
+        Ok(tracee::cont(tid, 0)?)
     }
 
     /// The thread is in the shim, or on its way in: it will come out by itself.

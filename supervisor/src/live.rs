@@ -95,8 +95,9 @@ impl Unit {
                 Event::Seccomp => {
                     self.arrived(vtid)?;
                     self.current = None;
-                    self.ready.push_front(vtid);
-                    return self.arm_timers();
+                    self.arm_timers()?;
+                    // As at every arrival: whether a futex call waits must not hang on what others do meanwhile.
+                    return self.attempt(vtid);
                 }
                 event => self.on_event(tid, event)?,
             }
@@ -177,7 +178,8 @@ impl Unit {
             }
             Event::Signal(signal) => self.on_signal(vtid, signal),
             Event::Stop(signal) if signal != libc::SIGTRAP && signal != 0 => Ok(tracee::listen(tid)?),
-            Event::Stop(_) | Event::Other(_) => Ok(tracee::cont(tid, 0)?),
+            Event::Stop(_) => self.go_on(tid),
+            Event::Other(_) => Ok(tracee::cont(tid, 0)?),
             Event::Ended(status) => {
                 if tid != self.pid {
                     return Err(Halt::Died);
@@ -447,15 +449,10 @@ impl Unit {
                     }
                     // It comes out by itself: served, or at the filter. Until the next tick, that is: interrupted
                     // at once it might never execute an instruction, being on our own processor.
-                    tracee::cont(tid, 0)?;
+                    self.go_on(tid)?;
                 }
-                Event::Seccomp => {
-                    // It came to a call by itself. The stop follows when it is continued.
-                    self.arrived(vtid)?;
-                    self.current = None;
-                    self.make_ready(vtid);
-                    return if self.checkpoint_due() { self.checkpoint() } else { Ok(()) };
-                }
+                // It came to a call by itself. The stop follows when it is continued.
+                Event::Seccomp => return self.on_event(tid, event),
                 event => {
                     self.on_event(tid, event)?;
                     if self.current != Some(vtid) {

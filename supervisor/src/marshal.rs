@@ -247,9 +247,14 @@ impl Prepared {
         Ok(())
     }
 
-    /// Makes the call. The result is as the kernel returns it.
+    /// Makes the call. The result is as the kernel returns it; a signal of our own does not end it.
     pub fn run(&mut self, nr: u64) -> i64 {
-        raw_call(nr, &self.args)
+        loop {
+            let result = raw_call(nr, &self.args);
+            if result != -i64::from(libc::EINTR) {
+                return result;
+            }
+        }
     }
 
     /// The data of a write-like call.

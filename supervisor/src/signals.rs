@@ -153,7 +153,7 @@ impl Unit {
                     self.make_ready(vtid);
                     return Ok(());
                 }
-                Ok(tracee::cont(tid, 0)?)
+                self.go_on(tid)
             }
         }
     }

@@ -43,6 +43,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("forks", forks),
     ("files", files),
     ("memory", memory),
+    ("descriptors", descriptors),
     ("spin", spin),
     ("alarm-spin", alarm_spin),
 ];
@@ -471,6 +472,21 @@ pub fn timers(load: &Load) -> Result<Report, Error> {
 /// fork, pipe, SIGCHLD, waitpid.
 pub fn forks(load: &Load) -> Result<Report, Error> {
     rounds(load, guest_launch("forks")?, |_, _| Ok(()))
+}
+
+/// Descriptors that come and go, positions in files, connections to itself; the file that grows holds each line once.
+pub fn descriptors(load: &Load) -> Result<Report, Error> {
+    descriptors_of(load, guest_launch("descriptors")?)
+}
+
+/// As [`descriptors`], launched in some way.
+pub fn descriptors_of(load: &Load, launch: Launch) -> Result<Report, Error> {
+    rounds(load, launch, |unit, count| {
+        let want: String = (1..=count).map(|n| format!("line {n}\n")).collect();
+        let got = std::fs::read_to_string(unit.work().join("ledger"))?;
+        let lines = got.lines().count();
+        if got == want { Ok(()) } else { Err(Fault::error(format!("the ledger has {lines} lines after {count} rounds"))) }
+    })
 }
 
 /// Files and directories; what is left is what the last rounds leave.
