@@ -74,9 +74,7 @@ impl Unit {
         match row.wait {
             Wait::Readable(i) => self.read_like(vtid, nr, args, call, args[i as usize] as i32),
             Wait::Writable(i) => self.write_like(vtid, nr, args, call, args[i as usize] as i32),
-            Wait::Never | Wait::Special => {
-                Ok(Outcome::Done(call.run(nr)))
-            }
+            Wait::Never | Wait::Special => Ok(Outcome::Done(call.run(nr))),
         }
     }
 

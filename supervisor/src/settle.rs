@@ -126,9 +126,7 @@ impl Unit {
         let tracer = unsafe { libc::syscall(libc::SYS_gettid) };
         let path = format!("/proc/{}/task/{tracer}/fdinfo/{set}", std::process::id());
         let text = self.service.run(move || std::fs::read_to_string(path)).unwrap_or_default();
-        text.lines().any(|l| {
-            l.strip_prefix("tfd:").and_then(|l| l.split_whitespace().next()?.parse().ok()) == Some(fd)
-        })
+        text.lines().any(|l| l.strip_prefix("tfd:").and_then(|l| l.split_whitespace().next()?.parse().ok()) == Some(fd))
     }
 
     /// A thread faulted in the shim, over an address that the program gave to its call. The call is the
@@ -155,7 +153,6 @@ impl Unit {
         Ok(tracee::cont(tid, 0)?)
     }
 }
-
 
 fn is_open(fd: i32) -> bool {
     // SAFETY: asks about a descriptor of the table that the unit shares with us.

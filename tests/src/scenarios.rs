@@ -485,7 +485,11 @@ pub fn descriptors_of(load: &Load, launch: Launch) -> Result<Report, Error> {
         let want: String = (1..=count).map(|n| format!("line {n}\n")).collect();
         let got = std::fs::read_to_string(unit.work().join("ledger"))?;
         let lines = got.lines().count();
-        if got == want { Ok(()) } else { Err(Fault::error(format!("the ledger has {lines} lines after {count} rounds"))) }
+        if got == want {
+            Ok(())
+        } else {
+            Err(Fault::error(format!("the ledger has {lines} lines after {count} rounds")))
+        }
     })
 }
 

@@ -85,7 +85,7 @@ fn killed_around_a_call() -> Result<(), Error> {
 fn killed_inside_the_shim() -> Result<(), Error> {
     // A call has three seams: begun; made but not logged; logged but not reported. They are passed one after the
     // other, through two rounds in which each kind of call is made.
-    for pass in 1..=120 {
+    for pass in 1..=60 {
         walk("shim-", &[pass], 0, |load, launch| {
             let load = Load { at_least: Duration::from_millis(150), ..load.clone() };
             let report = descriptors_of(&load, launch)?;
