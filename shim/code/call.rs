@@ -21,6 +21,8 @@ pub(crate) struct Call {
     pub(crate) tid: u64,
     pub(crate) number: u64,
     pub(crate) args: [u64; 6],
+    /// The thread's slot for waiting.
+    pub(crate) slot: usize,
 }
 
 impl Call {

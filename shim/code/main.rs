@@ -19,7 +19,7 @@ mod replay;
 mod sockets;
 mod wait;
 
-use ftrun_abi::fast::{Area, CONTROL_BASE, Control, Frame, REPLAY};
+use ftrun_abi::fast::{AREA_BYTES, AREAS_BASE, Area, CALLS_PER_TURN, CONTROL_BASE, Control, Frame, REPLAY};
 
 /// The page that is shared with the supervisor.
 fn control() -> &'static mut Control {
@@ -28,9 +28,19 @@ fn control() -> &'static mut Control {
     unsafe { &mut *(CONTROL_BASE as *mut Control) }
 }
 
+/// The number of a thread's area.
+fn slot(area: &Area) -> usize {
+    ((area.this - AREAS_BASE) / AREA_BYTES) as usize
+}
+
 /// Takes a call out of the thread's budget; false when nothing is left.
 fn spend(control: &Control) -> bool {
     use core::sync::atomic::Ordering::Relaxed;
+    let calls = control.turn_calls.load(Relaxed).saturating_add(1);
+    control.turn_calls.store(calls, Relaxed);
+    if control.wanting.load(Relaxed) != 0 && calls > CALLS_PER_TURN {
+        return false;
+    }
     let left = control.budget.load(Relaxed);
     if left == u64::MAX {
         return true;
@@ -45,7 +55,7 @@ extern "C" fn shim_serve(frame: &mut Frame, area: &mut Area) -> u64 {
     use core::sync::atomic::Ordering::Relaxed;
     let control = control();
     let [a5, a4, a3, a2, a1, a0] = frame.args;
-    let call = call::Call { tid: area.tid, number: frame.rax, args: [a0, a1, a2, a3, a4, a5] };
+    let call = call::Call { tid: area.tid, number: frame.rax, args: [a0, a1, a2, a3, a4, a5], slot: slot(area) };
     let served = if control.mode.load(Relaxed) == REPLAY {
         replay::serve(control, &call)
     } else if control.slow.load(Relaxed) == 0 && spend(control) {

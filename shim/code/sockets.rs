@@ -13,7 +13,7 @@ use crate::call::{Call, EAGAIN, message_header, piece, syscall};
 use crate::log::{DATA, begin, commit, end, fill, has_room, log, ring, seam, size};
 use crate::memory::copy;
 use crate::nr;
-use crate::wait::wait_readable;
+use crate::wait::{Waited, for_data};
 
 /// Most bytes received or read at once; a stream may give less than was asked for.
 pub(crate) const RECEIVE_MAX: u64 = 256 << 10;
@@ -97,28 +97,35 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
         _ => return None,
     };
     let digest = call.digest()?;
-    let mut ring = ring(control)?;
     let room = len.min(RECEIVE_MAX);
-    let record = ring.reserve(size(room))?;
-    let data = record[DATA..].as_mut_ptr();
-    let at = message(control, 0, 1, data as u64, room);
-    begin(control, RECEIVE, call, digest, to);
-    loop {
+    let mut wait = None;
+    let (mut ring, data) = loop {
+        let mut ring = ring(control)?;
+        let record = ring.reserve(size(room))?;
+        let data = record[DATA..].as_mut_ptr();
+        let at = message(control, 0, 1, data as u64, room);
+        begin(control, RECEIVE, call, digest, to);
         seam(control);
         let result = syscall(nr::RECVMMSG, [fd, at, 1, flags | MSG_DONTWAIT, 0, 0]);
         seam(control);
         if result == 1 {
-            break;
-        }
-        if result == EAGAIN && !nonblocking && wait_readable(control, digest, fd) {
-            continue;
+            break (ring, data);
         }
         end(control);
-        if result == EAGAIN && nonblocking {
+        if result != EAGAIN {
+            return None;
+        }
+        if nonblocking {
             return log(control, call, digest, EAGAIN, &[]);
         }
-        return None;
-    }
+        if wait.is_none() {
+            wait = for_data(call, digest);
+        }
+        match wait.as_mut()?.readable(control, fd) {
+            Waited::Look => {}
+            _ => return None,
+        }
+    };
     let got = control.message.len.load(Relaxed) & NOT_YET;
     let out = (got > 0).then_some((to, got));
     let used = if got > 0 { size(got) } else { HEADER_BYTES };

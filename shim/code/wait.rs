@@ -2,10 +2,10 @@
 
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 
-use ftrun_abi::fast::{Control, EPOLL, EPOLL_EVENTS_MAX};
+use ftrun_abi::fast::{Control, EPOLL, EPOLL_EVENTS_MAX, NOBODY, RUNS, Slot, WAITS, WANTS};
 use ftrun_abi::record::HEADER_BYTES;
 
-use crate::call::{Call, EFAULT, EINTR, syscall};
+use crate::call::{Call, EINTR, syscall};
 use crate::clock::monotonic;
 use crate::log::{DATA, begin, commit, end, fill, has_room, log, ring, seam, size};
 use crate::memory::copy;
@@ -20,6 +20,7 @@ const NEVER: u64 = u64::MAX;
 
 /// `epoll_wait`.
 pub(crate) fn epoll(control: &mut Control, call: &Call) -> Option<i64> {
+    const POLLIN: u64 = 1;
     let [fd, to, max, timeout, ..] = call.args;
     let (max, timeout) = (max as i32, timeout as i32);
     if max <= 0 || to == 0 {
@@ -30,23 +31,35 @@ pub(crate) fn epoll(control: &mut Control, call: &Call) -> Option<i64> {
     if !has_room(control, size(room as u64 * 12)) {
         return None;
     }
-    for event in &mut control.events[..room] {
-        // An event that was reported is never 0.
-        event[..4].fill(0);
-    }
     let events = (&raw const control.events) as u64;
-    begin(control, EPOLL, call, digest, to);
-    seam(control);
     let look = |ms: u64| syscall(nr::EPOLL_WAIT, [fd, events, room as u64, ms, 0, 0]);
-    let mut n = look(0);
-    if n == 0 && timeout != 0 {
-        let limit = if timeout < 0 { NEVER } else { timeout as u64 * MILLISECOND };
-        n = wait(control, digest, limit, look);
-        if n == 0 {
-            end(control);
-            return log(control, call, digest, 0, &[]);
+    let entry = fd | POLLIN << 32;
+    let limit = if timeout < 0 { NEVER } else { timeout as u64 * MILLISECOND };
+    let mut wait = Wait::new(call, digest, limit);
+    let n = loop {
+        for event in &mut control.events[..room] {
+            // An event that was reported is never 0.
+            event[..4].fill(0);
         }
-    }
+        begin(control, EPOLL, call, digest, to);
+        seam(control);
+        let n = look(0);
+        if n != 0 || timeout == 0 {
+            break n;
+        }
+        match wait.whole(control, look, |ms| syscall(nr::POLL, [(&raw const entry) as u64, 1, ms, 0, 0, 0])) {
+            Waited::Found(n) => break n,
+            Waited::Look => {}
+            Waited::Over => {
+                end(control);
+                return log(control, call, digest, 0, &[]);
+            }
+            Waited::Called => {
+                // Whoever has the turn now has the place for what is in doubt, too.
+                return None;
+            }
+        }
+    };
     seam(control);
     if n < 0 {
         end(control);
@@ -91,11 +104,20 @@ pub(crate) fn poll(control: &Control, call: &Call) -> Option<i64> {
     // SAFETY: the program gave this memory to its call, and there is room for so many entries.
     unsafe { copy(at, fds as *const u8, bytes) };
     let look = |ms: u64| syscall(nr::POLL, [at as u64, count, ms, 0, 0, 0]);
-    let mut n = look(0);
-    if n == 0 && limit != 0 {
-        n = wait(control, digest, limit, look);
-    }
-    if n < 0 {
+    let mut wait = Wait::new(call, digest, limit);
+    let n = loop {
+        let n = look(0);
+        if n != 0 || limit == 0 {
+            break n;
+        }
+        match wait.whole(control, look, look) {
+            Waited::Found(n) => break n,
+            Waited::Look => {}
+            Waited::Over => break 0,
+            Waited::Called => return None,
+        }
+    };
+    if n < 0 || !has_room(control, size(count * 8)) {
         return None;
     }
     // SAFETY: as above.
@@ -118,11 +140,18 @@ pub(crate) fn sleep(control: &Control, call: &Call) -> Option<i64> {
     if !has_room(control, HEADER_BYTES) {
         return None;
     }
-    let n = wait_exactly(control, digest, limit, |left| {
+    let doze = |left: u64| {
         let time = [left / SECOND, left % SECOND];
         syscall(nr::NANOSLEEP, [(&raw const time) as u64, 0, 0, 0, 0, 0])
-    });
-    if n != 0 { None } else { log(control, call, digest, 0, &[]) }
+    };
+    let mut wait = Wait::new(call, digest, limit);
+    loop {
+        match wait.exactly(control, doze, doze) {
+            Waited::Over | Waited::Found(_) => return log(control, call, digest, 0, &[]),
+            Waited::Look => {}
+            Waited::Called => return None,
+        }
+    }
 }
 
 /// A `struct timespec` of the program in nanoseconds; [`NEVER`] for none, `None` for what is no time.
@@ -135,51 +164,167 @@ fn duration(at: u64) -> Option<u64> {
     (s < 1 << 32 && ns < SECOND).then(|| s * SECOND + ns)
 }
 
-/// Waits until a socket in blocking mode may be readable; false when the supervisor has to go on waiting.
-pub(crate) fn wait_readable(control: &Control, digest: u64, fd: u64) -> bool {
-    const POLLIN: u64 = 1;
+/// The wait for a socket in blocking mode to be readable; `None` when it has a time limit of its own.
+pub(crate) fn for_data(call: &Call, digest: u64) -> Option<Wait<'_>> {
     const SOL_SOCKET: u64 = 1;
     const SO_RCVTIMEO: u64 = 20;
     let (mut limit, mut len) = ([0u64; 2], 16u32);
-    let at = [fd, SOL_SOCKET, SO_RCVTIMEO, (&raw mut limit) as u64, (&raw mut len) as u64, 0];
-    if syscall(nr::GETSOCKOPT, at) != 0 || limit != [0, 0] {
-        return false;
+    let at = [call.args[0], SOL_SOCKET, SO_RCVTIMEO, (&raw mut limit) as u64, (&raw mut len) as u64, 0];
+    (syscall(nr::GETSOCKOPT, at) == 0 && limit == [0, 0]).then(|| Wait::new(call, digest, NEVER))
+}
+
+/// What came of waiting.
+pub(crate) enum Waited {
+    /// The thread kept the turn, and this is the call's result.
+    Found(i64),
+    /// The thread has the turn again and has to look.
+    Look,
+    /// The time is over; the thread has the turn.
+    Over,
+    /// The supervisor has to go on waiting.
+    Called,
+}
+
+/// A call that waits.
+pub(crate) struct Wait<'a> {
+    call: &'a Call,
+    digest: u64,
+    limit: u64,
+    /// When it ends, once that is known.
+    deadline: Option<u64>,
+}
+
+impl<'a> Wait<'a> {
+    /// Waits for at most `limit` nanoseconds.
+    fn new(call: &'a Call, digest: u64, limit: u64) -> Self {
+        Self { call, digest, limit, deadline: None }
     }
-    let entry = fd | POLLIN << 32;
-    wait(control, digest, NEVER, |ms| syscall(nr::POLL, [(&raw const entry) as u64, 1, ms, 0, 0, 0])) > 0
+
+    /// Waits until a descriptor is readable.
+    pub(crate) fn readable(&mut self, control: &Control, fd: u64) -> Waited {
+        const POLLIN: u64 = 1;
+        let entry = fd | POLLIN << 32;
+        let look = |ms: u64| syscall(nr::POLL, [(&raw const entry) as u64, 1, ms, 0, 0, 0]);
+        match self.whole(control, look, look) {
+            Waited::Found(_) => Waited::Look,
+            other => other,
+        }
+    }
+
+    /// As [`Wait::exactly`], in whole milliseconds (`u64::MAX` for ever): a wait is never shorter than it should be.
+    fn whole(&mut self, control: &Control, hold: impl FnOnce(u64) -> i64, peek: impl FnOnce(u64) -> i64) -> Waited {
+        let ms = |left: u64| if left == NEVER { u64::MAX } else { left.div_ceil(MILLISECOND).min(1 << 30) };
+        self.exactly(control, |left| hold(ms(left)), |left| peek(ms(left)))
+    }
+
+    /// Waits in the kernel, for at most so many nanoseconds: with the turn, by `hold`, if there is no other
+    /// thread; else without it, by `peek`, which only looks whether there is something.
+    fn exactly(&mut self, control: &Control, hold: impl FnOnce(u64) -> i64, peek: impl FnOnce(u64) -> i64) -> Waited {
+        let slot = control.slots.get(self.call.slot);
+        let Some(slot) = slot.filter(|_| control.may_wait.load(SeqCst) != 0) else {
+            end(control);
+            return Waited::Called;
+        };
+        let until = control.wait_until.load(Relaxed);
+        // Without a limit nobody asks for the time.
+        let begin = if self.limit == NEVER && until == 0 { 0 } else { monotonic(control) };
+        let deadline = *self.deadline.get_or_insert(if self.limit == NEVER { NEVER } else { begin + self.limit });
+        let until = if until == 0 { deadline } else { until.min(deadline) };
+        let left = if until == NEVER { NEVER } else { until.saturating_sub(begin) };
+        slot.digest.store(self.digest, Relaxed);
+        slot.deadline.store(if deadline == NEVER { 0 } else { deadline }, Relaxed);
+        if control.single.load(Relaxed) != 0 {
+            let n = hold_turn(control, slot, left, hold);
+            if n > 0 {
+                return Waited::Found(n);
+            }
+            if n == 0 && deadline <= until {
+                return Waited::Over;
+            }
+            slot.waited.store(1, SeqCst);
+            end(control);
+            return Waited::Called;
+        }
+        end(control);
+        slot.tid.store(self.call.tid as u32, Relaxed);
+        slot.state.store(WAITS, SeqCst);
+        give(control);
+        let n = if control.slow.load(SeqCst) == 0 { peek(left) } else { EINTR };
+        if n < 0 || !take(control, slot, self.call.tid as u32) {
+            // Without the turn: only what is the thread's own may be touched.
+            slot.waited.store(1, SeqCst);
+            slot.state.store(RUNS, SeqCst);
+            return Waited::Called;
+        }
+        if control.slow.load(SeqCst) != 0 || (n == 0 && deadline > until) {
+            slot.waited.store(1, SeqCst);
+            return Waited::Called;
+        }
+        if n == 0 { Waited::Over } else { Waited::Look }
+    }
 }
 
-/// As [`wait_exactly`], in whole milliseconds (`u64::MAX` for ever): a wait is never shorter than it should be.
-fn wait(control: &Control, digest: u64, limit: u64, look: impl FnOnce(u64) -> i64) -> i64 {
-    wait_exactly(control, digest, limit, |left| {
-        look(if left == NEVER { u64::MAX } else { left.div_ceil(MILLISECOND).min(1 << 30) })
-    })
-}
-
-/// Waits in the kernel until something is ready (a positive number) or so many nanoseconds are over (0).
-/// Negative when the supervisor has to go on waiting.
+/// Waits with the turn.
 ///
-/// The supervisor may want the thread at any instant. It sets `slow` and then looks at `waiting`; we set
-/// `waiting` and then look at `slow`: one sees the other, and a thread that waits is interrupted.
-fn wait_exactly(control: &Control, digest: u64, limit: u64, look: impl FnOnce(u64) -> i64) -> i64 {
-    if control.may_wait.load(SeqCst) == 0 {
-        return EINTR;
-    }
-    let until = control.wait_until.load(Relaxed);
-    // Without a limit nobody asks for the time.
-    let begin = if limit == NEVER && until == 0 { 0 } else { monotonic(control) };
-    let deadline = begin.saturating_add(limit);
-    let until = if until == 0 { deadline } else { until.min(deadline) };
-    let left = if until == NEVER { NEVER } else { until.saturating_sub(begin) };
-    control.waiting.store(1, SeqCst);
+/// The supervisor may want the thread at any instant. It sets `slow` and then looks at the slot; we set the slot
+/// and then look at `slow`: one sees the other, and a thread that waits is interrupted.
+fn hold_turn(control: &Control, slot: &Slot, left: u64, hold: impl FnOnce(u64) -> i64) -> i64 {
+    slot.state.store(WAITS, SeqCst);
     let may = control.slow.load(SeqCst) == 0 && control.may_wait.load(SeqCst) != 0;
-    let n = if may { look(left) } else { EINTR };
-    control.waiting.store(0, SeqCst);
-    if n > 0 || (n == 0 && deadline <= until) || n == EFAULT {
-        return n;
+    let n = if may { hold(left) } else { EINTR };
+    slot.state.store(RUNS, SeqCst);
+    n
+}
+
+const FUTEX_WAIT: u64 = 0;
+const FUTEX_WAKE: u64 = 1;
+
+/// Gives the turn away: to a thread that wants it, or to whoever will.
+///
+/// A thread that wants it says so and then tries to take it; we let it go and then look for such a thread again:
+/// one of both finds the other.
+fn give(control: &Control) {
+    for turn in [None, Some(NOBODY)] {
+        if let Some(nobody) = turn {
+            control.turn.store(nobody, SeqCst);
+        }
+        if control.wanting.load(SeqCst) == 0 {
+            continue;
+        }
+        for slot in control.slots.iter().filter(|slot| slot.state.load(SeqCst) == WANTS) {
+            let tid = slot.tid.load(SeqCst);
+            if turn.is_none() {
+                control.turn.store(tid, SeqCst);
+            } else if control.turn.compare_exchange(NOBODY, tid, SeqCst, SeqCst).is_err() {
+                return;
+            }
+            slot.word.fetch_add(1, SeqCst);
+            syscall(nr::FUTEX, [(&raw const slot.word) as u64, FUTEX_WAKE, 1, 0, 0, 0]);
+            return;
+        }
     }
-    control.waited_digest.store(digest, Relaxed);
-    control.deadline.store(if deadline == NEVER { 0 } else { deadline }, Relaxed);
-    control.waited.store(1, Relaxed);
-    EINTR
+}
+
+/// Takes the turn, or waits until it is given; false when the supervisor wants the thread.
+fn take(control: &Control, slot: &Slot, tid: u32) -> bool {
+    slot.state.store(WANTS, SeqCst);
+    control.wanting.fetch_add(1, SeqCst);
+    let taken = loop {
+        let word = slot.word.load(SeqCst);
+        if control.turn.load(SeqCst) == tid
+            || control.turn.compare_exchange(NOBODY, tid, SeqCst, SeqCst).is_ok()
+        {
+            break true;
+        }
+        if syscall(nr::FUTEX, [(&raw const slot.word) as u64, FUTEX_WAIT, u64::from(word), 0, 0, 0]) == EINTR {
+            // It may have been given meanwhile.
+            break control.turn.load(SeqCst) == tid;
+        }
+    };
+    control.wanting.fetch_sub(1, SeqCst);
+    if taken {
+        slot.state.store(RUNS, SeqCst);
+        control.turn_calls.store(0, Relaxed);
+    }
+    taken
 }

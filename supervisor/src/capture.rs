@@ -176,6 +176,9 @@ impl Unit {
 
     /// Makes sure that extended state and mask of a thread are known.
     fn read_thread(&mut self, vtid: i32) -> Result<()> {
+        if self.thread(vtid).place == Place::Waiting {
+            self.unpark(vtid)?;
+        }
         let t = self.thread(vtid);
         let tid = t.tid;
         let cached = t.xstate.is_some() && self.masks.contains_key(&vtid);

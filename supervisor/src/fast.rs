@@ -12,14 +12,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::fast::{
-    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_RANGES, CONTROL_BASE, NOTHING, RECORD, VDSO_BASE, area,
+    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_RANGES, CONTROL_BASE, HELD, NOTHING, RECORD, RUNS, VDSO_BASE, area,
 };
 use libc::user_regs_struct;
 use serde::{Deserialize, Serialize};
 
 use crate::launch::{self, LaunchError};
 use crate::tracee::{self, Gate};
-use crate::unit::{Place, Result, State, Unit, Waiting};
+use crate::unit::{Result, Unit};
 
 /// What the unit's memory holds of the fast path: it rolls back with it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -57,14 +57,8 @@ pub struct Site {
     pub original: ([u8; 2], [u8; 5]),
 }
 
-/// `SIG_IGN`.
-const IGNORED: u64 = 1;
-
 /// A site is rewritten when it stops for this many times: what only starts a program is left alone.
 const STOPS: u32 = 4;
-
-/// Calls that a thread is served in the process while others wait for the turn.
-const CALLS_PER_TURN: u64 = 64;
 
 /// Bytes of one stub.
 pub const STUB_BYTES: u64 = 40;
@@ -145,8 +139,13 @@ impl Unit {
         control.slow.store(1, SeqCst);
         control.mode.store(RECORD, SeqCst);
         control.pending.store(NOTHING, SeqCst);
-        control.waiting.store(0, SeqCst);
-        control.waited.store(0, SeqCst);
+        control.turn.store(HELD, SeqCst);
+        control.turn_calls.store(0, SeqCst);
+        control.wanting.store(0, SeqCst);
+        for slot in &control.slots {
+            slot.state.store(RUNS, SeqCst);
+            slot.waited.store(0, SeqCst);
+        }
         control.pid.store(self.vpid as u64, SeqCst);
         control.parent.store(u64::from(std::process::id()), SeqCst);
         control.free_fd.store(0, SeqCst);
@@ -335,76 +334,6 @@ impl Unit {
         if let Some(journal) = &mut self.journal {
             journal.follow(&self.log);
         }
-    }
-
-    /// Says whether calls of the thread that is about to run may be served by the shim.
-    pub(crate) fn allow_shim(&mut self) {
-        // A call of which a part is done goes on with the rest.
-        let slow = self.outside.signals.values().any(|q| !q.is_empty())
-            || self.outside.begun.values().any(|begun| begun.done > 0);
-        let mut until = 0;
-        let mut may_wait = self.ready.is_empty();
-        let budget = if self.ready.is_empty() { u64::MAX } else { CALLS_PER_TURN };
-        for (vtid, t) in &self.threads {
-            if Some(*vtid) == self.current || t.place == Place::Parked {
-                continue;
-            }
-            match &t.state {
-                State::Blocked(w) => match w.deadline {
-                    Some(d) if until == 0 || d < until => until = d,
-                    _ => {}
-                },
-                _ => may_wait = false,
-            }
-        }
-        let control = self.log.control();
-        control.budget.store(budget, SeqCst);
-        control.may_wait.store(u32::from(may_wait), SeqCst);
-        control.wait_until.store(until, SeqCst);
-        let ignores_pipe = self.model.actions.get(libc::SIGPIPE as usize - 1).is_some_and(|a| a[0] == IGNORED);
-        control.ignores_pipe.store(u32::from(ignores_pipe), SeqCst);
-        control.alone.store(u32::from(self.outside.children.values().all(|c| c.ended.is_some())), SeqCst);
-        control.futex_waiters.store(self.model.futexes.len() as u32, SeqCst);
-        control.slow.store(u32::from(slow), SeqCst);
-    }
-
-    /// Has the running thread come to the supervisor at its next call.
-    pub(crate) fn call_back(&self) {
-        let control = self.log.control();
-        control.slow.store(1, SeqCst);
-        if control.waiting.load(SeqCst) != 0
-            && let Some(t) = self.current.and_then(|v| self.threads.get(&v))
-        {
-            // A thread that is gone, or stopped by itself, needs no interruption.
-            let _gone = tracee::interrupt(t.tid);
-        }
-    }
-
-    /// Another thread can run: the running one has so many more calls, and does not wait in the process.
-    pub(crate) fn share_turn(&self) {
-        let control = self.log.control();
-        control.may_wait.store(0, SeqCst);
-        control.budget.fetch_min(CALLS_PER_TURN, SeqCst);
-        if control.waiting.load(SeqCst) != 0 {
-            self.call_back();
-        }
-    }
-
-    /// The call that has just come had begun to wait in the process: it is a blocked one.
-    pub(crate) fn take_wait(&mut self, vtid: i32) -> Result<()> {
-        let control = self.log.control();
-        if control.waited.swap(0, SeqCst) == 0 {
-            return Ok(());
-        }
-        let deadline = Some(control.deadline.load(SeqCst)).filter(|d| *d != 0);
-        let digest = control.waited_digest.load(SeqCst);
-        self.begun(vtid, digest).deadline = deadline;
-        let t = self.thread(vtid);
-        if let libc::SYS_epoll_wait | libc::SYS_epoll_pwait = t.regs.orig_rax as i64 {
-            let fds = vec![(t.regs.rdi as i32, libc::POLLIN)];
-            t.state = State::Blocked(Waiting { fds, deadline, ..Waiting::default() });
-        }
-        Ok(())
     }
 
     /// Lets a thread go on that was stopped on its way: if it waits in the shim, that call ends now (the kernel

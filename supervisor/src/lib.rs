@@ -36,6 +36,7 @@ pub mod signals;
 pub mod status;
 pub mod timers;
 pub mod tracee;
+pub mod turn;
 pub mod unit;
 pub mod unitdir;
 pub mod vdso;

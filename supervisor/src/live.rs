@@ -64,13 +64,17 @@ impl Unit {
         }
         self.report_children()?;
         loop {
+            self.sync_turn();
             self.housekeeping()?;
-            while self.current.is_none() {
+            while self.current.is_none() && self.hold_turn() {
                 let Some(vtid) = self.pick() else { break };
                 self.give_turn(vtid)?;
             }
             if self.current.is_none() {
                 self.park_all()?;
+                if !self.release_turn() {
+                    continue;
+                }
             }
             match tracee::wait(-1, 0) {
                 Ok(Some((tid, event))) => self.on_event(tid, event)?,
@@ -129,6 +133,11 @@ impl Unit {
 
     fn give_turn(&mut self, vtid: i32) -> Result<()> {
         let Some(t) = self.threads.get(&vtid) else { return Ok(()) };
+        let waits = t.place == Place::Waiting;
+        if self.still_waits(vtid) || (waits && self.grant(vtid)) {
+            return Ok(());
+        }
+        let Some(t) = self.threads.get(&vtid) else { return Ok(()) };
         self.turn_since = now();
         match t.state {
             State::Running => Ok(()),
@@ -150,7 +159,15 @@ impl Unit {
             return self.on_outsider(tid, event);
         };
         self.follow_shim();
+        self.sync_turn();
         match event {
+            Event::Seccomp if self.thread(vtid).place == Place::Waiting => {
+                // Called out of its wait, without the turn.
+                self.arrived(vtid)?;
+                self.make_ready(vtid);
+                self.share_turn();
+                Ok(())
+            }
             Event::Seccomp => {
                 if self.thread(vtid).place == Place::Parked {
                     self.thread(vtid).place = Place::Stopped;
@@ -169,7 +186,7 @@ impl Unit {
                     self.ready.push_front(vtid);
                     return self.checkpoint();
                 }
-                if self.slice_over() && regs.orig_rax != libc::SYS_futex as u64 {
+                if (self.slice_over() || self.turn_is_over()) && regs.orig_rax != libc::SYS_futex as u64 {
                     self.current = None;
                     self.make_ready(vtid);
                     return Ok(());
@@ -192,12 +209,15 @@ impl Unit {
     /// A thread of the unit stopped before a call.
     pub(crate) fn arrived(&mut self, vtid: i32) -> Result<libc::user_regs_struct> {
         let regs = self.stopped_regs(vtid)?;
+        let with_turn = self.stopped_with_turn(vtid);
         let t = self.thread(vtid);
         t.place = Place::Stopped;
         t.regs = regs;
         t.state = State::Entry;
-        self.take_wait(vtid)?;
-        self.take_part(vtid);
+        self.take_wait(vtid);
+        if with_turn {
+            self.take_part(vtid);
+        }
         Ok(regs)
     }
 
@@ -428,7 +448,7 @@ impl Unit {
             }
             return Ok(());
         }
-        if due { self.checkpoint() } else { Ok(()) }
+        if due && self.hold_turn() { self.checkpoint() } else { Ok(()) }
     }
 
     /// Stops a thread in the middle of its computation. Replay could not find that point again, so a
@@ -462,6 +482,7 @@ impl Unit {
             }
         }
         let regs = tracee::get_regs(tid)?;
+        self.stopped_with_turn(vtid);
         let t = self.thread(vtid);
         t.regs = regs;
         t.place = Place::Stopped;

@@ -336,6 +336,7 @@ impl Unit {
         t.xstate = None;
         let (tid, regs, slot) = (t.tid, t.regs, crate::launch::GATE.slot(t.slot));
         self.current = Some(vtid);
+        self.has_turn(vtid);
         tracee::tgkill(pid, tid, signal)?;
         match mask {
             Some(mask) => {

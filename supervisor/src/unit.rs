@@ -100,6 +100,8 @@ pub enum Place {
     Program,
     /// Waiting in a call behind the gate.
     Parked,
+    /// Waiting in the shim, without the turn.
+    Waiting,
 }
 
 /// One thread.
@@ -521,10 +523,12 @@ impl Unit {
     /// Takes a thread out of its wait; it stands in a stop afterwards.
     pub fn unpark(&mut self, vtid: i32) -> Result<()> {
         let t = self.thread(vtid);
-        if t.place != Place::Parked {
-            return Ok(());
-        }
         let tid = t.tid;
+        match t.place {
+            Place::Parked => {}
+            Place::Waiting => return self.call_in(vtid),
+            Place::Stopped | Place::Program => return Ok(()),
+        }
         tracee::interrupt(tid)?;
         loop {
             match tracee::wait_one(tid)? {

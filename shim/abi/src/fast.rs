@@ -116,6 +116,40 @@ pub struct Message {
 /// [`Message::len`] before the kernel has written it (it writes the lower half).
 pub const NOT_YET: u64 = u32::MAX as u64;
 
+/// [`Control::turn`]: whoever wants it may take it.
+pub const NOBODY: u32 = 0;
+/// [`Control::turn`]: the supervisor has it.
+pub const HELD: u32 = u32::MAX;
+/// Calls that a thread may make while another wants the turn.
+pub const CALLS_PER_TURN: u32 = 64;
+/// Threads that can wait in the process; others wait with the supervisor.
+pub const SLOTS: usize = 256;
+
+/// [`Slot::state`]: the thread does not wait in the process.
+pub const RUNS: u32 = 0;
+/// [`Slot::state`]: it waits in the kernel, or is about to.
+pub const WAITS: u32 = 1;
+/// [`Slot::state`]: what it waited for is there, perhaps, and it wants the turn to look.
+pub const WANTS: u32 = 2;
+
+/// A thread's waiting.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Slot {
+    /// [`RUNS`], [`WAITS`] or [`WANTS`].
+    pub state: AtomicU32,
+    /// Futex word: changes when the thread is given the turn.
+    pub word: AtomicU32,
+    /// The thread, as the program knows it.
+    pub tid: AtomicU32,
+    /// Not zero: the call that the thread comes to the supervisor with has waited already, and was disturbed.
+    pub waited: AtomicU32,
+    /// The digest of that call.
+    pub digest: AtomicU64,
+    /// `CLOCK_MONOTONIC` nanoseconds at which that wait ends by itself; 0 for never.
+    pub deadline: AtomicU64,
+}
+
 /// What the supervisor and the shim share. Only one of them runs at a time, except for [`Control::slow`].
 #[derive(Debug)]
 #[repr(C)]
@@ -127,16 +161,17 @@ pub struct Control {
     /// Not zero: a call may wait in the process, because no other thread needs the turn before
     /// [`Control::wait_until`] unless the supervisor says so.
     pub may_wait: AtomicU32,
-    /// Not zero: the running thread waits in the kernel, or is about to.
-    pub waiting: AtomicU32,
+    /// The thread that has the turn, as the program knows it; [`NOBODY`] when it can be taken, and [`HELD`] when
+    /// the supervisor has it. Threads in user code, and those that serve a call, have it.
+    pub turn: AtomicU32,
+    /// Calls of the thread that has the turn since it got it.
+    pub turn_calls: AtomicU32,
+    /// Threads that want the turn.
+    pub wanting: AtomicU32,
+    /// Not zero: the unit has one thread.
+    pub single: AtomicU32,
     /// `CLOCK_MONOTONIC` nanoseconds after which no call may wait in the process; 0 for never.
     pub wait_until: AtomicU64,
-    /// Not zero: the call that comes to the supervisor next has waited already, and was disturbed.
-    pub waited: AtomicU32,
-    /// The digest of that call.
-    pub waited_digest: AtomicU64,
-    /// `CLOCK_MONOTONIC` nanoseconds at which that wait ends by itself; 0 for never.
-    pub deadline: AtomicU64,
     /// Number of the last event.
     pub sii: AtomicU64,
     /// Replay: position in the ring of the next record.
@@ -185,6 +220,8 @@ pub struct Control {
     pub code_ranges: AtomicU32,
     /// Addresses that may hold code, first and end: the supervisor has to know what happens to them.
     pub code: [[AtomicU64; 2]; CODE_RANGES],
+    /// What each thread waits for.
+    pub slots: [Slot; SLOTS],
     /// Fault injection: kill the process at the nth seam from now; 0 never.
     pub kill_in: AtomicU64,
     /// The process to kill then, and to ask the kernel about.
