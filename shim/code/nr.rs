@@ -54,6 +54,7 @@ pub(crate) const CLOCK_GETTIME: u64 = 228;
 pub(crate) const CLOCK_NANOSLEEP: u64 = 230;
 pub(crate) const EPOLL_WAIT: u64 = 232;
 pub(crate) const EPOLL_CTL: u64 = 233;
+pub(crate) const TGKILL: u64 = 234;
 pub(crate) const OPENAT: u64 = 257;
 pub(crate) const NEWFSTATAT: u64 = 262;
 pub(crate) const READLINKAT: u64 = 267;

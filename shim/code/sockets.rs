@@ -119,7 +119,7 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
             return log(control, call, digest, EAGAIN, &[]);
         }
         if wait.is_none() {
-            wait = for_data(call, digest);
+            wait = for_data(control, call, digest);
         }
         match wait.as_mut()?.readable(control, fd) {
             Waited::Look => {}

@@ -35,7 +35,7 @@ pub(crate) fn epoll(control: &mut Control, call: &Call) -> Option<i64> {
     let look = |ms: u64| syscall(nr::EPOLL_WAIT, [fd, events, room as u64, ms, 0, 0]);
     let entry = fd | POLLIN << 32;
     let limit = if timeout < 0 { NEVER } else { timeout as u64 * MILLISECOND };
-    let mut wait = Wait::new(call, digest, limit);
+    let mut wait = Wait::new(control, call, digest, limit);
     let n = loop {
         for event in &mut control.events[..room] {
             // An event that was reported is never 0.
@@ -104,7 +104,7 @@ pub(crate) fn poll(control: &Control, call: &Call) -> Option<i64> {
     // SAFETY: the program gave this memory to its call, and there is room for so many entries.
     unsafe { copy(at, fds as *const u8, bytes) };
     let look = |ms: u64| syscall(nr::POLL, [at as u64, count, ms, 0, 0, 0]);
-    let mut wait = Wait::new(call, digest, limit);
+    let mut wait = Wait::new(control, call, digest, limit);
     let n = loop {
         let n = look(0);
         if n != 0 || limit == 0 {
@@ -144,7 +144,7 @@ pub(crate) fn sleep(control: &Control, call: &Call) -> Option<i64> {
         let time = [left / SECOND, left % SECOND];
         syscall(nr::NANOSLEEP, [(&raw const time) as u64, 0, 0, 0, 0, 0])
     };
-    let mut wait = Wait::new(call, digest, limit);
+    let mut wait = Wait::new(control, call, digest, limit);
     loop {
         match wait.exactly(control, doze, doze) {
             Waited::Over | Waited::Found(_) => return log(control, call, digest, 0, &[]),
@@ -165,12 +165,12 @@ fn duration(at: u64) -> Option<u64> {
 }
 
 /// The wait for a socket in blocking mode to be readable; `None` when it has a time limit of its own.
-pub(crate) fn for_data(call: &Call, digest: u64) -> Option<Wait<'_>> {
+pub(crate) fn for_data<'a>(control: &Control, call: &'a Call, digest: u64) -> Option<Wait<'a>> {
     const SOL_SOCKET: u64 = 1;
     const SO_RCVTIMEO: u64 = 20;
     let (mut limit, mut len) = ([0u64; 2], 16u32);
     let at = [call.args[0], SOL_SOCKET, SO_RCVTIMEO, (&raw mut limit) as u64, (&raw mut len) as u64, 0];
-    (syscall(nr::GETSOCKOPT, at) == 0 && limit == [0, 0]).then(|| Wait::new(call, digest, NEVER))
+    (syscall(nr::GETSOCKOPT, at) == 0 && limit == [0, 0]).then(|| Wait::new(control, call, digest, NEVER))
 }
 
 /// What came of waiting.
@@ -195,9 +195,19 @@ pub(crate) struct Wait<'a> {
 }
 
 impl<'a> Wait<'a> {
-    /// Waits for at most `limit` nanoseconds.
-    fn new(call: &'a Call, digest: u64, limit: u64) -> Self {
-        Self { call, digest, limit, deadline: None }
+    /// Waits for at most `limit` nanoseconds, or for what is left if the call is made again.
+    fn new(control: &Control, call: &'a Call, digest: u64, limit: u64) -> Self {
+        let mut wait = Self { call, digest, limit, deadline: None };
+        if let Some(slot) = control.slots.get(call.slot)
+            && slot.again.load(Relaxed) != 0
+        {
+            slot.again.store(0, Relaxed);
+            if slot.digest.load(Relaxed) == digest {
+                let deadline = slot.deadline.load(Relaxed);
+                wait.deadline = Some(if deadline == 0 { NEVER } else { deadline });
+            }
+        }
+        wait
     }
 
     /// Waits until a descriptor is readable.
@@ -278,6 +288,8 @@ fn hold_turn(control: &Control, slot: &Slot, left: u64, hold: impl FnOnce(u64) -
 
 const FUTEX_WAIT: u64 = 0;
 const FUTEX_WAKE: u64 = 1;
+/// What the supervisor's clock uses, too.
+const SIGUSR2: u64 = 12;
 
 /// Gives the turn away: to a thread that wants it, or to whoever will.
 ///
@@ -302,6 +314,10 @@ fn give(control: &Control) {
             syscall(nr::FUTEX, [(&raw const slot.word) as u64, FUTEX_WAKE, 1, 0, 0, 0]);
             return;
         }
+    }
+    if control.shared.load(SeqCst) != 0 {
+        let (supervisor, tracer) = (control.parent.load(Relaxed), u64::from(control.tracer.load(Relaxed)));
+        syscall(nr::TGKILL, [supervisor, tracer, SIGUSR2, 0, 0, 0]);
     }
 }
 

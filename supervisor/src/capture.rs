@@ -279,6 +279,7 @@ impl Unit {
                     clear_tid: state.clear_child_tid,
                     robust: state.robust_list,
                     yielded: false,
+                    sent_back: 0,
                 },
             );
         }

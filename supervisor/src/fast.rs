@@ -145,9 +145,12 @@ impl Unit {
         for slot in &control.slots {
             slot.state.store(RUNS, SeqCst);
             slot.waited.store(0, SeqCst);
+            slot.again.store(0, SeqCst);
         }
         control.pid.store(self.vpid as u64, SeqCst);
         control.parent.store(u64::from(std::process::id()), SeqCst);
+        // SAFETY: no arguments.
+        control.tracer.store(unsafe { libc::syscall(libc::SYS_gettid) } as u32, SeqCst);
         control.free_fd.store(0, SeqCst);
         control.code_ranges.store(0, SeqCst);
         control.real_pid.store(self.pid as u64, SeqCst);

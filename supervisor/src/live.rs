@@ -147,6 +147,9 @@ impl Unit {
                 self.resume(vtid)
             }
             State::Entry | State::Blocked(_) => {
+                if self.send_back(vtid)? {
+                    return Ok(());
+                }
                 self.unpark(vtid)?;
                 self.attempt(vtid)
             }
@@ -365,6 +368,10 @@ impl Unit {
         self.thread(vtid).state = State::Blocked(w);
         self.current = None;
         self.offer_signals();
+        if self.can_wait_inside(vtid) {
+            self.make_ready(vtid);
+            return Ok(());
+        }
         if lazy { Ok(()) } else { self.park(vtid) }
     }
 

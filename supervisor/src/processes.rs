@@ -245,6 +245,7 @@ impl Unit {
                 clear_tid,
                 robust: (0, 0),
                 yielded: false,
+                sent_back: 0,
             },
         );
         self.give_area(known)?;

@@ -119,6 +119,63 @@ impl Unit {
         true
     }
 
+    /// The call that a stopped thread stands before can wait in the process, and the thread has not just come
+    /// from there for another reason.
+    pub(crate) fn can_wait_inside(&mut self, vtid: i32) -> bool {
+        let sii = self.sii;
+        if !self.uses_shim() || !self.can_tell() || self.is_slow() || self.has_signals(vtid) || self.slot(vtid).is_none() {
+            return false;
+        }
+        let t = self.thread(vtid);
+        let waits = matches!(
+            t.regs.orig_rax as i64,
+            libc::SYS_epoll_wait
+                | libc::SYS_epoll_pwait
+                | libc::SYS_poll
+                | libc::SYS_read
+                | libc::SYS_recvfrom
+                | libc::SYS_nanosleep
+                | libc::SYS_clock_nanosleep
+        );
+        let plain = match &t.state {
+            State::Blocked(w) => !w.futex && !w.child && w.mask.is_none(),
+            state => *state == State::Entry,
+        };
+        let site = t.regs.rip - 2;
+        waits && plain && t.own_mask.is_none() && t.sent_back != sii && self.model.sites.sites.contains_key(&site)
+    }
+
+    /// Lets a stopped thread make its call again in the process, to wait there. False if it cannot.
+    pub(crate) fn send_back(&mut self, vtid: i32) -> Result<bool> {
+        if !self.can_wait_inside(vtid) {
+            return Ok(false);
+        }
+        self.unpark(vtid)?;
+        let begun = self.outside.begun.get(&vtid).cloned().unwrap_or_default();
+        if let Some(slot) = self.slot(vtid) {
+            slot.digest.store(begun.digest, SeqCst);
+            slot.deadline.store(begun.deadline.unwrap_or(0), SeqCst);
+            slot.again.store(u32::from(begun.deadline.is_some()), SeqCst);
+        }
+        self.thread(vtid).sent_back = self.sii;
+        self.step_back(vtid);
+        self.resume(vtid)?;
+        Ok(true)
+    }
+
+    /// A thread of the unit can signal the supervisor, kill(2): others would keep the turn to themselves.
+    fn can_tell(&self) -> bool {
+        // SAFETY: no arguments.
+        let us = unsafe { libc::getuid() };
+        self.model.credentials.as_ref().is_none_or(|c| c.uids[..2].contains(&us))
+    }
+
+    /// Calls of the unit must come to the supervisor: a signal waits to be delivered, or a call of which a part is
+    /// done goes on with the rest.
+    fn is_slow(&self) -> bool {
+        self.outside.signals.values().any(|q| !q.is_empty()) || self.outside.begun.values().any(|begun| begun.done > 0)
+    }
+
     /// The thread is in the process and waits for something that has not come.
     pub(crate) fn still_waits(&self, vtid: i32) -> bool {
         self.threads.get(&vtid).is_some_and(|t| t.place == Place::Waiting)
@@ -152,13 +209,11 @@ impl Unit {
 
     /// Says what the thread that is about to run may do in the process; it has the turn.
     pub(crate) fn allow_shim(&mut self) {
-        // A call of which a part is done goes on with the rest.
-        let slow = self.outside.signals.values().any(|q| !q.is_empty())
-            || self.outside.begun.values().any(|begun| begun.done > 0);
+        let slow = self.is_slow();
         let stopped = |v: &i32| self.threads.get(v).is_some_and(|t| t.place != Place::Waiting);
         let shared = self.ready.iter().any(stopped);
         let mut until = 0;
-        let mut may_wait = !shared;
+        let mut may_wait = !shared || self.can_tell();
         let budget = if shared { u64::from(CALLS_PER_TURN) } else { u64::MAX };
         for (vtid, t) in &self.threads {
             if Some(*vtid) == self.current || matches!(t.place, Place::Parked | Place::Waiting) {
@@ -169,12 +224,14 @@ impl Unit {
                     Some(d) if until == 0 || d < until => until = d,
                     _ => {}
                 },
+                _ if self.ready.contains(vtid) => {}
                 _ => may_wait = false,
             }
         }
         let control = self.log.control();
         control.budget.store(budget, SeqCst);
         control.turn_calls.store(0, SeqCst);
+        control.shared.store(u32::from(shared), SeqCst);
         control.single.store(u32::from(self.threads.len() == 1), SeqCst);
         control.may_wait.store(u32::from(may_wait), SeqCst);
         control.wait_until.store(until, SeqCst);
@@ -197,10 +254,13 @@ impl Unit {
         }
     }
 
-    /// Another thread can run: the running one has so many more calls, and does not wait in the process.
+    /// Another thread can run: the running one has so many more calls, and says when it waits.
     pub(crate) fn share_turn(&self) {
         let control = self.log.control();
-        control.may_wait.store(0, SeqCst);
+        control.shared.store(1, SeqCst);
+        if !self.can_tell() {
+            control.may_wait.store(0, SeqCst);
+        }
         control.budget.fetch_min(u64::from(CALLS_PER_TURN), SeqCst);
         if self.current.is_some_and(|v| self.slot_is(v, WAITS)) {
             self.call_back();

@@ -129,6 +129,8 @@ pub struct Thread {
     pub robust: (u64, u64),
     /// It let others go first (`sched_yield`).
     pub yielded: bool,
+    /// The last event when it was last sent back into the process to wait there.
+    pub sent_back: u64,
 }
 
 /// A timer of `timer_create(2)` or `setitimer(2)`.

@@ -144,6 +144,10 @@ pub struct Slot {
     pub tid: AtomicU32,
     /// Not zero: the call that the thread comes to the supervisor with has waited already, and was disturbed.
     pub waited: AtomicU32,
+    /// Not zero: the call with [`Slot::digest`] is made again, and its wait still ends at [`Slot::deadline`].
+    pub again: AtomicU32,
+    /// Zero.
+    pub reserved: AtomicU32,
     /// The digest of that call.
     pub digest: AtomicU64,
     /// `CLOCK_MONOTONIC` nanoseconds at which that wait ends by itself; 0 for never.
@@ -168,6 +172,10 @@ pub struct Control {
     pub turn_calls: AtomicU32,
     /// Threads that want the turn.
     pub wanting: AtomicU32,
+    /// Not zero: the supervisor wants it, and is told by a signal when nobody has it.
+    pub shared: AtomicU32,
+    /// The supervisor's thread that is told.
+    pub tracer: AtomicU32,
     /// Not zero: the unit has one thread.
     pub single: AtomicU32,
     /// `CLOCK_MONOTONIC` nanoseconds after which no call may wait in the process; 0 for never.
