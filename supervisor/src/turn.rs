@@ -123,7 +123,12 @@ impl Unit {
     /// from there for another reason.
     pub(crate) fn can_wait_inside(&mut self, vtid: i32) -> bool {
         let sii = self.sii;
-        if !self.uses_shim() || !self.can_tell() || self.is_slow() || self.has_signals(vtid) || self.slot(vtid).is_none() {
+        if !self.uses_shim()
+            || !self.can_tell()
+            || self.is_slow()
+            || self.has_signals(vtid)
+            || self.slot(vtid).is_none()
+        {
             return false;
         }
         let t = self.thread(vtid);
