@@ -13,6 +13,7 @@ use crate::unit::{Result, Unit, Waiting, now};
 
 const AGAIN: i64 = -(libc::EAGAIN as i64);
 const INTR: i64 = -(libc::EINTR as i64);
+const NOT_SUPPORTED: i64 = -(libc::EOPNOTSUPP as i64);
 
 /// What a descriptor is, as far as blocking goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,14 @@ fn kind(fd: i32) -> Kind {
         libc::S_IFIFO => Kind::Pipe,
         _ => Kind::Other,
     }
+}
+
+/// Writes what surely fits into a pipe that is writable: one page.
+fn write_page(fd: i32, data: &[u8]) -> i64 {
+    if !ready(fd, libc::POLLOUT) {
+        return AGAIN;
+    }
+    raw_call(libc::SYS_write as u64, &[fd as u64, data.as_ptr() as u64, data.len().min(libc::PIPE_BUF) as u64, 0, 0, 0])
 }
 
 /// `poll` of one descriptor without waiting.
@@ -232,8 +241,11 @@ impl Unit {
                 let rest = &call.payload()[done..];
                 let iov = libc::iovec { iov_base: rest.as_ptr() as *mut libc::c_void, iov_len: rest.len() };
                 let at = (&raw const iov) as u64;
-                // preadv2(2): offset -1 means the current one; RWF_NOWAIT works on pipes.
-                raw_call(libc::SYS_pwritev2 as u64, &[fd as u64, at, 1, u64::MAX, 0, libc::RWF_NOWAIT as u64])
+                // preadv2(2): offset -1 means the current one; RWF_NOWAIT works on pipes since Linux 6.4.
+                match raw_call(libc::SYS_pwritev2 as u64, &[fd as u64, at, 1, u64::MAX, 0, libc::RWF_NOWAIT as u64]) {
+                    NOT_SUPPORTED => write_page(fd, rest),
+                    r => r,
+                }
             };
             if r == INTR {
                 continue;

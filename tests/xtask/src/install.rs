@@ -18,6 +18,7 @@ fn package(program: &str) -> (&str, Option<&str>) {
         "nginx" => ("nginx-light", Some("nginx")),
         "redis-benchmark" => ("redis-tools", None),
         "cc" => ("gcc", None),
+        "qemu-system-x86_64" => ("qemu-system-x86", None),
         other => (other, None),
     }
 }

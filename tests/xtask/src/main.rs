@@ -2,6 +2,7 @@
 
 mod bench;
 mod install;
+mod vm;
 
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -41,6 +42,12 @@ enum Task {
         #[command(subcommand)]
         what: Bench,
     },
+    /// Run programs under ftrun on a Debian kernel in a virtual machine, where dirty pages are found another way
+    Vm {
+        /// The way that is expected there
+        #[arg(long, default_value = "soft-dirty")]
+        backend: String,
+    },
     /// Kill one program many times while clients check every reply
     Soak {
         /// Which program; `list` shows them
@@ -76,6 +83,7 @@ fn main() -> ExitCode {
         Task::Demo { kills, clients } => demo(kills, clients),
         Task::Test { args } => return test(&args).unwrap_or_else(|e| complain(&e)),
         Task::Bench { what } => bench(&what),
+        Task::Vm { backend } => vm::run(&backend),
         Task::Soak { program, kills, clients, seconds, seed } => soak(&program, kills, clients, seconds, seed),
     };
     match result {
