@@ -2,7 +2,7 @@
 
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 
-use ftrun_abi::fast::{Control, EPOLL, EPOLL_EVENTS_MAX, NOBODY, RUNS, Slot, WAITS, WANTS};
+use ftrun_abi::fast::{Control, EPOLL, EPOLL_EVENTS_MAX, GRANTED, NOBODY, RUNS, Slot, WAITS, WANTS};
 use ftrun_abi::record::HEADER_BYTES;
 
 use crate::call::{Call, EINTR, syscall};
@@ -296,29 +296,41 @@ const SIGUSR2: u64 = 12;
 /// A thread that wants it says so and then tries to take it; we let it go and then look for such a thread again:
 /// one of both finds the other.
 fn give(control: &Control) {
-    for turn in [None, Some(NOBODY)] {
-        if let Some(nobody) = turn {
-            control.turn.store(nobody, SeqCst);
-        }
-        if control.wanting.load(SeqCst) == 0 {
-            continue;
-        }
-        for slot in control.slots.iter().filter(|slot| slot.state.load(SeqCst) == WANTS) {
-            let tid = slot.tid.load(SeqCst);
-            if turn.is_none() {
-                control.turn.store(tid, SeqCst);
-            } else if control.turn.compare_exchange(NOBODY, tid, SeqCst, SeqCst).is_err() {
-                return;
-            }
-            slot.word.fetch_add(1, SeqCst);
-            syscall(nr::FUTEX, [(&raw const slot.word) as u64, FUTEX_WAKE, 1, 0, 0, 0]);
-            return;
-        }
+    if grant(control, |tid| {
+        control.turn.store(tid, SeqCst);
+        true
+    }) {
+        return;
+    }
+    control.turn.store(NOBODY, SeqCst);
+    if grant(control, |tid| control.turn.compare_exchange(NOBODY, tid, SeqCst, SeqCst).is_ok()) {
+        return;
     }
     if control.shared.load(SeqCst) != 0 {
         let (supervisor, tracer) = (control.parent.load(Relaxed), u64::from(control.tracer.load(Relaxed)));
         syscall(nr::TGKILL, [supervisor, tracer, SIGUSR2, 0, 0, 0]);
     }
+}
+
+/// Gives the turn to a thread that wants it, by `give`. A thread that has been chosen does not go away meanwhile.
+fn grant(control: &Control, give: impl Fn(u32) -> bool) -> bool {
+    if control.wanting.load(SeqCst) == 0 {
+        return false;
+    }
+    for slot in &control.slots {
+        if slot.state.compare_exchange(WANTS, GRANTED, SeqCst, SeqCst).is_err() {
+            continue;
+        }
+        let given = give(slot.tid.load(SeqCst));
+        if !given {
+            // Somebody has taken it; if that was this thread, it says so itself.
+            let _gone = slot.state.compare_exchange(GRANTED, WANTS, SeqCst, SeqCst);
+        }
+        slot.word.fetch_add(1, SeqCst);
+        syscall(nr::FUTEX, [(&raw const slot.word) as u64, FUTEX_WAKE, 1, 0, 0, 0]);
+        return true;
+    }
+    false
 }
 
 /// Takes the turn, or waits until it is given; false when the supervisor wants the thread.
@@ -332,9 +344,13 @@ fn take(control: &Control, slot: &Slot, tid: u32) -> bool {
         {
             break true;
         }
-        if syscall(nr::FUTEX, [(&raw const slot.word) as u64, FUTEX_WAIT, u64::from(word), 0, 0, 0]) == EINTR {
-            // It may have been given meanwhile.
-            break control.turn.load(SeqCst) == tid;
+        let n = syscall(nr::FUTEX, [(&raw const slot.word) as u64, FUTEX_WAIT, u64::from(word), 0, 0, 0]);
+        // Chosen by somebody, it stays until it has the turn.
+        if n == EINTR && slot.state.compare_exchange(WANTS, RUNS, SeqCst, SeqCst).is_ok() {
+            break false;
+        }
+        if n == EINTR {
+            syscall(nr::SCHED_YIELD, [0; 6]);
         }
     };
     control.wanting.fetch_sub(1, SeqCst);

@@ -45,7 +45,10 @@ impl Unit {
         self.log.control().mode.store(RECORD, SeqCst);
         // The thread of the last event may be on its way to its next call; the others have arrived.
         let running = self.current.filter(|v| self.threads.get(v).is_some_and(|t| t.place == Place::Program));
-        self.current = None;
+        // If it has arrived, too, its call comes before all others, as if it had just come.
+        if let Some(vtid) = self.current.take().filter(|v| Some(*v) != running && self.threads.contains_key(v)) {
+            self.make_ready(vtid);
+        }
         self.turn_since = now();
         self.last_entry = now();
         for vtid in self.threads.keys().copied().collect::<Vec<_>>() {

@@ -21,6 +21,7 @@ impl Unit {
     /// Applies every record of the log above the unit's SII. Returns how many.
     pub fn replay(&mut self) -> Result<u64> {
         self.replaying = true;
+        self.futex_results.clear();
         crate::fault::point("replay-begin", self.pid);
         self.log.drop_unloggable();
         let result = self.replay_records();
@@ -352,7 +353,9 @@ impl Unit {
         let next = next.as_ref();
         // A futex call was tried as soon as the thread came to it, and may have changed the list.
         let signal_first = next.is_some_and(|n| n.kind == Kind::Signal as u16 && n.tid as i32 == vtid && n.flags == 0);
-        if regs.orig_rax == libc::SYS_futex as u64 && !signal_first {
+        // The last thread's has not been tried when its process died, or the log would say so: it is made live.
+        let untried = next.is_none() && !self.arrive_last;
+        if regs.orig_rax == libc::SYS_futex as u64 && !signal_first && !untried {
             let args = tracee::args_of(&regs);
             match self.futex_step(vtid, &args)? {
                 Outcome::Block(_) => {

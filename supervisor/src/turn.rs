@@ -8,7 +8,7 @@
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
 
-use ftrun_abi::fast::{CALLS_PER_TURN, HELD, NOBODY, Slot, WAITS, WANTS};
+use ftrun_abi::fast::{CALLS_PER_TURN, GRANTED, HELD, NOBODY, Slot, WAITS, WANTS};
 
 use crate::tracee::{self, Event};
 use crate::unit::{Halt, Place, Result, State, Unit, Waiting, now};
@@ -67,7 +67,10 @@ impl Unit {
             NOBODY => turn.compare_exchange(NOBODY, HELD, SeqCst, SeqCst).is_ok(),
             _ => false,
         };
-        if !held {
+        if held {
+            // What was logged before it was taken.
+            self.follow_shim();
+        } else {
             self.sync_turn();
         }
         held
@@ -79,6 +82,8 @@ impl Unit {
         if !self.shim {
             return true;
         }
+        // Whoever takes it goes by what holds now.
+        self.allow_shim();
         let control = self.log.control();
         control.turn.store(NOBODY, SeqCst);
         if control.wanting.load(SeqCst) == 0 {
@@ -94,7 +99,11 @@ impl Unit {
             return true;
         }
         let turn = &self.log.control().turn;
-        turn.compare_exchange(vtid as u32, HELD, SeqCst, SeqCst).is_ok() || turn.load(SeqCst) == HELD
+        let held = turn.compare_exchange(vtid as u32, HELD, SeqCst, SeqCst).is_ok() || turn.load(SeqCst) == HELD;
+        if held && !self.replaying {
+            self.follow_shim();
+        }
+        held
     }
 
     /// The thread is about to run: it has the turn.
@@ -104,7 +113,8 @@ impl Unit {
 
     /// Gives the turn to a thread that waits in the process. False if it has to be asked out for that.
     pub(crate) fn grant(&mut self, vtid: i32) -> bool {
-        if !self.slot_is(vtid, WANTS) || self.has_signals(vtid) {
+        let chosen = |slot: &Slot| slot.state.compare_exchange(WANTS, GRANTED, SeqCst, SeqCst).is_ok();
+        if self.has_signals(vtid) || !self.slot(vtid).is_some_and(chosen) {
             return false;
         }
         let t = self.thread(vtid);

@@ -89,6 +89,7 @@ static void use_memory(long number) {
     memset(at, (int)number, 8 * PAGE);
     CHECK(madvise(at + PAGE, PAGE, MADV_DONTNEED) == 0);
     CHECK(mprotect(at + 2 * PAGE, PAGE, PROT_READ) == 0);
+    CHECK(munmap(at + 2 * PAGE, 6 * PAGE) == 0);
     at = mremap(at, 2 * PAGE, 32 * PAGE, MREMAP_MAYMOVE);
     CHECK(at != MAP_FAILED);
     CHECK(at[0] == (unsigned char)number && at[PAGE] == 0 && at[31 * PAGE] == 0);

@@ -131,12 +131,14 @@ pub const RUNS: u32 = 0;
 pub const WAITS: u32 = 1;
 /// [`Slot::state`]: what it waited for is there, perhaps, and it wants the turn to look.
 pub const WANTS: u32 = 2;
+/// [`Slot::state`]: somebody is giving it the turn.
+pub const GRANTED: u32 = 3;
 
 /// A thread's waiting.
 #[derive(Debug)]
 #[repr(C)]
 pub struct Slot {
-    /// [`RUNS`], [`WAITS`] or [`WANTS`].
+    /// [`RUNS`], [`WAITS`], [`WANTS`] or [`GRANTED`].
     pub state: AtomicU32,
     /// Futex word: changes when the thread is given the turn.
     pub word: AtomicU32,
