@@ -45,10 +45,7 @@ impl Unit {
         self.log.control().mode.store(RECORD, SeqCst);
         // The thread of the last event may be on its way to its next call; the others have arrived.
         let running = self.current.filter(|v| self.threads.get(v).is_some_and(|t| t.place == Place::Program));
-        // If it has arrived, too, its call comes before all others, as if it had just come.
-        if let Some(vtid) = self.current.take().filter(|v| Some(*v) != running && self.threads.contains_key(v)) {
-            self.make_ready(vtid);
-        }
+        let arrived = self.current.take().filter(|v| Some(*v) != running && self.threads.contains_key(v));
         self.turn_since = now();
         self.last_entry = now();
         for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
@@ -59,6 +56,14 @@ impl Unit {
         match running {
             Some(vtid) => self.arm_on_the_way(vtid)?,
             None => self.arm_timers()?,
+        }
+        if let Some(vtid) = arrived
+            && self.thread(vtid).state == State::Entry
+            && self.thread(vtid).regs.orig_rax == libc::SYS_futex as u64
+        {
+            // As at every arrival: whether it waits must not hang on what others do, or a checkpoint come before.
+            self.ready.retain(|v| *v != vtid);
+            self.attempt(vtid)?;
         }
         if self.outside.signals.get(&-1).is_some_and(|q| !q.is_empty()) {
             // A child's end was announced to the process that died.
