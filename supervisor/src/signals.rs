@@ -335,6 +335,7 @@ impl Unit {
         t.state = State::Running;
         t.xstate = None;
         let (tid, regs, slot) = (t.tid, t.regs, crate::launch::GATE.slot(t.slot));
+        self.masks.remove(&vtid);
         self.current = Some(vtid);
         self.has_turn(vtid);
         tracee::tgkill(pid, tid, signal)?;

@@ -330,7 +330,7 @@ pub struct Unit {
     pub(crate) pause_ns: u64,
     /// An unloggable call was made: a checkpoint must follow.
     pub unloggable: Option<String>,
-    /// Signal masks read for a checkpoint.
+    /// Signal masks of threads, read for a checkpoint since they last ran.
     pub(crate) masks: HashMap<i32, u64>,
     /// Results of futex calls that replay has tried ahead of their events.
     pub(crate) futex_results: HashMap<i32, i64>,
@@ -502,6 +502,7 @@ impl Unit {
         t.xstate = None;
         t.yielded = false;
         let (tid, regs) = (t.tid, t.regs);
+        self.masks.remove(&vtid);
         self.current = Some(vtid);
         self.allow_shim();
         tracee::set_regs(tid, &regs)?;
