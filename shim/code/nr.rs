@@ -47,6 +47,7 @@ pub(crate) const GETGID: u64 = 104;
 pub(crate) const GETEUID: u64 = 107;
 pub(crate) const GETEGID: u64 = 108;
 pub(crate) const GETPPID: u64 = 110;
+pub(crate) const FSTATFS: u64 = 138;
 pub(crate) const GETTID: u64 = 186;
 pub(crate) const TIME: u64 = 201;
 pub(crate) const FUTEX: u64 = 202;

@@ -40,13 +40,18 @@ fn ask(fd: u64) -> u8 {
     const SO_TYPE: u64 = 3;
     const S_IFMT: u32 = 0o170_000;
     const S_IFREG: u32 = 0o100_000;
+    const PROC_SUPER_MAGIC: u64 = 0x9fa0;
     let (mut type_, mut len) = (0u32, 4u32);
     let found = syscall(nr::GETSOCKOPT, [fd, SOL_SOCKET, SO_TYPE, (&raw mut type_) as u64, (&raw mut len) as u64, 0]);
     if found != 0 {
         // `struct stat`: the mode is at 24.
         let mut stat = [0u32; 36];
         let found = syscall(nr::FSTAT, [fd, (&raw mut stat) as u64, 0, 0, 0, 0]);
-        return if found == 0 && stat[6] & S_IFMT == S_IFREG { FD_FILE } else { FD_OTHER };
+        // `struct statfs`: the type is at 0. What is written to a file of /proc changes the process.
+        let mut system = [0u64; 15];
+        let known = syscall(nr::FSTATFS, [fd, (&raw mut system) as u64, 0, 0, 0, 0]);
+        let plain = found == 0 && known == 0 && stat[6] & S_IFMT == S_IFREG && system[0] != PROC_SUPER_MAGIC;
+        return if plain { FD_FILE } else { FD_OTHER };
     }
     let flags = syscall(nr::FCNTL, [fd, F_GETFL, 0, 0, 0, 0]);
     match flags {

@@ -179,6 +179,12 @@ impl Unit {
     }
 
     fn write_like(&mut self, vtid: i32, nr: u64, args: &[u64; 6], call: &mut Prepared, fd: i32) -> Result<Outcome> {
+        if nr as i64 == libc::SYS_write && is_proc(fd) {
+            // What such a file says of its process, only the process itself may change; a checkpoint keeps it.
+            let r = self.gate(vtid, libc::SYS_write, *args)?;
+            self.unloggable = Some("write to a file of /proc".to_owned());
+            return Ok(Outcome::With(r, vec![]));
+        }
         let kind = kind(fd);
         let flags = match nr as i64 {
             libc::SYS_sendto => Some(3),
@@ -301,6 +307,15 @@ pub(crate) fn is_signalfd(fd: i32) -> bool {
         && st.st_mode & libc::S_IFMT == 0
         && std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
             .is_ok_and(|l| l.as_os_str().as_encoded_bytes() == b"anon_inode:[signalfd]")
+}
+
+/// The descriptor is of a file in /proc.
+fn is_proc(fd: i32) -> bool {
+    // SAFETY: plain integers, for which zero is valid.
+    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `found` outlives the call.
+    let r = unsafe { libc::fstatfs(fd, &raw mut found) };
+    r == 0 && found.f_type == libc::PROC_SUPER_MAGIC
 }
 
 /// At least `want` bytes can be read.
