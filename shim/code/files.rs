@@ -10,7 +10,7 @@ use ftrun_abi::fast::{
 use ftrun_abi::record::HEADER_BYTES;
 
 use crate::call::{Call, EAGAIN, EFAULT, EINTR, syscall, word};
-use crate::log::{DATA, begin, commit, end, fill, has_room, log, ring, seam, size};
+use crate::log::{DATA, commit, end, fill, has_room, log, once, ring, seam, settled, size};
 use crate::memory::copy;
 use crate::nr;
 use crate::sockets::{RECEIVE_MAX, kind};
@@ -58,10 +58,7 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
     control.pending_fd.store(fd, Relaxed);
     control.pending_from.store(u64::from(room), Relaxed);
     control.offset.store(len_at, Relaxed);
-    begin(control, OPEN, call, digest, to);
-    seam(control);
-    let result = own.make();
-    seam(control);
+    let result = once(control, OPEN, call, digest, to, || own.make());
     if result == EINTR || result == EFAULT {
         end(control);
         return None;
@@ -86,10 +83,7 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
             used = 2;
         }
     }
-    let logged = log(control, call, digest, result, &outs[..used]);
-    seam(control);
-    end(control);
-    logged
+    settled(control, call, digest, result, &outs[..used])
 }
 
 /// `close`.
@@ -105,14 +99,8 @@ pub(crate) fn close(control: &mut Control, call: &Call) -> Option<i64> {
     control.fds[fd as usize] = FD_UNKNOWN;
     control.free_fd.fetch_min(fd, Relaxed);
     control.pending_fd.store(fd, Relaxed);
-    begin(control, CLOSE, call, digest, 0);
-    seam(control);
-    let result = call.make();
-    seam(control);
-    let logged = log(control, call, digest, result, &[]);
-    seam(control);
-    end(control);
-    logged
+    let result = once(control, CLOSE, call, digest, 0, || call.make());
+    settled(control, call, digest, result, &[])
 }
 
 /// `epoll_ctl`: a change, or the entry of a new connection.
@@ -129,19 +117,13 @@ pub(crate) fn enrol(control: &mut Control, call: &Call) -> Option<i64> {
     }
     control.pending_fd.store(fd, Relaxed);
     control.pending_set.store(set, Relaxed);
-    begin(control, ENROL, call, digest, 0);
-    seam(control);
-    let result = call.make();
-    seam(control);
+    let result = once(control, ENROL, call, digest, 0, || call.make());
     if result == EFAULT {
         end(control);
         return None;
     }
     control.fds[fd as usize] &= !FD_FRESH;
-    let logged = log(control, call, digest, result, &[]);
-    seam(control);
-    end(control);
-    logged
+    settled(control, call, digest, result, &[])
 }
 
 /// `sendfile` of a file, from a position of its own, to a socket in nonblocking mode.
@@ -161,10 +143,7 @@ pub(crate) fn transfer(control: &mut Control, call: &Call) -> Option<i64> {
     control.offset.store(from, Relaxed);
     let mut own = *call;
     own.args[2] = (&raw const control.offset) as u64;
-    begin(control, TRANSFER, call, digest, at);
-    seam(control);
-    let result = own.make();
-    seam(control);
+    let result = once(control, TRANSFER, call, digest, at, || own.make());
     if result < 0 && result != EAGAIN {
         end(control);
         return None;
@@ -172,10 +151,7 @@ pub(crate) fn transfer(control: &mut Control, call: &Call) -> Option<i64> {
     // SAFETY: as above.
     unsafe { (at as *mut u64).write_unaligned(control.offset.load(Relaxed)) };
     let outs = [(at, 8)];
-    let logged = log(control, call, digest, result, if result < 0 { &[] } else { &outs });
-    seam(control);
-    end(control);
-    logged
+    settled(control, call, digest, result, if result < 0 { &[] } else { &outs })
 }
 
 /// Nobody but this process moves the position of the file.
@@ -203,18 +179,12 @@ pub(crate) fn write(control: &mut Control, call: &Call) -> Option<i64> {
     control.pending_fd.store(fd, Relaxed);
     control.pending_from.store(from, Relaxed);
     control.offset.store(len, Relaxed);
-    begin(control, WRITE_FILE, call, digest, 0);
-    seam(control);
-    let result = call.make();
-    seam(control);
+    let result = once(control, WRITE_FILE, call, digest, 0, || call.make());
     if result < 0 {
         end(control);
         return None;
     }
-    let logged = log(control, call, digest, result, &[]);
-    seam(control);
-    end(control);
-    logged
+    settled(control, call, digest, result, &[])
 }
 
 /// `read` from a file: the data first, then the position.
@@ -236,10 +206,8 @@ pub(crate) fn read(control: &mut Control, call: &Call) -> Option<i64> {
     control.pending_fd.store(fd, Relaxed);
     control.pending_from.store(from, Relaxed);
     control.offset.store(from + got as u64, Relaxed);
-    begin(control, READ_FILE, call, digest, to);
-    seam(control);
-    let moved = syscall(nr::LSEEK, [fd, from + got as u64, SEEK_SET, 0, 0, 0]);
-    seam(control);
+    let seek = || syscall(nr::LSEEK, [fd, from + got as u64, SEEK_SET, 0, 0, 0]);
+    let moved = once(control, READ_FILE, call, digest, to, seek);
     if moved < 0 {
         end(control);
         return None;

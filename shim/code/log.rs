@@ -135,3 +135,20 @@ pub(crate) fn begin(control: &Control, what: u64, call: &Call, digest: u64, at: 
 pub(crate) fn end(control: &Control) {
     control.pending.store(NOTHING, Relaxed);
 }
+
+/// Makes a call that must not be made twice; what it is about stands in the page already.
+pub(crate) fn once(control: &Control, what: u64, call: &Call, digest: u64, at: u64, make: impl FnOnce() -> i64) -> i64 {
+    begin(control, what, call, digest, at);
+    seam(control);
+    let result = make();
+    seam(control);
+    result
+}
+
+/// Logs the result of [`once`], and with that it is settled.
+pub(crate) fn settled(control: &Control, call: &Call, digest: u64, result: i64, outs: &[(u64, u64)]) -> Option<i64> {
+    let logged = log(control, call, digest, result, outs);
+    seam(control);
+    end(control);
+    logged
+}

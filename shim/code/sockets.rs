@@ -10,7 +10,7 @@ use ftrun_abi::fast::{
 use ftrun_abi::record::HEADER_BYTES;
 
 use crate::call::{Call, EAGAIN, message_header, piece, syscall};
-use crate::log::{DATA, begin, commit, end, fill, has_room, log, ring, seam, size};
+use crate::log::{DATA, begin, commit, end, fill, has_room, log, once, ring, seam, settled, size};
 use crate::memory::copy;
 use crate::nr;
 use crate::wait::{Waited, for_data};
@@ -83,6 +83,15 @@ fn flags(call: &Call) -> Option<u64> {
     (flags & !(MSG_DONTWAIT | MSG_NOSIGNAL) == 0).then_some(flags)
 }
 
+/// A call on this stream socket does not wait; `None` for what is no such socket.
+fn never_waits(control: &mut Control, fd: u64, flags: u64) -> Option<bool> {
+    match kind(control, fd) {
+        FD_SOCKET_NONBLOCKING => Some(true),
+        FD_SOCKET_BLOCKING => Some(flags & MSG_DONTWAIT != 0),
+        _ => None,
+    }
+}
+
 /// `read`, `readv` or `recv` on a stream socket.
 pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     let flags = flags(call)?;
@@ -96,11 +105,7 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     if len == 0 || to == 0 {
         return None;
     }
-    let nonblocking = match kind(control, fd) {
-        FD_SOCKET_NONBLOCKING => true,
-        FD_SOCKET_BLOCKING => flags & MSG_DONTWAIT != 0,
-        _ => return None,
-    };
+    let nonblocking = never_waits(control, fd, flags)?;
     let digest = call.digest()?;
     let room = len.min(RECEIVE_MAX);
     let mut wait = None;
@@ -164,11 +169,7 @@ pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
     if !(1..=PIECES_MAX).contains(&count) || (pieces == 0 && at == 0) {
         return None;
     }
-    let nonblocking = match kind(control, fd) {
-        FD_SOCKET_NONBLOCKING => true,
-        FD_SOCKET_BLOCKING => flags & MSG_DONTWAIT != 0,
-        _ => return None,
-    };
+    let nonblocking = never_waits(control, fd, flags)?;
     let digest = call.digest()?;
     if !has_room(control, HEADER_BYTES) {
         return None;
@@ -176,11 +177,9 @@ pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
     let total = if pieces == 0 { len } else { (0..count).map(|i| piece(pieces, i)[1]).sum() };
     let message = message(control, pieces, count, at, len);
     control.pending_from.store(total, Relaxed);
-    begin(control, if nonblocking { SEND } else { SEND_ALL }, call, digest, 0);
-    seam(control);
     // Without a reader the supervisor makes the call again, with the signal that it brings.
-    let result = syscall(nr::SENDMMSG, [fd, message, 1, flags | MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0]);
-    seam(control);
+    let make = || syscall(nr::SENDMMSG, [fd, message, 1, flags | MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0]);
+    let result = once(control, if nonblocking { SEND } else { SEND_ALL }, call, digest, 0, make);
     let result = match result {
         1 => (control.message.len.load(Relaxed) & NOT_YET) as i64,
         EAGAIN if nonblocking => EAGAIN,
@@ -193,8 +192,5 @@ pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
         // What is left is sent when there is room again, by the supervisor, who takes notice of this part.
         return None;
     }
-    let logged = log(control, call, digest, result, &[]);
-    seam(control);
-    end(control);
-    logged
+    settled(control, call, digest, result, &[])
 }

@@ -99,6 +99,8 @@ impl Unit {
             // `offset` is how many bytes there were to write.
             WRITE_FILE => match position(fd) {
                 now if now > from => Some(Done((now - from).min(to) as i64, vec![])),
+                // Somebody has cut the file meanwhile, and it was appended to what was left.
+                now if now < from => Some(Done(now.min(to) as i64, vec![])),
                 _ => None,
             },
             READ_FILE if position(fd) == to => Some(Done((to - from) as i64, self.received(at, to - from)?)),

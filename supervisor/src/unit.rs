@@ -447,13 +447,17 @@ impl Unit {
         id == 0 || id == self.vpid || self.threads.contains_key(&id)
     }
 
-    /// The arguments of a call with the kernel's process and thread ids.
+    /// The arguments with which the unit makes a call, live as in replay: the kernel's process and thread ids,
+    /// and pages that are given up at once rather than when the kernel likes.
     pub(crate) fn real_ids(&self, row: &ftrun_abi::table::Row, args: &[u64; 6]) -> [u64; 6] {
         let mut real = *args;
         for (i, arg) in row.args.iter().enumerate() {
             if *arg == ftrun_abi::table::Arg::Pid && args[i] != 0 && self.is_own(args[i] as i32) {
                 real[i] = self.real_id(args[i] as i32) as u64;
             }
+        }
+        if i64::from(row.nr) == libc::SYS_madvise && args[2] as i32 == libc::MADV_FREE {
+            real[2] = libc::MADV_DONTNEED as u64;
         }
         real
     }

@@ -88,6 +88,8 @@ static void use_memory(long number) {
     CHECK(at != MAP_FAILED);
     memset(at, (int)number, 8 * PAGE);
     CHECK(madvise(at + PAGE, PAGE, MADV_DONTNEED) == 0);
+    CHECK(madvise(at + 3 * PAGE, PAGE, MADV_FREE) == 0);
+    CHECK(at[3 * PAGE] == 0 || at[3 * PAGE] == (unsigned char)number);
     CHECK(mprotect(at + 2 * PAGE, PAGE, PROT_READ) == 0);
     CHECK(munmap(at + 2 * PAGE, 6 * PAGE) == 0);
     at = mremap(at, 2 * PAGE, 32 * PAGE, MREMAP_MAYMOVE);
