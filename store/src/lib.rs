@@ -1,10 +1,19 @@
 //! Stable storage.
 //!
-//! [`log`] is the embedded event log of one unit: a directory of append-only segment files. It
-//! stores opaque records under consecutive numbers (the state interval index, SII) and does not
-//! know what they mean.
+//! [`StableStore`] keeps event logs and checkpoints of many units. [`log`] is the plain event log of one
+//! unit in a directory of its own, for what only has to be looked at later.
 #![forbid(unsafe_code)]
 
+mod api;
+mod batch;
+pub mod disk;
+mod error;
 pub mod log;
 
+pub use api::{
+    CheckpointInfo, Collected, Durability, Finding, Fsck, NewCheckpoint, OpenOptions, PAGE_BYTES, Page, Pages, Reclaimed,
+    StableStore, UnitInfo, UnitName, UnitStore, each_record,
+};
+pub use batch::{BATCH_BYTES_MAX, Batch, Records as BatchRecords};
+pub use error::Error;
 pub use log::{LogError, LogReader, LogWriter, Lost, Records};
