@@ -112,6 +112,12 @@ pub struct CheckpointInfo {
     pub bytes: u64,
 }
 
+/// Takes pages by address; `None` is a page of zeros.
+pub type EachPage<'a> = dyn FnMut(u64, Option<&Page>) -> Result<(), Error> + 'a;
+
+/// Takes records by SII.
+pub type EachRecord<'a> = dyn FnMut(u64, &[u8]) -> Result<(), Error> + 'a;
+
 /// Where the pages of a new checkpoint come from.
 pub trait Pages {
     /// Calls `put` with each page once, in any order.
@@ -121,7 +127,7 @@ pub trait Pages {
     fn each(&self, put: &mut dyn FnMut(u64, &Page) -> Result<(), Error>) -> Result<(), Error>;
 }
 
-impl Pages for [(u64, Page)] {
+impl Pages for &[(u64, Page)] {
     fn each(&self, put: &mut dyn FnMut(u64, &Page) -> Result<(), Error>) -> Result<(), Error> {
         self.iter().try_for_each(|(address, page)| put(*address, page))
     }
@@ -334,12 +340,7 @@ pub trait UnitStore: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`Error::NoCheckpoint`], [`Error::Damaged`], those of `each`.
-    fn pages(
-        &self,
-        sii: u64,
-        range: Range<u64>,
-        each: &mut dyn FnMut(u64, Option<&Page>) -> Result<(), Error>,
-    ) -> Result<(), Error>;
+    fn pages(&self, sii: u64, range: Range<u64>, each: &mut EachPage<'_>) -> Result<(), Error>;
 
     /// Says that the holder lives. Appending says so, too.
     ///
@@ -358,11 +359,7 @@ pub trait UnitStore: Send + Sync + fmt::Debug {
 ///
 /// # Errors
 /// Those of [`UnitStore::read`] and of `each`.
-pub fn each_record(
-    unit: &dyn UnitStore,
-    mut from: u64,
-    each: &mut dyn FnMut(u64, &[u8]) -> Result<(), Error>,
-) -> Result<(), Error> {
+pub fn each_record(unit: &dyn UnitStore, mut from: u64, each: &mut EachRecord<'_>) -> Result<(), Error> {
     loop {
         let batches = unit.read(from, 4 << 20)?;
         let Some(last) = batches.last() else { return Ok(()) };

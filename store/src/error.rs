@@ -55,7 +55,9 @@ pub enum Error {
         what: String,
     },
     /// Events that were stored cannot be read back.
-    #[error("events {from} to {to} of unit {unit} are lost by damage to the store; a checkpoint after them can be used")]
+    #[error(
+        "events {from} to {to} of unit {unit} are lost by damage to the store; a checkpoint after them can be used"
+    )]
     Lost {
         /// The unit.
         unit: String,

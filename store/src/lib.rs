@@ -6,14 +6,18 @@
 
 mod api;
 mod batch;
+#[cfg(any(test, feature = "testing"))]
+pub mod conformance;
 pub mod disk;
+pub mod engine;
 mod error;
 pub mod log;
 
 pub use api::{
-    CheckpointInfo, Collected, Durability, Finding, Fsck, NewCheckpoint, OpenOptions, PAGE_BYTES, Page, Pages, Reclaimed,
-    StableStore, UnitInfo, UnitName, UnitStore, each_record,
+    CheckpointInfo, Collected, Durability, EachPage, EachRecord, Finding, Fsck, NewCheckpoint, OpenOptions, PAGE_BYTES,
+    Page, Pages, Reclaimed, StableStore, UnitInfo, UnitName, UnitStore, each_record,
 };
 pub use batch::{BATCH_BYTES_MAX, Batch, Records as BatchRecords};
+pub use engine::{Engine, Options as EngineOptions};
 pub use error::Error;
 pub use log::{LogError, LogReader, LogWriter, Lost, Records};
