@@ -424,7 +424,7 @@ impl Queue {
             }
             // One that has not been queued may come with any group.
             let group = live.queued.iter().find(|(next, _)| *next > sii).map_or(inner.group, |(_, group)| *group);
-            let left = end.map_or(Duration::from_secs(3600), |end| end.saturating_duration_since(Instant::now()));
+            let left = end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
             if left.is_zero() {
                 return Ok(None);
             }

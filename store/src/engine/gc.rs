@@ -137,9 +137,19 @@ impl Shared {
     /// Writes the live batches of a log segment again; `None` if one cannot be read.
     fn empty_log(&self, number: u64) -> Result<Option<u64>, Error> {
         let mut batches: Vec<(u64, u64, Loc)> = Vec::new();
-        for (unit, live) in &self.queue.lock().live {
-            let there = live.index.iter().filter(|(_, loc)| loc.place.segment == number);
-            batches.extend(there.map(|(first, loc)| (*unit, *first, *loc)));
+        let units: Vec<u64> = {
+            let inner = self.queue.lock();
+            if inner.uses.get(&number).is_none_or(|used| used.live == 0) {
+                return Ok(Some(0));
+            }
+            inner.live.keys().copied().collect()
+        };
+        // One unit at a time, so that appending does not wait for long. Nothing new comes into an old segment.
+        for unit in units {
+            let inner = self.queue.lock();
+            let there = inner.live.get(&unit).into_iter().flat_map(|live| &live.index);
+            let there = there.filter(|(_, loc)| loc.place.segment == number);
+            batches.extend(there.map(|(first, loc)| (unit, *first, *loc)));
         }
         batches.sort_by_key(|(_, _, loc)| loc.place);
         let (mut moved, mut readable) = (0, true);

@@ -632,7 +632,7 @@ mod tests {
 
         #[test]
         fn tables_come_back(parent in 1u64.., gone in prop::collection::vec(any::<(u64, u64)>(), 0..3), pages in prop::collection::vec(any::<(u64, Key)>(), 0..5), manifest: Vec<u8>) {
-            let table = TableBody { parent: Some(parent), gone: gone.iter().map(|(a, b)| *a..*b).collect(), zero: vec![0..8192], pages, manifest };
+            let table = TableBody { parent: Some(parent), gone: gone.iter().map(|(a, b)| *a..*b).collect(), zero: Vec::from_iter(Some(0..8192)), pages, manifest };
             let again = TableBody::decode(&table.encode().unwrap()).unwrap();
             prop_assert_eq!(format!("{table:?}"), format!("{again:?}"));
         }

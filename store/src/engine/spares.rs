@@ -2,14 +2,14 @@
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::stream::Which;
 use super::{Failure, lock};
 use crate::disk::{Disk, DiskFile};
 
 /// Files kept for the next segments; more are removed.
-const KEPT: usize = 2;
+const KEPT: usize = 3;
 const ZEROS: usize = 1 << 20;
 
 /// The files, and a thread that makes them before they are needed.
@@ -19,6 +19,8 @@ pub(super) struct Spares {
     first_size: u64,
     size_max: u64,
     pool: Mutex<Pool>,
+    /// The thread has made what it was making.
+    made: Condvar,
     /// Sizes that will be needed; without it files are made when they are.
     ahead: Mutex<Option<Sender<u64>>>,
 }
@@ -28,6 +30,8 @@ struct Pool {
     ready: VecDeque<(String, u64)>,
     /// Names that were used.
     made: u64,
+    /// Size of the file that the thread is making.
+    making: u64,
     /// There was no space for the file that should be ready by now.
     full: bool,
 }
@@ -35,7 +39,7 @@ struct Pool {
 impl Spares {
     /// `first_size` is the size of the first segment of a stream; each next one is twice as large, up to `size_max`.
     pub(super) fn new(disk: Arc<dyn Disk>, first_size: u64, size_max: u64) -> Self {
-        Self { disk, first_size, size_max, pool: Mutex::default(), ahead: Mutex::new(None) }
+        Self { disk, first_size, size_max, pool: Mutex::default(), made: Condvar::new(), ahead: Mutex::new(None) }
     }
 
     /// Makes files on a thread of its own from now on; ends with [`Spares::stop`].
@@ -45,11 +49,17 @@ impl Spares {
         let spares = Arc::clone(self);
         std::thread::Builder::new().name("store-spares".into()).spawn(move || {
             while let Ok(size) = receiver.recv() {
-                if lock(&spares.pool).ready.iter().any(|(_, have)| *have >= size) {
-                    continue;
+                {
+                    let mut pool = lock(&spares.pool);
+                    if pool.ready.iter().any(|(_, have)| *have >= size) {
+                        continue;
+                    }
+                    pool.making = size;
                 }
                 let made = spares.make(size);
                 let mut pool = lock(&spares.pool);
+                pool.making = 0;
+                spares.made.notify_all();
                 pool.full = matches!(&made, Err(failure) if failure.full);
                 // Any other failure is met by whoever needs the file.
                 pool.ready.extend(made);
@@ -124,7 +134,11 @@ impl Spares {
     pub(super) fn take(&self, number: u64, size: u64) -> Result<(Arc<dyn DiskFile>, u64), Failure> {
         let ready = {
             let mut pool = lock(&self.pool);
-            let fitting = pool.ready.iter().position(|(_, have)| *have >= size);
+            let fits = |(_, have): &(String, u64)| *have >= size;
+            while !pool.ready.iter().any(fits) && pool.making >= size {
+                pool = self.made.wait(pool).unwrap_or_else(PoisonError::into_inner);
+            }
+            let fitting = pool.ready.iter().position(fits);
             fitting.and_then(|i| pool.ready.remove(i))
         };
         let (name, size) = match ready {
@@ -141,12 +155,18 @@ impl Spares {
     /// Takes over the file of a segment that is not needed. Only one that is large is worth keeping.
     pub(super) fn give_back(&self, disk: &dyn Disk, number: u64, bytes: u64) -> Result<(), Failure> {
         let name = Which::file_name(number);
-        let keep = {
+        let (keep, small) = {
             let mut pool = lock(&self.pool);
+            // A small one, left from the time when segments were, is in the way of one that can be used.
+            let small = pool.ready.iter().position(|(_, have)| *have < self.size_max);
+            let small = small.filter(|_| pool.ready.len() >= KEPT).and_then(|i| pool.ready.remove(i));
             let keep = pool.ready.len() < KEPT && bytes >= self.size_max;
             pool.made += u64::from(keep);
-            keep.then(|| format!("free-{:016x}", pool.made))
+            (keep.then(|| format!("free-{:016x}", pool.made)), small)
         };
+        if let Some((small, _)) = small {
+            disk.remove(&small).map_err(|e| Failure::new("remove", &small, &e))?;
+        }
         let done = match &keep {
             Some(spare) => disk.rename(&name, spare),
             None => disk.remove(&name),

@@ -76,6 +76,8 @@ enum Bench {
     Throughput(bench::throughput::Options),
     /// What one system call costs: bare, and under ftrun with and without its fast path
     Calls(bench::calls::Options),
+    /// Acknowledged appends to stable storage, beside a bare file on the same disk
+    Store(bench::store::Options),
 }
 
 fn main() -> ExitCode {
@@ -108,6 +110,7 @@ fn bench(what: &Bench) -> Result<(), Error> {
         Bench::Recovery(_) => vec!["redis-server"],
         Bench::Throughput(options) => options.programs()?,
         Bench::Calls(_) => vec!["cc"],
+        Bench::Store(options) => return bench::store::run(options),
     };
     install::ensure(&needed)?;
     under_release()?;
@@ -115,6 +118,7 @@ fn bench(what: &Bench) -> Result<(), Error> {
         Bench::Recovery(options) => bench::recovery::run(options),
         Bench::Throughput(options) => bench::throughput::run(options),
         Bench::Calls(options) => bench::calls::run(options),
+        Bench::Store(options) => bench::store::run(options),
     }
 }
 

@@ -260,7 +260,7 @@ impl Work {
                     sii,
                     parent: parent.map(|(sii, _)| sii),
                     manifest: &sii.to_le_bytes(),
-                    gone: &[gone * 4096..(gone + 3) * 4096],
+                    gone: std::slice::from_ref(&(gone * 4096..(gone + 3) * 4096)),
                     pages: &&pages[..],
                 })?;
                 tracked.acknowledged();
@@ -316,9 +316,9 @@ fn crash(seed: u64, durability: Durability, power: bool, steps: u64, at: Option<
         let dies = work.random.below(3) == 0;
         for again in 0..=u64::from(dies) {
             if power {
-                work.disk.lose_power()
+                work.disk.lose_power();
             } else {
-                work.disk.kill()
+                work.disk.kill();
             }
             if dies && again == 0 {
                 let die_at = Some(work.random.below(12));

@@ -5,6 +5,7 @@ mod drive;
 mod mode;
 pub(crate) mod recovery;
 mod stats;
+pub(crate) mod store;
 pub(crate) mod throughput;
 mod workloads;
 
