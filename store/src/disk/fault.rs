@@ -380,8 +380,13 @@ impl DiskFile for FaultFile {
                     inode.pending.clear();
                     return Err(os(EIO));
                 }
-                inode.pending.clear();
-                inode.durable = inode.now.clone();
+                // Only what is dirty is written: what an earlier, failed sync has dropped is not.
+                for change in inode.pending.drain(..) {
+                    match change {
+                        Change::Write(offset, data) => apply(&mut inode.durable, offset, &data),
+                        Change::Length(len) => inode.durable.resize(len as usize, 0),
+                    }
+                }
                 Ok(())
             }
         })
