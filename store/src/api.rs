@@ -271,7 +271,9 @@ pub trait UnitStore: Send + Sync + fmt::Debug {
     /// that is not empty goes on where it ends. Waits while much is queued.
     ///
     /// # Errors
-    /// The records are not queued then; after [`Error::Full`] and [`Error::Quota`] the call can be made again.
+    /// The records are not queued then; after [`Error::Full`] and [`Error::Quota`] the call can be made again. A store that
+    /// is elsewhere may refuse records only after this has returned: then the next call that can fail says so, once,
+    /// and appending goes on at the end of [`UnitStore::log`].
     fn append(&self, batch: Batch) -> Result<(), Error>;
 
     /// The SII below which every record has been acknowledged at the durability of this handle.

@@ -6,12 +6,19 @@
 
 mod api;
 mod batch;
+#[cfg(feature = "service")]
+pub mod cli;
+pub mod client;
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
 pub mod disk;
 pub mod engine;
 mod error;
+mod location;
 pub mod log;
+pub mod net;
+#[cfg(feature = "service")]
+pub mod service;
 
 pub use api::{
     CheckpointInfo, Collected, Durability, EachPage, EachRecord, Finding, Fsck, NewCheckpoint, OpenOptions, PAGE_BYTES,
@@ -19,5 +26,7 @@ pub use api::{
 };
 pub use batch::{BATCH_BYTES_MAX, Batch, Records as BatchRecords};
 pub use engine::{Engine, Options as EngineOptions};
+pub use client::Client;
 pub use error::Error;
+pub use location::{Location, Tcp};
 pub use log::{LogError, LogReader, LogWriter, Lost, Records};

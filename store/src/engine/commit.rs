@@ -711,3 +711,11 @@ impl Queue {
         call(&mut calls);
     }
 }
+
+#[cfg(feature = "service")]
+impl Queue {
+    pub(super) fn has_room(&self, bytes: usize) -> bool {
+        let queued = self.lock().pending.bytes.len();
+        queued == 0 || queued + bytes <= self.bytes_max
+    }
+}

@@ -349,3 +349,16 @@ fn lease_end(ttl: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(ttl).unwrap_or_else(|| now + Duration::from_secs(1 << 30))
 }
+
+#[cfg(feature = "service")]
+impl Engine {
+    /// Whether an append of so many bytes would not wait.
+    pub(crate) fn has_room(&self, bytes: usize) -> bool {
+        self.shared.queue.has_room(bytes)
+    }
+
+    /// Number of units.
+    pub(crate) fn unit_count(&self) -> usize {
+        self.shared.queue.lock().state.units.len()
+    }
+}
