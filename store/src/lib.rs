@@ -25,8 +25,8 @@ pub use api::{
     Page, Pages, Reclaimed, StableStore, UnitInfo, UnitName, UnitStore, each_record,
 };
 pub use batch::{BATCH_BYTES_MAX, Batch, Records as BatchRecords};
-pub use engine::{Engine, Options as EngineOptions};
 pub use client::Client;
+pub use engine::{Engine, Options as EngineOptions};
 pub use error::Error;
 pub use location::{Location, Tcp};
 pub use log::{LogError, LogReader, LogWriter, Lost, Records};

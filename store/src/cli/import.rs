@@ -9,9 +9,7 @@ use std::time::Duration;
 use super::export::{FORMAT, Item};
 use super::{Answer, At};
 use crate::net::{FRAME_BYTES_MAX, Incoming};
-use crate::{
-    Batch, Durability, Error, NewCheckpoint, OpenOptions, PAGE_BYTES, Page, Pages, UnitName, UnitStore,
-};
+use crate::{Batch, Durability, Error, NewCheckpoint, OpenOptions, PAGE_BYTES, Page, Pages, UnitName, UnitStore};
 
 /// Options.
 #[derive(Debug, clap::Args)]

@@ -21,7 +21,8 @@ impl Ls {
     pub(super) fn run(&self) -> Result<Answer, Error> {
         let units = self.at.store.open()?.units()?;
         let width = units.iter().map(|u| u.name.as_str().len()).max().unwrap_or(0).max(4);
-        let mut text = format!("{:<width$}  {:>12}  {:>21}  {:>11}  holder\n", "unit", "bytes", "events", "checkpoints");
+        let mut text =
+            format!("{:<width$}  {:>12}  {:>21}  {:>11}  holder\n", "unit", "bytes", "events", "checkpoints");
         for unit in &units {
             let events = format!("{}..{}", unit.log.start, unit.log.end);
             let _ = writeln!(

@@ -11,12 +11,12 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
+use crate::Error;
 use crate::location::{Location, Tcp};
 use crate::net::{
     EXPORTER_LABEL, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Proof, Ready, VERSIONS, Welcome, encode, nonce, proof,
     same,
 };
-use crate::Error;
 
 /// How long reaching a service and being let in may take.
 const CONNECT: Duration = Duration::from_secs(10);

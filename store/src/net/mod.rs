@@ -98,8 +98,11 @@ pub fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
 pub fn nonce() -> Result<[u8; 32], Error> {
     let mut nonce = [0; 32];
     let random = ring::rand::SystemRandom::new();
-    ring::rand::SecureRandom::fill(&random, &mut nonce)
-        .map_err(|_| Error::Io { op: "get".into(), what: "random bytes".into(), cause: "the system has none".into() })?;
+    ring::rand::SecureRandom::fill(&random, &mut nonce).map_err(|_| Error::Io {
+        op: "get".into(),
+        what: "random bytes".into(),
+        cause: "the system has none".into(),
+    })?;
     Ok(nonce)
 }
 
@@ -116,46 +119,106 @@ pub struct Request {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "the methods of the same names in StableStore and UnitStore say it")]
 pub enum Op {
-    Open { unit: UnitName, options: OpenOptions },
-    View { unit: UnitName },
-    Close { handle: u32 },
+    Open {
+        unit: UnitName,
+        options: OpenOptions,
+    },
+    View {
+        unit: UnitName,
+    },
+    Close {
+        handle: u32,
+    },
     Units,
-    Remove { unit: UnitName },
+    Remove {
+        unit: UnitName,
+    },
     Fsck,
     Gc,
-    Log { handle: u32 },
+    Log {
+        handle: u32,
+    },
     /// The body of the batch follows. No reply.
-    Append { handle: u32, first: u64, count: u32 },
+    Append {
+        handle: u32,
+        first: u64,
+        count: u32,
+    },
     /// Takes appends again after one has failed.
-    Resume { handle: u32 },
-    Read { handle: u32, from: u64, bytes_max: u64 },
-    TruncateBelow { handle: u32, sii: u64 },
-    TruncateFrom { handle: u32, sii: u64 },
-    Collect { handle: u32, recovery: u64, spare: u64 },
+    Resume {
+        handle: u32,
+    },
+    Read {
+        handle: u32,
+        from: u64,
+        bytes_max: u64,
+    },
+    TruncateBelow {
+        handle: u32,
+        sii: u64,
+    },
+    TruncateFrom {
+        handle: u32,
+        sii: u64,
+    },
+    Collect {
+        handle: u32,
+        recovery: u64,
+        spare: u64,
+    },
     /// The manifest follows; then come [`Op::PutPages`] and [`Op::PutEnd`] of the same number. One reply, to the end.
-    Put { handle: u32, sii: u64, parent: Option<u64>, gone: Vec<Range<u64>> },
+    Put {
+        handle: u32,
+        sii: u64,
+        parent: Option<u64>,
+        gone: Vec<Range<u64>>,
+    },
     /// Pages: address and contents.
     PutPages,
     /// `whole` is false when the client has given up.
-    PutEnd { whole: bool },
-    Checkpoints { handle: u32 },
-    Manifest { handle: u32, sii: u64 },
-    Pages { handle: u32, sii: u64, range: Range<u64> },
-    Renew { handle: u32 },
-    Release { handle: u32 },
+    PutEnd {
+        whole: bool,
+    },
+    Checkpoints {
+        handle: u32,
+    },
+    Manifest {
+        handle: u32,
+        sii: u64,
+    },
+    Pages {
+        handle: u32,
+        sii: u64,
+        range: Range<u64>,
+    },
+    Renew {
+        handle: u32,
+    },
+    Release {
+        handle: u32,
+    },
 }
 
 /// What the service says.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "plain")]
 pub enum Response {
-    Reply { id: u64, result: Result<Answer, Error> },
+    Reply {
+        id: u64,
+        result: Result<Answer, Error>,
+    },
     /// Handles, and the SIIs below which their records are acknowledged.
     Acknowledged(Vec<(u32, u64)>),
     /// What was acknowledged before stays so.
-    AppendFailed { handle: u32, error: Error },
+    AppendFailed {
+        handle: u32,
+        error: Error,
+    },
     /// Why nothing will be acknowledged for now.
-    Stuck { handle: u32, error: Error },
+    Stuck {
+        handle: u32,
+        error: Error,
+    },
 }
 
 /// What a reply holds.
@@ -163,7 +226,12 @@ pub enum Response {
 #[expect(missing_docs, reason = "what the methods of the trait give")]
 pub enum Answer {
     Done,
-    Opened { handle: u32, epoch: u64, log: Range<u64>, acknowledged: u64 },
+    Opened {
+        handle: u32,
+        epoch: u64,
+        log: Range<u64>,
+        acknowledged: u64,
+    },
     Units(Vec<UnitInfo>),
     Fsck(Fsck),
     Gc(Reclaimed),
@@ -175,7 +243,10 @@ pub enum Answer {
     /// It follows.
     Manifest,
     /// Addresses, and whether there is something other than zeros; the contents of those follow. `next` is where to go on.
-    Pages { pages: Vec<(u64, bool)>, next: Option<u64> },
+    Pages {
+        pages: Vec<(u64, bool)>,
+        next: Option<u64>,
+    },
 }
 
 /// Appends a frame to `out`.

@@ -13,8 +13,8 @@ use tokio::time::{Instant, timeout_at};
 use super::greet::{Entry, Namespace, Peer};
 use super::{Service, count};
 use crate::net::{
-    Answer, FRAME_BYTES_MAX, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Op, Proof, Ready, Request, Response, VERSIONS,
-    Welcome, encode, nonce, proof, same,
+    Answer, FRAME_BYTES_MAX, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Op, Proof, Ready, Request, Response,
+    VERSIONS, Welcome, encode, nonce, proof, same,
 };
 use crate::{Batch, Durability, Error, NewCheckpoint, PAGE_BYTES, Page, Pages, StableStore, UnitStore};
 
@@ -370,8 +370,7 @@ impl Session {
         self.service.figures.append_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let len = bytes.len();
         let append = || Batch::parse(first, records, bytes).and_then(|batch| unit.store.append(batch));
-        let appended =
-            if self.service.engine.has_room(len) { append() } else { tokio::task::block_in_place(append) };
+        let appended = if self.service.engine.has_room(len) { append() } else { tokio::task::block_in_place(append) };
         match appended {
             Ok(()) if unit.memory => self.handles.ask(handle, &unit),
             Ok(()) => {}

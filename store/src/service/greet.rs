@@ -91,11 +91,15 @@ impl Door {
             if let Some(path) = &client.key {
                 door.keys.insert(client.name.clone(), (read_key(path)?, namespace));
             } else if let Some(hex) = &client.certificate {
-                let bad = || Error::invalid(format!("certificate of client {}", client.name), "not a SHA-256 in hexadecimal");
+                let bad =
+                    || Error::invalid(format!("certificate of client {}", client.name), "not a SHA-256 in hexadecimal");
                 let hex: String = hex.chars().filter(|c| *c != ':').collect();
-                let digits = hex.as_bytes().as_chunks::<2>().0.iter().map(|two| {
-                    std::str::from_utf8(two).ok().and_then(|two| u8::from_str_radix(two, 16).ok())
-                });
+                let digits = hex
+                    .as_bytes()
+                    .as_chunks::<2>()
+                    .0
+                    .iter()
+                    .map(|two| std::str::from_utf8(two).ok().and_then(|two| u8::from_str_radix(two, 16).ok()));
                 let bytes: Option<Vec<u8>> = digits.collect();
                 let print = bytes.and_then(|b| b.try_into().ok()).filter(|_| hex.len() == 64).ok_or_else(bad)?;
                 door.certificates.insert(print, namespace);
@@ -119,7 +123,8 @@ impl Door {
 }
 
 pub(super) fn tls(tls: &Tls) -> Result<TlsAcceptor, Error> {
-    let bad = |path: &std::path::Path, e: &dyn std::fmt::Display| Error::invalid(path.display().to_string(), e.to_string());
+    let bad =
+        |path: &std::path::Path, e: &dyn std::fmt::Display| Error::invalid(path.display().to_string(), e.to_string());
     let read = |path: &std::path::Path| -> Result<Vec<CertificateDer<'static>>, Error> {
         let all: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).map_err(|e| bad(path, &e))?.collect();
         all.map_err(|e| bad(path, &e))

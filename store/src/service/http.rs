@@ -78,7 +78,12 @@ fn metrics(service: &Service) -> String {
     for (name, kind, what, value) in [
         ("connections", "gauge", "Connections that are open", figures.connections.load(Ordering::Relaxed) as u64),
         ("connections_total", "counter", "Connections that were accepted", get(&figures.accepted)),
-        ("connections_turned_away_total", "counter", "Connections for which there was no room", get(&figures.turned_away)),
+        (
+            "connections_turned_away_total",
+            "counter",
+            "Connections for which there was no room",
+            get(&figures.turned_away),
+        ),
         ("connections_refused_total", "counter", "Clients that were not let in", get(&figures.refused)),
         ("connections_broken_total", "counter", "Connections ended for bad or late input", get(&figures.broken)),
         ("appends_total", "counter", "Batches that came in", get(&figures.appends)),
@@ -89,7 +94,12 @@ fn metrics(service: &Service) -> String {
         ("live_bytes", "gauge", "Bytes of them that are needed", live),
         ("units", "gauge", "Units that are stored", units as u64),
         ("healthy", "gauge", "1 while the store takes writes", u64::from(service.engine.healthy().is_ok())),
-        ("damage_findings", "gauge", "Places found damaged when the store was opened", service.engine.damage().len() as u64),
+        (
+            "damage_findings",
+            "gauge",
+            "Places found damaged when the store was opened",
+            service.engine.damage().len() as u64,
+        ),
     ] {
         // Writing to a string cannot fail.
         let _ = writeln!(out, "# HELP ftstore_{name} {what}.\n# TYPE ftstore_{name} {kind}\nftstore_{name} {value}");
