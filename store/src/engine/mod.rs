@@ -18,6 +18,8 @@
 mod commit;
 mod frame;
 mod fsck;
+#[cfg(any(test, feature = "testing"))]
+pub mod fuzz;
 mod gc;
 mod pages;
 mod recover;

@@ -31,6 +31,8 @@ pub(super) const DEPTH_MAX: u32 = 32;
 /// Level of zstd: the disk is to be slower than the compression.
 const ZSTD_LEVEL: i32 = 1;
 const PAGE: u64 = PAGE_BYTES as u64;
+/// Pages of zeros in a table: 64 GiB. They are ranges there, but not in memory.
+const ZERO_PAGES_MAX: u64 = 1 << 24;
 
 /// The pack stream.
 #[derive(Debug)]
@@ -99,7 +101,7 @@ pub(super) struct TableBody {
 }
 
 impl TableBody {
-    fn encode(&self) -> Result<Vec<u8>, Error> {
+    pub(super) fn encode(&self) -> Result<Vec<u8>, Error> {
         let count =
             |n: usize| u32::try_from(n).map_err(|_| Error::invalid("a checkpoint", "more than 4 GiB of one thing"));
         let mut out = self.parent.unwrap_or(0).to_le_bytes().to_vec();
@@ -131,6 +133,14 @@ impl TableBody {
             return None;
         }
         let mut all = ranges.as_chunks::<16>().0.iter().map(|r| u64_at(r, 0)..u64_at(r, 8));
+        let zero_pages = ranges[gone * 16..]
+            .as_chunks::<16>()
+            .0
+            .iter()
+            .try_fold(0u64, |sum, r| sum.checked_add(u64_at(r, 8).checked_sub(u64_at(r, 0))? / PAGE))?;
+        if zero_pages > ZERO_PAGES_MAX {
+            return None;
+        }
         let pages = table.as_chunks::<40>().0.iter().map(|e| (u64_at(e, 0), e[8..].try_into().expect("32 bytes")));
         Some(Self {
             parent: Some(u64_at(b, 0)).filter(|id| *id != 0),
@@ -142,7 +152,7 @@ impl TableBody {
     }
 
     /// Applies this table to what it changes; `None` is a page of zeros.
-    fn apply(&self, range: &Range<u64>, to: &mut BTreeMap<u64, Option<Key>>) {
+    pub(super) fn apply(&self, range: &Range<u64>, to: &mut BTreeMap<u64, Option<Key>>) {
         let clip = |r: &Range<u64>| r.start.max(range.start)..r.end.min(range.end);
         for gone in self.gone.iter().map(clip).filter(|r| r.start < r.end) {
             let mut tail = to.split_off(&gone.start);
@@ -321,6 +331,10 @@ impl Writer<'_> {
             return Err(Error::invalid(format!("page address {address:#x}"), "it must be a multiple of 4096"));
         }
         if page.iter().all(|b| *b == 0) {
+            if self.table.zero.len() as u64 == ZERO_PAGES_MAX {
+                let why = "more than 64 GiB of zero pages; leave out what was never written";
+                return Err(Error::invalid("a checkpoint", why));
+            }
             self.table.zero.push(address..address + PAGE);
             return Ok(());
         }
@@ -415,7 +429,7 @@ impl Shared {
         let mut depth = 0;
         let mut parent_id = None;
         match parent {
-            Some((id, below, _)) if below + 1 < DEPTH_MAX => {
+            Some((id, below, _)) if below < DEPTH_MAX - 1 => {
                 writer.table.parent = Some(id);
                 (depth, parent_id) = (below + 1, Some(id));
             }

@@ -177,7 +177,9 @@ fn contents(file: &dyn DiskFile, number: u64, known: Option<u64>, bodies: Bodies
     scan(file, number, limit, if known.is_some() { bodies } else { Bodies::All }, &mut |item| items.push(item))?;
     let mut proven = known.unwrap_or(0);
     for item in &items {
-        if let Item::Frame { head, .. } = item {
+        if let Item::Frame { at, head, .. } = item
+            && head.durable <= *at
+        {
             proven = proven.max(head.durable);
         }
     }
@@ -218,7 +220,7 @@ impl Found {
                     None if opening.again > 0 => contents(&*file, number, None, Bodies::All)?.proven,
                     None => to,
                 };
-                if proven >= to + opening.again {
+                if proven >= to.saturating_add(opening.again) {
                     ends.insert(number, known);
                     found.segments.insert(number, (Some(file), 0));
                     for (earlier, end) in opening.earlier {
@@ -265,7 +267,7 @@ impl Loaded {
             *proven_end = contents.proven;
             let mut in_tail = false;
             for item in contents.items {
-                self.bytes += item.to() - item.at();
+                self.bytes = self.bytes.saturating_add(item.to().saturating_sub(item.at()));
                 // The opening says again what is known; it belongs to neither part.
                 let opening = matches!(&item, Item::Frame { head, .. } if head.kind == Kind::Segment);
                 if item.at() >= contents.proven && !in_tail && !opening {
@@ -424,7 +426,7 @@ impl Loaded {
             let contents = contents(&**file, *number, ends.get(number).copied().flatten(), bodies)?;
             *proven_end = contents.proven;
             for item in contents.items {
-                self.bytes += item.to() - item.at();
+                self.bytes = self.bytes.saturating_add(item.to().saturating_sub(item.at()));
                 match item {
                     Item::Frame { at, head, body } => {
                         if at >= contents.proven && Some(*number) == last {

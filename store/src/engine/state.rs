@@ -117,7 +117,7 @@ impl State {
             | Control::Remove { unit } => *unit,
         };
         if let Control::Create { name, .. } = control {
-            self.next_id = self.next_id.max(unit + 1);
+            self.next_id = self.next_id.max(unit.saturating_add(1));
             self.units.insert(unit, Unit { name: name.as_str().to_owned(), ..Unit::default() });
             return needless;
         }
@@ -143,7 +143,7 @@ impl State {
                 it.next = it.next.min((*sii).max(it.first));
             }
             Control::Publish { id, table, .. } => {
-                self.next_id = self.next_id.max(id + 1);
+                self.next_id = self.next_id.max(id.saturating_add(1));
                 for old in it.tables.values_mut().filter(|t| t.sii == table.sii) {
                     old.hidden = true;
                 }

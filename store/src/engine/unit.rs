@@ -51,7 +51,7 @@ impl Handle {
                 unit
             }
         };
-        let epoch = inner.state.units.get(&number).map_or(0, |u| u.epoch) + 1;
+        let epoch = inner.state.units.get(&number).map_or(0, |u| u.epoch).saturating_add(1);
         let ttl_ms = u64::try_from(options.ttl.as_millis()).unwrap_or(u64::MAX);
         let control = Control::Lease { unit: number, epoch, holder: options.holder.clone(), ttl_ms };
         let (group, _) = shared.queue.control(&mut inner, control, durability);
@@ -319,7 +319,7 @@ impl UnitStore for Handle {
         }
         // Event s begins interval s: those up to the checkpoint's interval are in it.
         let first = self.extent(&inner)?.start;
-        let sii = (oldest + 1).min(self.extent(&inner)?.end);
+        let sii = oldest.saturating_add(1).min(self.extent(&inner)?.end);
         if sii > first {
             self.shrink(&mut inner, Control::Below { unit: self.number, sii });
         }

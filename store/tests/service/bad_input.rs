@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use ftrun_store::net::{Hello, MAGIC, Op, Request, VERSIONS, encode};
-use ftrun_store::{Batch, Client, Durability, Error, StableStore, UnitStore};
+use ftrun_store::{Batch, Client, Durability, Error, StableStore};
 
 use super::{LONG, Service, name, options};
 
@@ -253,7 +253,7 @@ fn ten_thousand_connections_do_not_disturb_the_others() {
     let mut held = std::collections::VecDeque::new();
     for n in 0..10_000 {
         let stream = if n % 2 == 0 {
-            TcpStream::connect(("127.0.0.1", service.port)).map(|s| std::os::fd::OwnedFd::from(s))
+            TcpStream::connect(("127.0.0.1", service.port)).map(std::os::fd::OwnedFd::from)
         } else {
             UnixStream::connect(service.path("socket")).map(std::os::fd::OwnedFd::from)
         };

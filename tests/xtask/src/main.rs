@@ -1,6 +1,7 @@
 //! Project tasks, run as `cargo xtask TASK`.
 
 mod bench;
+mod fuzz;
 mod install;
 mod vm;
 
@@ -48,6 +49,18 @@ enum Task {
         #[arg(long, default_value = "soft-dirty")]
         backend: String,
     },
+    /// Let the store's readers read mutated bytes for some time; what is found is added to store/fuzz-seeds
+    Fuzz {
+        /// Only this reader
+        #[arg(long)]
+        target: Option<String>,
+        /// For how long
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Begin with this seed; by default with the time
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Kill one program many times while clients check every reply
     Soak {
         /// Which program; `list` shows them
@@ -85,6 +98,7 @@ fn main() -> ExitCode {
         Task::Demo { kills, clients } => demo(kills, clients),
         Task::Test { args } => return test(&args).unwrap_or_else(|e| complain(&e)),
         Task::Bench { what } => bench(&what),
+        Task::Fuzz { target, seconds, seed } => fuzz::run(target.as_deref(), seconds, seed),
         Task::Vm { backend } => vm::run(&backend),
         Task::Soak { program, kills, clients, seconds, seed } => soak(&program, kills, clients, seconds, seed),
     };

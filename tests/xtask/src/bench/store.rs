@@ -1,6 +1,7 @@
 //! `cargo xtask bench store`: acknowledged appends to stable storage, beside a bare file on the same disk.
 
 mod raw;
+mod served;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use serde_json::json;
 
 use super::stats::{Table, median, ratio, show};
 use raw::RawFile;
+use served::Served;
 
 /// Options of the benchmark.
 #[derive(Debug, clap::Args)]
@@ -45,6 +47,8 @@ pub(crate) struct Options {
 enum Backend {
     Raw,
     File,
+    Unix,
+    Tcp,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -102,9 +106,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
     }
     let given = options.dir.clone().unwrap_or_else(ftrun_tests_dir);
     std::fs::create_dir_all(&given)?;
-    let chosen = [Backend::Raw, Backend::File];
+    let all = [Backend::Raw, Backend::File, Backend::Unix, Backend::Tcp];
     let backends: Vec<Backend> =
-        chosen.into_iter().filter(|b| options.only.is_empty() || options.only.contains(b)).collect();
+        all.into_iter().filter(|b| options.only.is_empty() || options.only.contains(b)).collect();
     let mut figures: BTreeMap<(Case, Backend), Vec<Figure>> = BTreeMap::new();
     for round in 0..options.rounds.max(1) {
         for level in [Level::Disk, Level::Cache, Level::Memory] {
@@ -203,6 +207,7 @@ fn measure(writers: Vec<Box<dyn Writer>>, case: Case, time: Duration) -> Result<
 enum Target {
     Raw(Arc<RawFile>),
     Store(Box<dyn StableStore>),
+    Served(Served),
 }
 
 impl Target {
@@ -213,22 +218,24 @@ impl Target {
                 let engine = Engine::open(dir, EngineOptions::default()).map_err(|e| error!("{e}"))?;
                 Self::Store(Box::new(engine))
             }
+            Backend::Unix => Self::Served(Served::start(dir, false)?),
+            Backend::Tcp => Self::Served(Served::start(dir, true)?),
         })
     }
 
     fn writer(&self, n: usize, case: Case) -> Result<Box<dyn Writer>, Error> {
-        match self {
-            Self::Raw(file) => Ok(Box::new(file.writer())),
-            Self::Store(store) => {
-                let of = |e: ftrun_store::Error| error!("{e}");
-                let name = UnitName::new(format!("unit-{n}")).map_err(of)?;
-                let ttl = Duration::from_secs(60);
-                let options = OpenOptions { holder: "bench".into(), ttl, durability: case.level.durability() };
-                let unit = store.open(&name, &options).map_err(of)?;
-                let kept = KEPT_BYTES / (case.units * case.bytes) as u64;
-                Ok(Box::new(StoreWriter { unit, kept }))
-            }
-        }
+        let store: &dyn StableStore = match self {
+            Self::Raw(file) => return Ok(Box::new(file.writer())),
+            Self::Store(store) => &**store,
+            Self::Served(served) => served.store(),
+        };
+        let of = |e: ftrun_store::Error| error!("{e}");
+        let name = UnitName::new(format!("unit-{n}")).map_err(of)?;
+        let ttl = Duration::from_secs(60);
+        let options = OpenOptions { holder: "bench".into(), ttl, durability: case.level.durability() };
+        let unit = store.open(&name, &options).map_err(of)?;
+        let kept = KEPT_BYTES / (case.units * case.bytes) as u64;
+        Ok(Box::new(StoreWriter { unit, kept }))
     }
 }
 
@@ -259,7 +266,20 @@ fn report(
 ) -> Result<(), Error> {
     let mut table = Table::new(
         2,
-        ["level", "backend", "bytes", "units", "1 at a time/s", "p50 µs", "p99 µs", "×raw", "64 ahead/s", "×raw"],
+        [
+            "level",
+            "backend",
+            "bytes",
+            "units",
+            "1 at a time/s",
+            "p50 µs",
+            "p99 µs",
+            "×raw",
+            "×file",
+            "64 ahead/s",
+            "×raw",
+            "×file",
+        ],
     );
     let mut rows = Vec::new();
     let of = |case: Case, backend: Backend, what: fn(&Figure) -> f64| {
@@ -281,6 +301,8 @@ fn report(
             let (p50, p99) = (of(case, backend, |f| f.p50), of(case, backend, |f| f.p99));
             let part = ratio(rate, of(case, Backend::Raw, |f| f.rate));
             let fast_part = ratio(fast, of(ahead, Backend::Raw, |f| f.rate));
+            let of_file = ratio(rate, of(case, Backend::File, |f| f.rate));
+            let fast_of_file = ratio(fast, of(ahead, Backend::File, |f| f.rate));
             let name = |v: &dyn std::fmt::Debug| format!("{v:?}").to_lowercase();
             table.line([
                 name(&case.level),
@@ -291,13 +313,15 @@ fn report(
                 show(p50, 0),
                 show(p99, 0),
                 show(part, 2),
+                show(of_file, 2),
                 show(fast, 0),
                 show(fast_part, 2),
+                show(fast_of_file, 2),
             ]);
             rows.push(json!({
                 "level": name(&case.level), "backend": name(&backend), "bytes": case.bytes, "units": case.units,
-                "one_at_a_time_per_s": rate, "p50_us": p50, "p99_us": p99, "of_raw": part,
-                "ahead_per_s": fast, "ahead_of_raw": fast_part,
+                "one_at_a_time_per_s": rate, "p50_us": p50, "p99_us": p99, "of_raw": part, "of_file": of_file,
+                "ahead_per_s": fast, "ahead_of_raw": fast_part, "ahead_of_file": fast_of_file,
             }));
         }
     }
