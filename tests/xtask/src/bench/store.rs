@@ -182,7 +182,10 @@ fn measure(writers: Vec<Box<dyn Writer>>, case: Case, time: Duration) -> Result<
             }
             n += 1;
         }
-        writer.wait(n.saturating_sub(1))?;
+        // A thread that was not run in time has nothing to wait for.
+        if n > 0 {
+            writer.wait(n - 1)?;
+        }
         if case.pipelined {
             // Only how many there were is of interest.
             taken.resize(usize::try_from(n).unwrap_or(usize::MAX), Duration::ZERO);
