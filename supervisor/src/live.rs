@@ -511,10 +511,10 @@ impl Unit {
 
     /// A checkpoint was asked for, is due by time or log, or a recovery would take too long: replay takes its
     /// time for each event. That last reason must not spend more than a share of the time on checkpoints.
-    fn checkpoint_due(&self) -> bool {
+    fn checkpoint_due(&mut self) -> bool {
         let age = now().saturating_sub(self.checkpoint_at);
         let events = self.sii - self.snapshot.as_ref().map_or(0, |s| s.sii);
-        self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed)
+        (self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed) && self.can_store())
             || (age >= self.checkpoint_every && events > 0)
             || self.log.bytes() >= self.checkpoint_log
             || (events * self.replay_ns > self.replay_max && age > self.pause_ns * PAUSE_SHARE)
