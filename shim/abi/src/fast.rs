@@ -278,8 +278,8 @@ const _: () = {
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Frame {
-    /// `xmm0` to `xmm15`.
-    pub vectors: [[u64; 2]; 16],
+    /// `xmm0` to `xmm3`: the others are not used.
+    pub vectors: [[u64; 2]; 4],
     /// `r15 r14 r13 r12 rbp rbx`: the shim's own code restores them, but a fault in it may not.
     pub kept: [u64; 6],
     /// `r9 r8 r10 rdx rsi rdi`: the arguments, last first.
