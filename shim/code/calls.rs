@@ -6,7 +6,7 @@
 
 use core::sync::atomic::Ordering::Relaxed;
 
-use ftrun_abi::fast::{Control, FD_FILE, FD_UNKNOWN};
+use ftrun_abi::fast::{Control, FD_COUNTED, FD_FILE, FD_FRESH, FD_PRIVATE};
 use ftrun_abi::record::HEADER_BYTES;
 use ftrun_abi::table::{Arg, Class};
 
@@ -45,7 +45,8 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
             again(control, call)
         }
         nr::FCNTL | nr::IOCTL => command(control, call),
-        nr::SETSOCKOPT if matches!(a1, SOL_SOCKET | SOL_TCP) && (a1, a2) != (SOL_TCP, TCP_ULP) => again(control, call),
+        nr::SETSOCKOPT if a1 == SOL_SOCKET || (a1 == SOL_TCP && !TCP_OTHER.contains(&a2)) => again(control, call),
+        nr::SHUTDOWN => sockets::shutdown(control, call),
         // Asking for the error clears it.
         nr::GETSOCKOPT if (a1, a2) != (SOL_SOCKET, SO_ERROR) => again(control, call),
         nr::GETRANDOM if a1 <= 256 => again(control, call),
@@ -59,7 +60,6 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
         | nr::FACCESSAT2
         | nr::READLINK
         | nr::READLINKAT
-        | nr::SHUTDOWN
         | nr::GETSOCKNAME
         | nr::GETPEERNAME
         | nr::GETUID
@@ -75,7 +75,8 @@ const SEEK_CUR: u64 = 1;
 const SOL_SOCKET: u64 = 1;
 const SO_ERROR: u64 = 4;
 const SOL_TCP: u64 = 6;
-const TCP_ULP: u64 = 31;
+/// `TCP_REPAIR`, `TCP_REPAIR_QUEUE`, `TCP_QUEUE_SEQ` and `TCP_ULP`: the stream is no plain one any more.
+const TCP_OTHER: [u64; 4] = [19, 20, 21, 31];
 /// The last clock that is not a process's or a thread's: `CLOCK_TAI`.
 const CLOCKS: u64 = 11;
 
@@ -86,7 +87,7 @@ fn known(control: &Control, call: &Call, result: i64) -> Option<i64> {
 
 /// A call that may be made again: killed before it was logged, it comes out the same, or as if the world had
 /// changed before it.
-fn again(control: &Control, call: &Call) -> Option<i64> {
+pub(crate) fn again(control: &Control, call: &Call) -> Option<i64> {
     let row = call.row().filter(|row| matches!(row.class, Class::Input | Class::Output | Class::Object))?;
     let mut outs = [(0, 0); 3];
     let mut used = [None; 3];
@@ -147,9 +148,11 @@ fn command(control: &mut Control, call: &Call) -> Option<i64> {
     };
     if mode {
         if control.duplicated.load(Relaxed) != 0 {
-            control.fds.fill(FD_UNKNOWN);
+            for known in &mut control.fds {
+                *known &= FD_PRIVATE | FD_COUNTED;
+            }
         } else if let Some(known) = control.fds.get_mut(fd as usize) {
-            *known &= ftrun_abi::fast::FD_FRESH;
+            *known &= FD_FRESH | FD_PRIVATE | FD_COUNTED;
         }
     }
     again(control, call)

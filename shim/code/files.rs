@@ -4,7 +4,7 @@
 use core::sync::atomic::Ordering::Relaxed;
 
 use ftrun_abi::fast::{
-    ADDRESS_BYTES, CLOSE, Control, ENROL, FD_FILE, FD_FRESH, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX, OPEN,
+    ADDRESS_BYTES, CLOSE, Control, ENROL, FD_FILE, FD_COUNTED, FD_FRESH, FD_PRIVATE, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX, OPEN,
     READ_FILE, TRANSFER, WRITE_FILE,
 };
 use ftrun_abi::record::HEADER_BYTES;
@@ -13,7 +13,7 @@ use crate::call::{Call, EAGAIN, EFAULT, EINTR, syscall, word};
 use crate::log::{DATA, commit, end, fill, has_room, log, once, ring, seam, settled, size};
 use crate::memory::copy;
 use crate::nr;
-use crate::sockets::{RECEIVE_MAX, kind};
+use crate::sockets::{RECEIVE_MAX, count, kind};
 
 /// Descriptors that others may have, too: standard input and output.
 const STANDARD: u64 = 3;
@@ -67,10 +67,17 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
     let mut used = 0;
     if result >= 0 {
         if let Some(known) = control.fds.get_mut(result as usize) {
-            *known = if accepts { FD_FRESH | FD_UNKNOWN } else { FD_UNKNOWN };
+            *known = match call.number {
+                nr::ACCEPT | nr::ACCEPT4 => FD_UNKNOWN | FD_FRESH | FD_PRIVATE,
+                nr::SOCKET => FD_UNKNOWN | FD_PRIVATE,
+                _ => FD_UNKNOWN,
+            };
         }
         if call.number == nr::DUP {
             control.duplicated.store(1, Relaxed);
+            if let Some(known) = control.fds.get_mut(call.args[0] as usize) {
+                *known &= !(FD_PRIVATE | FD_COUNTED);
+            }
         }
         if to != 0 {
             let len = control.address_len.load(Relaxed);
@@ -151,6 +158,7 @@ pub(crate) fn transfer(control: &mut Control, call: &Call) -> Option<i64> {
     // SAFETY: as above.
     unsafe { (at as *mut u64).write_unaligned(control.offset.load(Relaxed)) };
     let outs = [(at, 8)];
+    count(control, output, |stream| &stream.sent, result);
     settled(control, call, digest, result, if result < 0 { &[] } else { &outs })
 }
 

@@ -1,16 +1,23 @@
-//! Receiving and sending on stream sockets, by `recvmmsg` and `sendmmsg` with one message whose length the
-//! kernel writes into the shared page before the process can die (DESIGN, in-doubt operations).
+//! Receiving and sending on stream sockets.
+//!
+//! A kill between what the kernel did and the log is settled in one of two ways (DESIGN, in-doubt operations): by
+//! `recvmmsg` and `sendmmsg` with one message whose length the kernel writes into the shared page before the process
+//! can die, or, where a TCP socket is this unit's alone, by what the kernel has counted of its stream: that leaves
+//! the plain calls, which cost less.
 
+use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 
 use ftrun_abi::fast::{
-    Control, FD_FILE, FD_FRESH, FD_OTHER, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, Message, NOT_YET,
-    RECEIVE, SEND, SEND_ALL,
+    CALLS_PER_COUNT, COUNTED, Control, FD_COUNTED, FD_FILE, FD_KIND, FD_OTHER, FD_PRIVATE, FD_SOCKET_BLOCKING,
+    FD_SOCKET_NONBLOCKING, FD_UNKNOWN, Message, NOT_YET, RECEIVE, SEND, SEND_ALL, STREAMS, Stream,
 };
 use ftrun_abi::record::HEADER_BYTES;
+use ftrun_abi::stream;
 
-use crate::call::{Call, EAGAIN, message_header, piece, syscall};
-use crate::log::{DATA, begin, commit, end, fill, has_room, log, once, ring, seam, settled, size};
+use crate::call::{Call, EAGAIN, EFAULT, message_header, piece, syscall};
+use crate::calls::again;
+use crate::log::{DATA, commit, end, fill, has_room, log, once, ring, seam, settled, size};
 use crate::memory::copy;
 use crate::nr;
 use crate::wait::{Waited, for_data};
@@ -27,10 +34,10 @@ const SOCK_STREAM: u32 = 1;
 /// What kind of descriptor this is: as the page knows, or by asking the kernel.
 pub(crate) fn kind(control: &mut Control, fd: u64) -> u8 {
     let Some(known) = control.fds.get_mut(fd as usize) else { return FD_OTHER };
-    if *known & !FD_FRESH == FD_UNKNOWN {
+    if *known & FD_KIND == FD_UNKNOWN {
         *known |= ask(fd);
     }
-    *known & !FD_FRESH
+    *known & FD_KIND
 }
 
 fn ask(fd: u64) -> u8 {
@@ -92,6 +99,54 @@ fn never_waits(control: &mut Control, fd: u64, flags: u64) -> Option<bool> {
     }
 }
 
+/// What the kernel has counted of this socket is known; it is asked now and then.
+fn is_counted(control: &mut Control, fd: u64) -> bool {
+    if fd >= STREAMS as u64 {
+        return false;
+    }
+    let known = control.fds[fd as usize];
+    if known & FD_COUNTED != 0 {
+        return true;
+    }
+    let this = &control.streams[fd as usize];
+    let calls = this.uncounted.load(Relaxed).wrapping_add(1);
+    this.uncounted.store(calls, Relaxed);
+    if known & FD_PRIVATE == 0 || calls % CALLS_PER_COUNT != 0 {
+        return false;
+    }
+    match stream::counts(syscall, fd) {
+        Some(stream::Counts { received: Some(received), sent }) => {
+            this.received.store(received, Relaxed);
+            this.sent.store(sent, Relaxed);
+            control.fds[fd as usize] |= FD_COUNTED;
+            true
+        }
+        _ => {
+            control.fds[fd as usize] &= !FD_PRIVATE;
+            false
+        }
+    }
+}
+
+/// Takes notice of what has gone through a socket.
+pub(crate) fn count(control: &mut Control, fd: u64, way: impl Fn(&Stream) -> &AtomicU64, result: i64) {
+    if let (Some(known), Some(stream)) = (control.fds.get(fd as usize), control.streams.get(fd as usize))
+        && known & FD_COUNTED != 0
+        && result > 0
+    {
+        let counter = way(stream);
+        counter.store(counter.load(Relaxed).wrapping_add(result as u64), Relaxed);
+    }
+}
+
+/// `shutdown`: the end of a direction is counted, too.
+pub(crate) fn shutdown(control: &mut Control, call: &Call) -> Option<i64> {
+    if let Some(known) = control.fds.get_mut(call.args[0] as usize) {
+        *known &= !(FD_PRIVATE | FD_COUNTED);
+    }
+    again(control, call)
+}
+
 /// `read`, `readv` or `recv` on a stream socket.
 pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     let flags = flags(call)?;
@@ -109,24 +164,31 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     let digest = call.digest()?;
     let room = len.min(RECEIVE_MAX);
     let mut wait = None;
-    let (mut ring, data) = loop {
+    let (mut ring, data, got) = loop {
         let mut ring = ring(control)?;
         let record = ring.reserve(size(room))?;
         let data = record[DATA..].as_mut_ptr();
-        let at = message(control, 0, 1, data as u64, room);
-        begin(control, RECEIVE, call, digest, to);
-        seam(control);
-        let result = syscall(nr::RECVMMSG, [fd, at, 1, flags | MSG_DONTWAIT, 0, 0]);
-        seam(control);
-        if result == 1 {
-            break (ring, data);
+        let result = if is_counted(control, fd) {
+            control.pending_fd.store(fd, Relaxed);
+            control.offset.store(control.streams[fd as usize].received.load(Relaxed), Relaxed);
+            let make = || syscall(nr::RECVFROM, [fd, data as u64, room, flags | MSG_DONTWAIT, 0, 0]);
+            let result = once(control, RECEIVE | COUNTED, call, digest, to, make);
+            count(control, fd, |stream| &stream.received, result);
+            result
+        } else {
+            let at = message(control, 0, 1, data as u64, room);
+            let make = || syscall(nr::RECVMMSG, [fd, at, 1, flags | MSG_DONTWAIT, 0, 0]);
+            match once(control, RECEIVE, call, digest, to, make) {
+                1 => (control.message.len.load(Relaxed) & NOT_YET) as i64,
+                result => result,
+            }
+        };
+        if result >= 0 {
+            break (ring, data, result as u64);
         }
         end(control);
-        if result != EAGAIN {
-            return None;
-        }
-        if nonblocking {
-            return log(control, call, digest, EAGAIN, &[]);
+        if nonblocking || result != EAGAIN {
+            return log(control, call, digest, result, &[]);
         }
         if wait.is_none() {
             wait = for_data(control, call, digest);
@@ -136,7 +198,6 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
             _ => return None,
         }
     };
-    let got = control.message.len.load(Relaxed) & NOT_YET;
     let out = (got > 0).then_some((to, got));
     let used = if got > 0 { size(got) } else { HEADER_BYTES };
     ring.shrink(used);
@@ -153,9 +214,10 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
 
 /// `write`, `send`, `writev` or `sendmsg` on a stream socket.
 pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
+    const EPIPE: i64 = -32;
     let flags = flags(call)?;
     let [fd, a1, a2, ..] = call.args;
-    let (at, len, pieces, count) = match call.number {
+    let (at, len, pieces, count_of) = match call.number {
         nr::WRITEV => (0, 0, a1, a2),
         nr::SENDMSG => {
             let [name, _, pieces, count, ancillary, _, _] = message_header(a1);
@@ -166,7 +228,7 @@ pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
         }
         _ => (a1, a2, 0, 1),
     };
-    if !(1..=PIECES_MAX).contains(&count) || (pieces == 0 && at == 0) {
+    if !(1..=PIECES_MAX).contains(&count_of) || (pieces == 0 && at == 0) {
         return None;
     }
     let nonblocking = never_waits(control, fd, flags)?;
@@ -174,21 +236,42 @@ pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
     if !has_room(control, HEADER_BYTES) {
         return None;
     }
-    let total = if pieces == 0 { len } else { (0..count).map(|i| piece(pieces, i)[1]).sum() };
-    let message = message(control, pieces, count, at, len);
+    let [at, len] = if count_of == 1 && pieces != 0 { piece(pieces, 0) } else { [at, len] };
+    let total = if count_of == 1 { len } else { (0..count_of).map(|i| piece(pieces, i)[1]).sum() };
     control.pending_from.store(total, Relaxed);
-    // Without a reader the supervisor makes the call again, with the signal that it brings.
-    let make = || syscall(nr::SENDMMSG, [fd, message, 1, flags | MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0]);
-    let result = once(control, if nonblocking { SEND } else { SEND_ALL }, call, digest, 0, make);
-    let result = match result {
-        1 => (control.message.len.load(Relaxed) & NOT_YET) as i64,
-        EAGAIN if nonblocking => EAGAIN,
-        _ => {
-            end(control);
-            return None;
+    let flags = flags | MSG_DONTWAIT | MSG_NOSIGNAL;
+    let what = if nonblocking { SEND } else { SEND_ALL };
+    let result = if is_counted(control, fd) {
+        control.pending_fd.store(fd, Relaxed);
+        control.offset.store(control.streams[fd as usize].sent.load(Relaxed), Relaxed);
+        let message = if count_of == 1 { 0 } else { message(control, pieces, count_of, 0, 0) };
+        let result = once(control, what | COUNTED, call, digest, 0, || {
+            if message == 0 {
+                syscall(nr::SENDTO, [fd, at, len, flags, 0, 0])
+            } else {
+                syscall(nr::SENDMSG, [fd, message, flags, 0, 0, 0])
+            }
+        });
+        count(control, fd, |stream| &stream.sent, result);
+        if result >= 0 {
+            // Where the supervisor finds it if it has to go on.
+            control.message.len.store(result as u64, Relaxed);
+        }
+        result
+    } else {
+        let message = if count_of == 1 { message(control, 0, 1, at, len) } else { message(control, pieces, count_of, 0, 0) };
+        match once(control, what, call, digest, 0, || syscall(nr::SENDMMSG, [fd, message, 1, flags, 0, 0])) {
+            1 => (control.message.len.load(Relaxed) & NOT_YET) as i64,
+            result => result,
         }
     };
-    if !nonblocking && (result as u64) < total {
+    // Without a reader the supervisor makes the call again, with the signal that it brings.
+    let left = result == EPIPE && control.ignores_pipe.load(Relaxed) == 0;
+    if left || result == EFAULT || (result == EAGAIN && !nonblocking) {
+        end(control);
+        return None;
+    }
+    if !nonblocking && result >= 0 && (result as u64) < total {
         // What is left is sent when there is room again, by the supervisor, who takes notice of this part.
         return None;
     }

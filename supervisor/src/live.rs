@@ -288,6 +288,7 @@ impl Unit {
         row: &table::Row,
     ) -> Result<Outcome> {
         let args = *args;
+        self.before_fd_call(row, &args);
         Ok(match row.class {
             Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
             _ if row.irregular => self.irregular(vtid, nr, &args, call, row)?,
@@ -320,7 +321,7 @@ impl Unit {
         }
         self.outside.begun.remove(&vtid);
         let args = tracee::args_of(&self.thread(vtid).regs);
-        self.forget_fds(nr, &args);
+        self.after_fd_call(nr, &args, result);
         let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
         let flags = took | if self.unloggable.is_some() { flag::UNLOGGABLE } else { 0 };
         self.append(vtid, nr as u16, result, digest, flags)?;
