@@ -312,6 +312,19 @@ fn give(control: &Control) {
     }
 }
 
+/// Passes the turn on before a call, and waits for it to come back; false when the supervisor wants the thread.
+pub(crate) fn pass_turn(control: &Control, call: &Call) -> bool {
+    let Some(slot) = control.slots.get(call.slot).filter(|_| control.may_wait.load(SeqCst) != 0) else { return false };
+    let tid = call.tid as u32;
+    slot.tid.store(tid, Relaxed);
+    give(control);
+    if !take(control, slot, tid) {
+        slot.state.store(RUNS, SeqCst);
+        return false;
+    }
+    control.slow.load(SeqCst) == 0
+}
+
 /// Gives the turn to a thread that wants it, by `give`. A thread that has been chosen does not go away meanwhile.
 fn grant(control: &Control, give: impl Fn(u32) -> bool) -> bool {
     if control.wanting.load(SeqCst) == 0 {

@@ -11,7 +11,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Instant;
 
 use ftrun_abi::fast::{
-    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_BYTES_MAX, CONTROL_BASE, CONTROL_BYTES, Control, FD_PRIVATE, RING_BASE, area,
+    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_BYTES_MAX, CONTROL_BASE, CONTROL_BYTES, Control, FD_PRIVATE,
+    RING_BASE, area,
 };
 use ftrun_abi::ring::Ring;
 

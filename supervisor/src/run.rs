@@ -331,13 +331,7 @@ fn write_end(
 
 /// Makes the tracer's waits return from time to time, so that it sees requests and deadlines.
 pub(crate) fn start_ticks(service: &Service, tracer: libc::c_long) -> Result<(), Error> {
-    extern "C" fn tick(_: libc::c_int) {}
-    // SAFETY: installs a handler that does nothing; without SA_RESTART it interrupts waitpid.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = tick as *const () as usize;
-        libc::sigaction(libc::SIGUSR2, &raw const action, std::ptr::null_mut());
-    }
+    crate::told::listen();
     let started = service.run(|| {
         std::thread::Builder::new().name("ftrun-tick".into()).spawn(move || {
             loop {

@@ -6,8 +6,8 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::fast::{
-    AREA_BYTES, CLOSE, COUNTED, ENROL, FD_COUNTED, EPOLL, EPOLL_EVENTS_MAX, FRAME_TOP, Frame, NOT_YET, NOTHING, OPEN, READ_FILE, RECEIVE,
-    SEND, SEND_ALL, TRANSFER, WRITE_FILE, area, frame_at,
+    AREA_BYTES, CLOSE, COUNTED, ENROL, EPOLL, EPOLL_EVENTS_MAX, FD_COUNTED, FRAME_TOP, Frame, NOT_YET, NOTHING, OPEN,
+    READ_FILE, RECEIVE, SEND, SEND_ALL, TRANSFER, WRITE_FILE, area, frame_at,
 };
 use ftrun_abi::record::{HEADER_BYTES, Kind, OUTPUT_HEADER_BYTES, Record, flag};
 use ftrun_abi::stream;
@@ -64,7 +64,9 @@ impl Unit {
     /// A thread came with a call of which the shim has handed over a part.
     pub(crate) fn take_part(&mut self, vtid: i32) {
         let control = self.log.control();
-        if control.pending.load(SeqCst) & !COUNTED == SEND_ALL && control.pending_sii.load(SeqCst) == control.sii.load(SeqCst) {
+        if control.pending.load(SeqCst) & !COUNTED == SEND_ALL
+            && control.pending_sii.load(SeqCst) == control.sii.load(SeqCst)
+        {
             let (digest, length) = (control.pending_call[2].load(SeqCst), control.message.len.load(SeqCst) & NOT_YET);
             control.pending.store(NOTHING, SeqCst);
             if length != NOT_YET {
