@@ -4,7 +4,7 @@
 use core::sync::atomic::Ordering::Relaxed;
 
 use ftrun_abi::fast::{
-    ADDRESS_BYTES, CLOSE, Control, ENROL, FD_FILE, FD_COUNTED, FD_FRESH, FD_PRIVATE, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX, OPEN,
+    ADDRESS_BYTES, CLOSE, Control, ENROL, FD_FILE, FD_COUNTED, FD_FRESH, FD_KIND, FD_PRIVATE, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX, OPEN,
     READ_FILE, TRANSFER, WRITE_FILE,
 };
 use ftrun_abi::record::HEADER_BYTES;
@@ -27,10 +27,13 @@ fn is_open(fd: u64) -> bool {
 /// The lowest descriptor that is not open: what the kernel gives out next.
 fn lowest_free(control: &Control) -> u64 {
     let mut fd = control.free_fd.load(Relaxed);
-    while is_open(fd) {
-        fd += 1;
+    if control.free_known.load(Relaxed) == 0 {
+        while is_open(fd) {
+            fd += 1;
+        }
+        control.free_fd.store(fd, Relaxed);
+        control.free_known.store(1, Relaxed);
     }
-    control.free_fd.store(fd, Relaxed);
     fd
 }
 
@@ -66,6 +69,8 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
     let mut outs = [(0, 0); 2];
     let mut used = 0;
     if result >= 0 {
+        control.free_fd.store(fd + 1, Relaxed);
+        control.free_known.store(0, Relaxed);
         if let Some(known) = control.fds.get_mut(result as usize) {
             *known = match call.number {
                 nr::ACCEPT | nr::ACCEPT4 => FD_UNKNOWN | FD_FRESH | FD_PRIVATE,
@@ -96,7 +101,11 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
 /// `close`.
 pub(crate) fn close(control: &mut Control, call: &Call) -> Option<i64> {
     let fd = call.args[0];
-    if fd >= FDS_MAX as u64 || !is_open(fd) {
+    if fd >= FDS_MAX as u64 {
+        return None;
+    }
+    // What is known of a descriptor is forgotten when it is closed.
+    if control.fds[fd as usize] & FD_KIND == FD_UNKNOWN && !is_open(fd) {
         return None;
     }
     let digest = call.digest()?;
@@ -104,9 +113,13 @@ pub(crate) fn close(control: &mut Control, call: &Call) -> Option<i64> {
         return None;
     }
     control.fds[fd as usize] = FD_UNKNOWN;
-    control.free_fd.fetch_min(fd, Relaxed);
     control.pending_fd.store(fd, Relaxed);
     let result = once(control, CLOSE, call, digest, 0, || call.make());
+    if fd < control.free_fd.load(Relaxed) {
+        // It was the lowest that is not open as soon as it was not.
+        control.free_fd.store(fd, Relaxed);
+        control.free_known.store(1, Relaxed);
+    }
     settled(control, call, digest, result, &[])
 }
 

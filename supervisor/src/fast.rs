@@ -154,6 +154,7 @@ impl Unit {
         // SAFETY: no arguments.
         control.tracer.store(unsafe { libc::syscall(libc::SYS_gettid) } as u32, SeqCst);
         control.free_fd.store(0, SeqCst);
+        control.free_known.store(0, SeqCst);
         control.code_ranges.store(0, SeqCst);
         control.real_pid.store(self.pid as u64, SeqCst);
         // What is shared stays shared; what was counted is asked for anew.
@@ -273,6 +274,7 @@ impl Unit {
     /// The supervisor is about to make a call that may take from a stream or give to it.
     pub(crate) fn before_fd_call(&mut self, row: &table::Row, args: &[u64; 6]) {
         const ALL: u8 = u8::MAX;
+        self.log.control().free_known.store(0, SeqCst);
         for (arg, value) in row.args.iter().zip(args) {
             if *arg == Arg::Fd {
                 self.log.forget_fds(Some(*value as usize), ALL - FD_COUNTED);

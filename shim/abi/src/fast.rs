@@ -249,6 +249,10 @@ pub struct Control {
     pub duplicated: AtomicU32,
     /// Every descriptor below this one is open.
     pub free_fd: AtomicU64,
+    /// Not zero: [`Control::free_fd`] itself is not open. The supervisor takes this back whenever it has made a call.
+    pub free_known: AtomicU32,
+    /// Zero.
+    pub reserved: AtomicU32,
     /// Threads that wait for a futex.
     pub futex_waiters: AtomicU32,
     /// Not zero: the unit has no children that could use its open files.
