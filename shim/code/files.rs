@@ -4,7 +4,7 @@
 use core::sync::atomic::Ordering::Relaxed;
 
 use ftrun_abi::fast::{
-    ADDRESS_BYTES, CLOSE, Control, ENROL, FD_FILE, FD_COUNTED, FD_FRESH, FD_KIND, FD_PRIVATE, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX, OPEN,
+    ADDRESS_BYTES, CLOSE, Control, ENROL, FD_FILE, FD_COUNTED, FD_FRESH, FD_KIND, FD_PRIVATE, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX, OPEN,
     READ_FILE, TRANSFER, WRITE_FILE,
 };
 use ftrun_abi::record::HEADER_BYTES;
@@ -14,6 +14,7 @@ use crate::log::{DATA, commit, end, fill, has_room, log, once, ring, seam, settl
 use crate::memory::copy;
 use crate::nr;
 use crate::sockets::{RECEIVE_MAX, count, kind};
+use crate::wait::until_readable;
 
 /// Descriptors that others may have, too: standard input and output.
 const STANDARD: u64 = 3;
@@ -41,10 +42,20 @@ fn lowest_free(control: &Control) -> u64 {
 /// nonblocking mode.
 pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
     let accepts = matches!(call.number, nr::ACCEPT | nr::ACCEPT4);
-    if accepts && kind(control, call.args[0]) != FD_SOCKET_NONBLOCKING {
-        return None;
-    }
     let digest = call.digest()?;
+    if accepts {
+        let listener = call.args[0];
+        match kind(control, listener) {
+            FD_SOCKET_NONBLOCKING => {}
+            // A connection that is there stays until somebody takes it.
+            FD_SOCKET_BLOCKING if control.alone.load(Relaxed) != 0 => {
+                if !until_readable(control, call, digest, listener) {
+                    return None;
+                }
+            }
+            _ => return None,
+        }
+    }
     let (to, len_at) = if accepts { (call.args[1], call.args[2]) } else { (0, 0) };
     let mut own = *call;
     let mut room = 0;

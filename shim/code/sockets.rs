@@ -17,7 +17,7 @@ use ftrun_abi::stream;
 
 use crate::call::{Call, EAGAIN, EFAULT, message_header, piece, syscall};
 use crate::calls::again;
-use crate::log::{DATA, commit, end, fill, has_room, log, once, ring, seam, settled, size};
+use crate::log::{DATA, commit, end, fill, has_room, log, once, output_size, ring, seam, settled, size};
 use crate::memory::copy;
 use crate::nr;
 use crate::wait::{Waited, for_data};
@@ -84,7 +84,7 @@ fn flags(call: &Call) -> Option<u64> {
     let flags = match call.number {
         nr::RECVFROM | nr::SENDTO if a4 == 0 => a3,
         nr::RECVFROM | nr::SENDTO => return None,
-        nr::SENDMSG => a2,
+        nr::SENDMSG | nr::RECVMSG => a2,
         _ => 0,
     };
     (flags & !(MSG_DONTWAIT | MSG_NOSIGNAL) == 0).then_some(flags)
@@ -155,6 +155,13 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
         // A stream may give less than there is room for: the first piece.
         nr::READV if call.args[2] > 0 => piece(call.args[1], 0),
         nr::READV => return None,
+        nr::RECVMSG => {
+            let [name, _, pieces, count, ancillary, ..] = message_header(call.args[1]);
+            if name != 0 || ancillary != 0 || count == 0 {
+                return None;
+            }
+            piece(pieces, 0)
+        }
         _ => [call.args[1], call.args[2]],
     };
     if len == 0 || to == 0 {
@@ -166,8 +173,9 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     let mut wait = None;
     let (mut ring, data, got) = loop {
         let mut ring = ring(control)?;
-        let record = ring.reserve(size(room))?;
+        let record = ring.reserve(size(room) + 2 * output_size(8))?;
         let data = record[DATA..].as_mut_ptr();
+        control.pending_set.store(call.args[1], Relaxed);
         let result = if is_counted(control, fd) {
             control.pending_fd.store(fd, Relaxed);
             control.offset.store(control.streams[fd as usize].received.load(Relaxed), Relaxed);
@@ -198,6 +206,17 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
             _ => return None,
         }
     };
+    if call.number == nr::RECVMSG {
+        let [length, flags] = no_more(call);
+        // SAFETY: the program's buffer and header; a fault there is the supervisor's to handle.
+        unsafe {
+            copy(to as *mut u8, data, got as usize);
+            (length.0 as *mut u64).write_unaligned(0);
+            (flags.0 as *mut u32).write_unaligned(0);
+        }
+        let outs = [(to, got), length, flags];
+        return settled(control, call, digest, got as i64, if got > 0 { &outs } else { &outs[1..] });
+    }
     let out = (got > 0).then_some((to, got));
     let used = if got > 0 { size(got) } else { HEADER_BYTES };
     ring.shrink(used);
@@ -210,6 +229,12 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     // SAFETY: the program's buffer; a fault there is the supervisor's to handle.
     unsafe { copy(to as *mut u8, data, got as usize) };
     Some(got as i64)
+}
+
+/// What a message brings besides its data, of which there is nothing here: where the length of the ancillary data and
+/// the flags are.
+fn no_more(call: &Call) -> [(u64, u64); 2] {
+    [(call.args[1] + 40, 8), (call.args[1] + 48, 4)]
 }
 
 /// `write`, `send`, `writev` or `sendmsg` on a stream socket.

@@ -48,7 +48,12 @@ impl Unit {
         let [vtid, nr, digest, at] = control.pending_call.each_ref().map(|w| w.load(SeqCst));
         let done = self.outcome(what, at)?;
         self.log.control().pending.store(NOTHING, SeqCst);
-        let Some(Done(result, outs)) = done else { return Ok(None) };
+        let Some(Done(result, mut outs)) = done else { return Ok(None) };
+        if nr == libc::SYS_recvmsg as u64 && result >= 0 {
+            // No ancillary data, and no flags.
+            let header = self.log.control().pending_set.load(SeqCst);
+            outs.extend([(header + 40, vec![0; 8]), (header + 48, vec![0; 4])]);
+        }
         if what & !COUNTED == SEND_ALL && (result as u64) < self.log.control().pending_from.load(SeqCst) {
             self.begun(vtid as i32, digest).done = result as usize;
             return Ok(None);

@@ -235,7 +235,7 @@ pub struct Control {
     pub pending_call: [AtomicU64; 4],
     /// For the operation in doubt: a descriptor.
     pub pending_fd: AtomicU64,
-    /// For [`ENROL`]: the epoll set.
+    /// For [`ENROL`]: the epoll set; for a `recvmsg`: its header.
     pub pending_set: AtomicU64,
     /// For the operation in doubt: a position in a file, or bytes to send.
     pub pending_from: AtomicU64,
