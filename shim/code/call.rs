@@ -35,7 +35,7 @@ impl Call {
     /// much for us. Reading the program's memory may fault, which the supervisor handles.
     #[inline]
     pub(crate) fn digest(&self) -> Option<u64> {
-        let Some(args) = table::plain_args(self.number) else { return self.digest_of_memory() };
+        let Some(args) = table::plain_args(self.number) else { return self.digest_by(self.row()?) };
         let mut d = Digest::new();
         d.add_u64(self.number);
         for value in self.args.iter().take(args) {
@@ -44,10 +44,11 @@ impl Call {
         Some(d.finish())
     }
 
-    fn digest_of_memory(&self) -> Option<u64> {
+    /// The same, by the row of the call.
+    pub(crate) fn digest_by(&self, row: &Row) -> Option<u64> {
         let mut d = Digest::new();
         d.add_u64(self.number);
-        for (arg, value) in self.row()?.args.iter().zip(self.args) {
+        for (arg, value) in row.args.iter().zip(self.args) {
             d.add_u64(value);
             if value == 0 {
                 continue;

@@ -110,7 +110,7 @@ pub(crate) fn again(control: &Control, call: &Call) -> Option<i64> {
     if !has_room(control, HEADER_BYTES + outs.iter().map(|o| output_size(o.1)).sum::<usize>()) {
         return None;
     }
-    let digest = call.digest()?;
+    let digest = call.digest_by(row)?;
     let result = call.make();
     if result == EINTR || result == EFAULT {
         return None;
