@@ -33,37 +33,62 @@ const SOCK_STREAM: u32 = 1;
 
 /// What kind of descriptor this is: as the page knows, or by asking the kernel.
 pub(crate) fn kind(control: &mut Control, fd: u64) -> u8 {
-    let Some(known) = control.fds.get_mut(fd as usize) else { return FD_OTHER };
-    if *known & FD_KIND == FD_UNKNOWN {
-        *known |= ask(fd);
+    let Some(known) = control.fds.get(fd as usize).copied() else { return FD_OTHER };
+    if known & FD_KIND != FD_UNKNOWN {
+        return known & FD_KIND;
     }
-    *known & FD_KIND
+    let kind = ask(control, fd);
+    control.fds[fd as usize] = known | kind;
+    kind
 }
 
-fn ask(fd: u64) -> u8 {
+fn ask(control: &Control, fd: u64) -> u8 {
+    const S_IFMT: u32 = 0o170_000;
+    const S_IFREG: u32 = 0o100_000;
+    const S_IFSOCK: u32 = 0o140_000;
+    // `struct stat`: the device is at 0, the mode at 24.
+    let mut stat = [0u64; 18];
+    if syscall(nr::FSTAT, [fd, (&raw mut stat) as u64, 0, 0, 0, 0]) != 0 {
+        return FD_OTHER;
+    }
+    match stat[3] as u32 & S_IFMT {
+        S_IFSOCK => ask_socket(fd),
+        S_IFREG if is_plain(control, fd, stat[0]) => FD_FILE,
+        _ => FD_OTHER,
+    }
+}
+
+/// A regular file is no file of /proc: what is written to one of those changes the process.
+fn is_plain(control: &Control, fd: u64, device: u64) -> bool {
+    const PROC_SUPER_MAGIC: u64 = 0x9fa0;
+    /// Bits of the major number, which is 0 where the minor one is given to whatever is mounted next.
+    const MAJOR: u64 = 0xffff_f000_000f_ff00;
+    if control.plain_device.load(Relaxed) == device {
+        return true;
+    }
+    // `struct statfs`: the type is at 0.
+    let mut system = [0u64; 15];
+    let known = syscall(nr::FSTATFS, [fd, (&raw mut system) as u64, 0, 0, 0, 0]) == 0;
+    let plain = known && system[0] != PROC_SUPER_MAGIC;
+    if plain && device & MAJOR != 0 {
+        control.plain_device.store(device, Relaxed);
+    }
+    plain
+}
+
+fn ask_socket(fd: u64) -> u8 {
     const F_GETFL: u64 = 3;
     const O_NONBLOCK: i64 = 0o4000;
     const SOL_SOCKET: u64 = 1;
     const SO_TYPE: u64 = 3;
-    const S_IFMT: u32 = 0o170_000;
-    const S_IFREG: u32 = 0o100_000;
-    const PROC_SUPER_MAGIC: u64 = 0x9fa0;
     let (mut type_, mut len) = (0u32, 4u32);
-    let found = syscall(nr::GETSOCKOPT, [fd, SOL_SOCKET, SO_TYPE, (&raw mut type_) as u64, (&raw mut len) as u64, 0]);
-    if found != 0 {
-        // `struct stat`: the mode is at 24.
-        let mut stat = [0u32; 36];
-        let found = syscall(nr::FSTAT, [fd, (&raw mut stat) as u64, 0, 0, 0, 0]);
-        // `struct statfs`: the type is at 0. What is written to a file of /proc changes the process.
-        let mut system = [0u64; 15];
-        let known = syscall(nr::FSTATFS, [fd, (&raw mut system) as u64, 0, 0, 0, 0]);
-        let plain = found == 0 && known == 0 && stat[6] & S_IFMT == S_IFREG && system[0] != PROC_SUPER_MAGIC;
-        return if plain { FD_FILE } else { FD_OTHER };
+    let asked = [fd, SOL_SOCKET, SO_TYPE, (&raw mut type_) as u64, (&raw mut len) as u64, 0];
+    if syscall(nr::GETSOCKOPT, asked) != 0 || type_ != SOCK_STREAM {
+        return FD_OTHER;
     }
-    let flags = syscall(nr::FCNTL, [fd, F_GETFL, 0, 0, 0, 0]);
-    match flags {
-        0.. if type_ == SOCK_STREAM && flags & O_NONBLOCK != 0 => FD_SOCKET_NONBLOCKING,
-        0.. if type_ == SOCK_STREAM => FD_SOCKET_BLOCKING,
+    match syscall(nr::FCNTL, [fd, F_GETFL, 0, 0, 0, 0]) {
+        flags @ 0.. if flags & O_NONBLOCK != 0 => FD_SOCKET_NONBLOCKING,
+        0.. => FD_SOCKET_BLOCKING,
         _ => FD_OTHER,
     }
 }

@@ -247,6 +247,8 @@ pub struct Control {
     pub address_len: AtomicU32,
     /// Not zero: descriptors share open files, so that a change of one changes others.
     pub duplicated: AtomicU32,
+    /// A device, as `stat` names it, whose files are no files of /proc; 0 when none is known.
+    pub plain_device: AtomicU64,
     /// Every descriptor below this one is open.
     pub free_fd: AtomicU64,
     /// Not zero: [`Control::free_fd`] itself is not open. The supervisor takes this back whenever it has made a call.
