@@ -6,6 +6,7 @@
 
 mod api;
 mod batch;
+mod bytes;
 #[cfg(feature = "service")]
 pub mod cli;
 pub mod client;
@@ -19,6 +20,8 @@ pub mod log;
 pub mod net;
 #[cfg(feature = "service")]
 pub mod service;
+mod state;
+mod table;
 
 pub use api::{
     CheckpointInfo, Collected, Durability, EachPage, EachRecord, Finding, Fsck, NewCheckpoint, OpenOptions, PAGE_BYTES,

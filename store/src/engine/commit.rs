@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use super::frame::{self, Head, Kind, MOVED};
 use super::recover::{Index, Loaded, Loc, insert};
-use super::state::{Control, Needless, State};
 use super::stream::{Place, Stream};
 use super::{Failure, Options, Shared, lease_end, lock};
+use crate::state::{Control, Needless, State};
 use crate::{Batch, Durability, Error, UnitInfo, UnitName};
 
 /// How often a group that found no space is tried again.

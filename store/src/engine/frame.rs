@@ -18,6 +18,8 @@
 //! | 60 | CRC-32 of the 60 bytes before |
 //! | 64 | the body, and zeros up to a multiple of 8 |
 
+use crate::bytes::{u32_at, u64_at};
+
 /// Bytes of a frame's header.
 pub(super) const HEAD_BYTES: usize = 64;
 /// Version of the format of segments.
@@ -153,12 +155,4 @@ pub(super) fn frame_bytes(len: usize) -> usize {
 /// The checksum of a body. It does not depend on where the frame is.
 pub(super) fn body_crc(body: &[u8]) -> u32 {
     crc32fast::hash(body)
-}
-
-pub(super) fn u32_at(b: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(b[at..at + 4].try_into().expect("four bytes"))
-}
-
-pub(super) fn u64_at(b: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(b[at..at + 8].try_into().expect("eight bytes"))
 }

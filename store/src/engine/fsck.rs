@@ -3,10 +3,11 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::recover::{Ends, Key, Loaded, load};
+use super::recover::{Ends, Loaded, load};
 use super::stream::{Bad, Bodies, Place, Which, read_body};
-use super::{Shared, lock, pages};
+use super::{Shared, lock};
 use crate::disk::{Disk, DiskFile};
+use crate::table::{Key, TableBody, unpack};
 use crate::{Durability, Error, Finding, Fsck, PAGE_BYTES};
 
 /// Checks what is on a disk, up to `ends` if it is being written.
@@ -47,12 +48,12 @@ fn file(loaded: &Loaded, place: Place) -> Option<&Arc<dyn DiskFile>> {
     loaded.pack.segments.get(&place.segment).and_then(|(file, _)| file.as_ref())
 }
 
-fn table(loaded: &Loaded, id: u64) -> Result<pages::TableBody, String> {
+fn table(loaded: &Loaded, id: u64) -> Result<TableBody, String> {
     let place = loaded.tables.get(&id).map(|(place, _)| *place);
     let place = place.ok_or_else(|| format!("table {id} is missing"))?;
     let file = file(loaded, place).ok_or_else(|| format!("table {id} is missing"))?;
     let Ok((_, body)) = read_body(&**file, place) else { return Err(format!("table {id} is damaged")) };
-    pages::TableBody::decode(&body).ok_or_else(|| format!("table {id} is damaged"))
+    TableBody::decode(&body).ok_or_else(|| format!("table {id} is damaged"))
 }
 
 /// The keys whose pages are there and right.
@@ -68,7 +69,7 @@ fn check_pages(loaded: &Loaded, report: &mut Fsck) -> Result<HashSet<Key>, Error
         let name = Which::file_name(place.segment);
         let read = file(loaded, place).map(|file| read_body(&**file, place));
         let raw = match read {
-            Some(Ok((head, body))) => pages::unpack(&head, &body),
+            Some(Ok((head, body))) => unpack(head.count as usize, &body),
             Some(Err(Bad::Io(e))) => return Err(Error::io("read", name, &e)),
             Some(Err(Bad::Damaged(_))) | None => None,
         };

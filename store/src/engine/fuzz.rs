@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::frame::{HEAD_BYTES, Head, Kind, body_crc};
-use super::pages::TableBody;
 use super::stream::Which;
 use super::{Engine, Options};
 use crate::disk::Disk;
 use crate::disk::fault::FaultDisk;
 use crate::net::{Answer, Incoming, Op, Request, Response, encode};
+use crate::table::TableBody;
 use crate::{Batch, Durability, NewCheckpoint, OpenOptions, Page, StableStore, UnitName, each_record};
 
 /// A reader, and a function that lets it read what follows from a seed. It panics if the reader is wrong.

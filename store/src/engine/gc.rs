@@ -9,9 +9,10 @@ use std::sync::{Condvar, Mutex, PoisonError};
 
 use super::commit::Use;
 use super::pages::FrameCache;
-use super::recover::{Key, Loc};
+use super::recover::Loc;
 use super::stream::{Place, Stream};
 use super::{Failure, Shared, frame, lock};
+use crate::table::{Key, PACK_PAGES};
 use crate::{Durability, Error, Page, Reclaimed};
 
 /// Says that there may be something to give back.
@@ -178,7 +179,7 @@ impl Shared {
         keys.sort_unstable();
         let mut moved = 0;
         let mut cache = FrameCache::default();
-        for part in keys.chunks(super::pages::FRAME_PAGES) {
+        for part in keys.chunks(PACK_PAGES) {
             let read = |(_, key): &(Place, Key)| Ok((*key, self.pack.page(key, &mut cache)?));
             let pages: Result<Vec<(Key, Page)>, Error> = part.iter().map(read).collect();
             let Ok(pages) = pages else { return Ok(None) };

@@ -7,7 +7,6 @@
 //! | `frame` | the bytes of a frame |
 //! | `stream` | writing frames into segments, and finding them again |
 //! | `spares` | files that are ready to become segments |
-//! | `state` | units, leases, tables; the effect of control records; Johnson's lemmas |
 //! | `recover` | what is stored |
 //! | `commit` | the queue and the thread that writes it: group commit |
 //! | `unit` | the handle of a unit |
@@ -24,7 +23,6 @@ mod gc;
 mod pages;
 mod recover;
 mod spares;
-mod state;
 mod stream;
 mod unit;
 

@@ -1,38 +1,20 @@
 //! Pages and tables: checkpoints in the pack stream.
 //!
-//! A *pages* frame holds up to [`FRAME_PAGES`] pages as one zstd frame, preceded by their keys (blake3). A page that is
-//! stored is not stored again, whoever has it; one of zeros is not stored at all. A *table* frame is a checkpoint:
-//!
-//! | bytes | |
-//! |---|---|
-//! | 8 | number of the table that this one changes, 0 for none |
-//! | 4, 4, 4, 4 | number of ranges gone, of ranges of zeros, of pages; bytes of the manifest |
-//! | 16 each | ranges gone: first address, address behind |
-//! | 16 each | ranges of zeros |
-//! | 40 each | pages, ascending: address, key |
-//! | | the manifest |
+//! A *pages* frame holds up to [`PACK_PAGES`] pages. A page that is stored is not stored again, whoever has it; one of
+//! zeros is not stored at all. A *table* frame is a checkpoint.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use super::commit::Use;
-use super::frame::{self, Head, Kind, u32_at, u64_at};
-use super::recover::{Key, Loaded, PagePlace};
-use super::state::{Control, Needless, Table, Unit};
+use super::frame::{self, Head, Kind};
+use super::recover::{Loaded, PagePlace};
 use super::stream::{Bad, Files, Place, Stream, Which, read_body};
 use super::{Failure, Shared, lock};
+use crate::state::{Control, Needless, Table, Unit};
+use crate::table::{DEPTH_MAX, Key, PACK_PAGES, TableBody, pack, unpack};
 use crate::{Durability, EachPage, Error, NewCheckpoint, PAGE_BYTES, Page, UnitName};
-
-/// Pages compressed together.
-pub(super) const FRAME_PAGES: usize = 16;
-/// Changes of changes; the table after that is whole.
-pub(super) const DEPTH_MAX: u32 = 32;
-/// Level of zstd: the disk is to be slower than the compression.
-const ZSTD_LEVEL: i32 = 1;
-const PAGE: u64 = PAGE_BYTES as u64;
-/// Pages of zeros in a table: 64 GiB. They are ranges there, but not in memory.
-const ZERO_PAGES_MAX: u64 = 1 << 24;
 
 /// The pack stream.
 #[derive(Debug)]
@@ -90,107 +72,12 @@ impl PackIndex {
     }
 }
 
-/// What a table frame holds.
-#[derive(Debug, Default)]
-pub(super) struct TableBody {
-    pub(super) parent: Option<u64>,
-    pub(super) gone: Vec<Range<u64>>,
-    pub(super) zero: Vec<Range<u64>>,
-    pub(super) pages: Vec<(u64, Key)>,
-    pub(super) manifest: Vec<u8>,
-}
-
-impl TableBody {
-    pub(super) fn encode(&self) -> Result<Vec<u8>, Error> {
-        let count =
-            |n: usize| u32::try_from(n).map_err(|_| Error::invalid("a checkpoint", "more than 4 GiB of one thing"));
-        let mut out = self.parent.unwrap_or(0).to_le_bytes().to_vec();
-        for n in [self.gone.len(), self.zero.len(), self.pages.len(), self.manifest.len()] {
-            out.extend(count(n)?.to_le_bytes());
-        }
-        for range in self.gone.iter().chain(&self.zero) {
-            out.extend(range.start.to_le_bytes());
-            out.extend(range.end.to_le_bytes());
-        }
-        for (address, key) in &self.pages {
-            out.extend(address.to_le_bytes());
-            out.extend(key);
-        }
-        out.extend(&self.manifest);
-        count(out.len())?;
-        Ok(out)
-    }
-
-    /// Judges any bytes.
-    pub(super) fn decode(b: &[u8]) -> Option<Self> {
-        if b.len() < 24 {
-            return None;
-        }
-        let [gone, zero, pages, manifest] = [8, 12, 16, 20].map(|at| u32_at(b, at) as usize);
-        let (ranges, rest) = b[24..].split_at_checked(gone.checked_add(zero)?.checked_mul(16)?)?;
-        let (table, rest) = rest.split_at_checked(pages.checked_mul(40)?)?;
-        if rest.len() != manifest {
-            return None;
-        }
-        let mut all = ranges.as_chunks::<16>().0.iter().map(|r| u64_at(r, 0)..u64_at(r, 8));
-        let zero_pages = ranges[gone * 16..]
-            .as_chunks::<16>()
-            .0
-            .iter()
-            .try_fold(0u64, |sum, r| sum.checked_add(u64_at(r, 8).checked_sub(u64_at(r, 0))? / PAGE))?;
-        if zero_pages > ZERO_PAGES_MAX {
-            return None;
-        }
-        let pages = table.as_chunks::<40>().0.iter().map(|e| (u64_at(e, 0), e[8..].try_into().expect("32 bytes")));
-        Some(Self {
-            parent: Some(u64_at(b, 0)).filter(|id| *id != 0),
-            gone: all.by_ref().take(gone).collect(),
-            zero: all.collect(),
-            pages: pages.collect(),
-            manifest: rest.to_vec(),
-        })
-    }
-
-    /// Applies this table to what it changes; `None` is a page of zeros.
-    pub(super) fn apply(&self, range: &Range<u64>, to: &mut BTreeMap<u64, Option<Key>>) {
-        let clip = |r: &Range<u64>| r.start.max(range.start)..r.end.min(range.end);
-        for gone in self.gone.iter().map(clip).filter(|r| r.start < r.end) {
-            let mut tail = to.split_off(&gone.start);
-            to.append(&mut tail.split_off(&gone.end));
-        }
-        for zero in self.zero.iter().map(clip).filter(|r| r.start < r.end) {
-            to.extend((zero.start.div_ceil(PAGE)..zero.end.div_ceil(PAGE)).map(|n| (n * PAGE, None)));
-        }
-        let from = self.pages.partition_point(|(a, _)| *a < range.start);
-        to.extend(self.pages[from..].iter().take_while(|(a, _)| *a < range.end).map(|(a, key)| (*a, Some(*key))));
-    }
-}
-
-/// Adds an address to ranges that ascend.
-fn push_range(ranges: &mut Vec<Range<u64>>, address: u64) {
-    match ranges.last_mut() {
-        Some(last) if last.end == address => last.end += PAGE,
-        _ => ranges.push(address..address + PAGE),
-    }
-}
-
-/// The pages of a frame's body.
-pub(super) fn unpack(head: &Head, body: &[u8]) -> Option<Vec<u8>> {
-    let count = head.count as usize;
-    let (_, data) = body.split_at_checked(count.checked_mul(32)?)?;
-    let bytes = zstd::bulk::decompress(data, count.checked_mul(PAGE_BYTES)?).ok()?;
-    (bytes.len() == count * PAGE_BYTES).then_some(bytes)
-}
-
 /// A frame of pages.
-fn pack(pages: &[(Key, Page)]) -> std::io::Result<Vec<u8>> {
-    let raw: Vec<u8> = pages.iter().flat_map(|(_, page)| page).copied().collect();
-    let mut body: Vec<u8> = pages.iter().flat_map(|(key, _)| key).copied().collect();
-    let keys_crc = frame::body_crc(&body);
-    body.extend(zstd::bulk::compress(&raw, ZSTD_LEVEL)?);
+fn pages_frame(pages: &[(Key, Page)]) -> std::io::Result<Vec<u8>> {
+    let body = pack(pages)?;
     let mut head = Head::new(Kind::Pages, &body);
     head.count = u32::try_from(pages.len()).expect("few");
-    head.keys_crc = keys_crc;
+    head.keys_crc = frame::body_crc(&body[..pages.len() * 32]);
     let mut out = Vec::new();
     frame::put(&mut out, &head, &body);
     Ok(out)
@@ -247,7 +134,7 @@ impl Pack {
     /// The pages of a frame.
     fn frame(&self, place: Place) -> Result<Vec<u8>, Error> {
         let (head, body) = self.read(place)?;
-        let pages = if head.kind == Kind::Pages { unpack(&head, &body) } else { None };
+        let pages = if head.kind == Kind::Pages { unpack(head.count as usize, &body) } else { None };
         let what = "the compression of pages".to_owned();
         pages.ok_or_else(|| Error::Damaged { file: Which::file_name(place.segment), offset: place.at, what })
     }
@@ -278,7 +165,7 @@ impl Pack {
 
     /// Writes pages that are not stored, and takes a reference to each.
     pub(super) fn write_pages(&self, pages: &[(Key, Page)]) -> Result<u64, Failure> {
-        let frame = pack(pages).map_err(|e| Failure::new("compress", "pages", &e))?;
+        let frame = pages_frame(pages).map_err(|e| Failure::new("compress", "pages", &e))?;
         let bytes = frame.len() as u64;
         let place = self.write(frame)?;
         let mut index = lock(&self.index);
@@ -294,7 +181,7 @@ impl Pack {
 
     /// Writes pages again that are stored elsewhere, and has them found here.
     pub(super) fn move_pages(&self, pages: &[(Key, Page)], from: u64) -> Result<u64, Failure> {
-        let frame = pack(pages).map_err(|e| Failure::new("compress", "pages", &e))?;
+        let frame = pages_frame(pages).map_err(|e| Failure::new("compress", "pages", &e))?;
         let bytes = frame.len() as u64;
         let place = self.write(frame)?;
         let index = &mut *lock(&self.index);
@@ -327,19 +214,7 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     fn put(&mut self, address: u64, page: &Page) -> Result<(), Error> {
-        if !address.is_multiple_of(PAGE) || address.checked_add(PAGE).is_none() {
-            return Err(Error::invalid(format!("page address {address:#x}"), "it must be a multiple of 4096"));
-        }
-        if page.iter().all(|b| *b == 0) {
-            if self.table.zero.len() as u64 == ZERO_PAGES_MAX {
-                let why = "more than 64 GiB of zero pages; leave out what was never written";
-                return Err(Error::invalid("a checkpoint", why));
-            }
-            self.table.zero.push(address..address + PAGE);
-            return Ok(());
-        }
-        let key: Key = *blake3::hash(page).as_bytes();
-        self.table.pages.push((address, key));
+        let Some(key) = self.table.put(address, page)? else { return Ok(()) };
         if self.pending.iter().any(|(k, _)| *k == key) {
             self.flush()?;
         }
@@ -348,7 +223,7 @@ impl Writer<'_> {
             return Ok(());
         }
         self.pending.push((key, *page));
-        if self.pending.len() == FRAME_PAGES { self.flush() } else { Ok(()) }
+        if self.pending.len() == PACK_PAGES { self.flush() } else { Ok(()) }
     }
 
     fn flush(&mut self) -> Result<(), Error> {
@@ -412,20 +287,11 @@ impl Shared {
             let find = |u: &Unit| u.checkpoints().get(&sii).map(|(id, table)| (*id, table.depth, u.lineage(*id)));
             parent = Some(self.unit(number, name, find, sii)?);
         }
-        let table = TableBody { manifest: new.manifest.to_vec(), gone: new.gone.to_vec(), ..TableBody::default() };
+        let table = TableBody::new(new);
         let mut writer = Writer { shared: self, table, pending: Vec::new(), held: Vec::new(), bytes: 0 };
         new.pages.each(&mut |address, page| writer.put(address, page))?;
         writer.flush()?;
-        writer.table.pages.sort_unstable_by_key(|(address, _)| *address);
-        let mut zero: Vec<u64> = writer.table.zero.drain(..).map(|r| r.start).collect();
-        zero.sort_unstable();
-        for address in zero {
-            push_range(&mut writer.table.zero, address);
-        }
-        let twice = writer.table.pages.windows(2).any(|two| two[0].0 == two[1].0);
-        if twice {
-            return Err(Error::invalid("the pages of a checkpoint", "one address is there twice"));
-        }
+        writer.table.finish()?;
         let mut depth = 0;
         let mut parent_id = None;
         match parent {
@@ -444,26 +310,16 @@ impl Shared {
 
     /// Makes a table whole that changes the first of `lineage`.
     fn make_whole(&self, writer: &mut Writer<'_>, lineage: &[u64]) -> Result<(), Error> {
-        let everything = 0..u64::MAX;
         let mut all = BTreeMap::new();
         for id in lineage.iter().rev() {
-            self.pack.table(*id)?.apply(&everything, &mut all);
+            self.pack.table(*id)?.apply(&(0..u64::MAX), &mut all);
         }
-        writer.table.apply(&everything, &mut all);
         let own: HashSet<u64> = writer.table.pages.iter().map(|(address, _)| *address).collect();
-        writer.table.gone.clear();
-        writer.table.zero.clear();
-        writer.table.pages.clear();
+        writer.table.make_whole(all);
         let mut index = lock(&self.pack.index);
-        for (address, key) in all {
-            match key {
-                None => push_range(&mut writer.table.zero, address),
-                Some(key) => {
-                    writer.table.pages.push((address, key));
-                    if !own.contains(&address) && index.hold(&key) {
-                        writer.held.push(key);
-                    }
-                }
+        for (address, key) in &writer.table.pages {
+            if !own.contains(address) && index.hold(key) {
+                writer.held.push(*key);
             }
         }
         Ok(())
@@ -503,7 +359,7 @@ impl Shared {
             parent: writer.table.parent,
             depth,
             hidden: false,
-            pages: writer.table.pages.len() as u64 + zeros(&writer.table.zero),
+            pages: writer.table.page_count(),
             bytes: stored,
         };
         let mut inner = self.queue.room(0)?;
@@ -583,10 +439,6 @@ impl Shared {
     }
 }
 
-fn zeros(ranges: &[Range<u64>]) -> u64 {
-    ranges.iter().map(|r| (r.end - r.start) / PAGE).sum()
-}
-
 /// The frames that were read last: neighbours in memory are often neighbours there.
 #[derive(Debug, Default)]
 pub(super) struct FrameCache {
@@ -627,28 +479,6 @@ impl Pack {
                 let (file, offset) = (Which::file_name(place.place.segment), place.place.at);
                 return Err(Error::Damaged { file, offset, what: "a page does not have its key".into() });
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn any_table_is_judged(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            if let Some(table) = TableBody::decode(&bytes) {
-                prop_assert_eq!(table.encode().unwrap(), bytes);
-            }
-        }
-
-        #[test]
-        fn tables_come_back(parent in 1u64.., gone in prop::collection::vec(any::<(u64, u64)>(), 0..3), pages in prop::collection::vec(any::<(u64, Key)>(), 0..5), manifest: Vec<u8>) {
-            let table = TableBody { parent: Some(parent), gone: gone.iter().map(|(a, b)| *a..*b).collect(), zero: Vec::from_iter(Some(0..8192)), pages, manifest };
-            let again = TableBody::decode(&table.encode().unwrap()).unwrap();
-            prop_assert_eq!(format!("{table:?}"), format!("{again:?}"));
         }
     }
 }

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::frame::{self, HEAD_BYTES, Head, Kind, MOVED};
-use super::state::{Control, State};
 use super::stream::{Bodies, Item, Opening, Place, Which, scan};
 use crate::disk::{Disk, DiskFile};
+use crate::state::{Control, State};
+use crate::table::Key;
 use crate::{Error, Finding};
 
 /// The file in which a clean close notes where both streams end.
@@ -81,8 +82,6 @@ pub(super) struct PagePlace {
     /// Entries of tables that name it.
     pub(super) refs: u32,
 }
-
-pub(super) type Key = [u8; 32];
 
 /// Where segments end, as far as others say so.
 type KnownEnds = BTreeMap<u64, Option<u64>>;

@@ -8,9 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::{self, HEAD_BYTES, Head, Kind};
 use super::spares::Spares;
-use super::state::State;
 use super::{Failure, lock};
+use crate::bytes::u64_at;
 use crate::disk::{Disk, DiskFile};
+use crate::state::State;
 
 /// Which stream. Numbers of log segments are even, those of pack segments odd: no number is used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -176,7 +177,7 @@ impl Stream {
         let mut places = Vec::new();
         let mut at = 0;
         while at < frames.len() {
-            let segment = frame::u64_at(frames, at + 8);
+            let segment = u64_at(frames, at + 8);
             let mut head = Head::decode(&frames[at..], segment).expect("a frame that was made here");
             (head.segment, head.durable) = (self.number, self.durable);
             frames[at..at + HEAD_BYTES].copy_from_slice(&head.encode());

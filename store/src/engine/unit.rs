@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use super::commit::{Call, Inner, Live};
 use super::recover::Loc;
-use super::state::{Control, effective};
 use super::stream::{Bad, Which, read_body};
 use super::{Shared, frame, lease_end, lock};
+use crate::state::{Control, effective};
 use crate::{
     BATCH_BYTES_MAX, Batch, CheckpointInfo, Collected, Durability, EachPage, Error, NewCheckpoint, OpenOptions,
     UnitName, UnitStore,
@@ -96,7 +96,7 @@ impl Handle {
     }
 
     /// Queues a control record that makes this unit smaller.
-    fn shrink(&self, inner: &mut Inner, control: Control) -> super::state::Needless {
+    fn shrink(&self, inner: &mut Inner, control: Control) -> crate::state::Needless {
         let (_, needless) = self.shared.queue.control(inner, control, Durability::Cache);
         self.shared.queue.clip(inner, self.number);
         needless
@@ -313,7 +313,7 @@ impl UnitStore for Handle {
         let Some((effective, oldest)) = effective(&checkpoints, recovery, spare) else {
             return Ok(Collected::default());
         };
-        let mut needless = super::state::Needless::default();
+        let mut needless = crate::state::Needless::default();
         if checkpoints.first() < Some(&oldest) {
             needless = self.shrink(&mut inner, Control::Hide { unit: self.number, below: oldest });
         }
@@ -343,7 +343,7 @@ impl UnitStore for Handle {
     fn checkpoints(&self) -> Result<Vec<CheckpointInfo>, Error> {
         let inner = self.shared.queue.lock();
         let unit = inner.state.units.get(&self.number).ok_or_else(|| Error::NoUnit { unit: self.name.to_string() })?;
-        let info = |(sii, (_, table)): (u64, (u64, &super::state::Table))| CheckpointInfo {
+        let info = |(sii, (_, table)): (u64, (u64, &crate::state::Table))| CheckpointInfo {
             sii,
             pages: table.pages,
             bytes: table.bytes,

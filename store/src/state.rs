@@ -1,7 +1,7 @@
 //! The control state: what the store knows of its units, apart from where things are.
 //!
-//! It is the result of the control records and of the SIIs of the batches, in the order of the log. Writing and
-//! recovery apply them by the same functions.
+//! In the embedded engine it is the result of the control records and of the SIIs of the batches, in the order of the
+//! log; writing and recovery apply them by the same functions. In a cluster each unit's part of it is one stored value.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::UnitName;
 
 /// A change of the control state, as it is in the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Control {
+pub(crate) enum Control {
     /// Only there to be committed.
     Nothing,
     Create {
@@ -51,50 +51,50 @@ pub(super) enum Control {
 
 /// A stored table: a checkpoint, or what is left of one that others are changes to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Table {
-    pub(super) sii: u64,
+pub(crate) struct Table {
+    pub(crate) sii: u64,
     /// Number of the table that this one changes.
-    pub(super) parent: Option<u64>,
+    pub(crate) parent: Option<u64>,
     /// Tables under this one.
-    pub(super) depth: u32,
+    pub(crate) depth: u32,
     /// It is no checkpoint any more.
-    pub(super) hidden: bool,
+    pub(crate) hidden: bool,
     /// Pages that it names.
-    pub(super) pages: u64,
+    pub(crate) pages: u64,
     /// Bytes stored for it.
-    pub(super) bytes: u64,
+    pub(crate) bytes: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Unit {
-    pub(super) name: String,
-    pub(super) epoch: u64,
-    pub(super) holder: Option<String>,
-    pub(super) ttl_ms: u64,
+pub(crate) struct Unit {
+    pub(crate) name: String,
+    pub(crate) epoch: u64,
+    pub(crate) holder: Option<String>,
+    pub(crate) ttl_ms: u64,
     /// The log is `first..next`.
-    pub(super) first: u64,
-    pub(super) next: u64,
+    pub(crate) first: u64,
+    pub(crate) next: u64,
     /// By number.
-    pub(super) tables: BTreeMap<u64, Table>,
+    pub(crate) tables: BTreeMap<u64, Table>,
 }
 
 /// What [`State::apply`] made needless.
 #[derive(Debug, Default)]
-pub(super) struct Needless {
+pub(crate) struct Needless {
     /// Tables (unit, number).
-    pub(super) tables: Vec<(u64, u64)>,
+    pub(crate) tables: Vec<(u64, u64)>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct State {
-    pub(super) units: BTreeMap<u64, Unit>,
+pub(crate) struct State {
+    pub(crate) units: BTreeMap<u64, Unit>,
     /// Numbers of units and tables are never used twice.
-    pub(super) next_id: u64,
+    pub(crate) next_id: u64,
 }
 
 impl State {
     /// Takes note of a batch that was appended.
-    pub(super) fn batch(&mut self, unit: u64, first: u64, next: u64) {
+    pub(crate) fn batch(&mut self, unit: u64, first: u64, next: u64) {
         if let Some(unit) = self.units.get_mut(&unit) {
             if unit.first == unit.next {
                 unit.first = first;
@@ -103,7 +103,7 @@ impl State {
         }
     }
 
-    pub(super) fn apply(&mut self, control: &Control) -> Needless {
+    pub(crate) fn apply(&mut self, control: &Control) -> Needless {
         let mut needless = Needless::default();
         let unit = match control {
             Control::Nothing => return needless,
@@ -127,43 +127,63 @@ impl State {
             return needless;
         }
         let Some(it) = self.units.get_mut(&unit) else { return needless };
-        match control {
-            Control::Nothing | Control::Create { .. } | Control::Remove { .. } => {}
+        let gone = match control {
+            Control::Nothing | Control::Create { .. } | Control::Remove { .. } => Vec::new(),
             Control::Lease { epoch, holder, ttl_ms, .. } => {
                 it.epoch = it.epoch.max(*epoch);
                 it.holder = Some(holder.clone());
                 it.ttl_ms = *ttl_ms;
+                Vec::new()
             }
-            Control::Release { .. } => it.holder = None,
+            Control::Release { .. } => {
+                it.holder = None;
+                Vec::new()
+            }
             Control::Below { sii, .. } => {
-                it.first = it.first.max(*sii);
-                it.next = it.next.max(it.first);
+                it.below(*sii);
+                Vec::new()
             }
             Control::From { sii, .. } => {
                 it.next = it.next.min((*sii).max(it.first));
+                Vec::new()
             }
             Control::Publish { id, table, .. } => {
                 self.next_id = self.next_id.max(id.saturating_add(1));
-                for old in it.tables.values_mut().filter(|t| t.sii == table.sii) {
-                    old.hidden = true;
-                }
-                it.tables.insert(*id, table.clone());
-                needless.tables = it.sweep().into_iter().map(|id| (unit, id)).collect();
+                it.publish(*id, table.clone())
             }
-            Control::Hide { below, .. } => {
-                for old in it.tables.values_mut().filter(|t| t.sii < *below) {
-                    old.hidden = true;
-                }
-                needless.tables = it.sweep().into_iter().map(|id| (unit, id)).collect();
-            }
-        }
+            Control::Hide { below, .. } => it.hide(*below),
+        };
+        needless.tables = gone.into_iter().map(|id| (unit, id)).collect();
         needless
     }
 }
 
 impl Unit {
+    /// Drops the records below `sii`.
+    pub(crate) fn below(&mut self, sii: u64) {
+        self.first = self.first.max(sii);
+        self.next = self.next.max(self.first);
+    }
+
+    /// Adds a checkpoint; one at the same SII is replaced. Returns the tables that are needless by it.
+    pub(crate) fn publish(&mut self, id: u64, table: Table) -> Vec<u64> {
+        for old in self.tables.values_mut().filter(|t| t.sii == table.sii) {
+            old.hidden = true;
+        }
+        self.tables.insert(id, table);
+        self.drop_needless()
+    }
+
+    /// Drops the checkpoints before `below`. Returns the tables that are needless by it.
+    pub(crate) fn hide(&mut self, below: u64) -> Vec<u64> {
+        for old in self.tables.values_mut().filter(|t| t.sii < below) {
+            old.hidden = true;
+        }
+        self.drop_needless()
+    }
+
     /// Removes hidden tables that no checkpoint builds on.
-    fn sweep(&mut self) -> Vec<u64> {
+    fn drop_needless(&mut self) -> Vec<u64> {
         let mut needed = std::collections::BTreeSet::new();
         for (id, table) in &self.tables {
             if !table.hidden {
@@ -184,12 +204,12 @@ impl Unit {
     }
 
     /// The checkpoints, by SII.
-    pub(super) fn checkpoints(&self) -> BTreeMap<u64, (u64, &Table)> {
+    pub(crate) fn checkpoints(&self) -> BTreeMap<u64, (u64, &Table)> {
         self.tables.iter().filter(|(_, t)| !t.hidden).map(|(id, t)| (t.sii, (*id, t))).collect()
     }
 
     /// The table and those that it builds on, newest first.
-    pub(super) fn lineage(&self, id: u64) -> Vec<u64> {
+    pub(crate) fn lineage(&self, id: u64) -> Vec<u64> {
         let mut out = vec![id];
         while let Some(parent) = out.last().and_then(|id| self.tables.get(id)).and_then(|t| t.parent) {
             if out.contains(&parent) {
@@ -205,7 +225,7 @@ impl Unit {
 /// the current recovery state, the effective checkpoint for that interval, and the oldest one to keep when `spare` more
 /// are wanted. Checkpoints before the kept one and events up to it can go. `None` if there is no effective one: then
 /// everything from the beginning is needed.
-pub(super) fn effective(checkpoints: &[u64], recovery: u64, spare: usize) -> Option<(u64, u64)> {
+pub(crate) fn effective(checkpoints: &[u64], recovery: u64, spare: usize) -> Option<(u64, u64)> {
     let before: Vec<u64> = checkpoints.iter().copied().take_while(|sii| *sii <= recovery).collect();
     let effective = *before.last()?;
     Some((effective, before[before.len() - 1 - spare.min(before.len() - 1)]))
