@@ -1,4 +1,4 @@
-//! The interface of stable storage; `engine` and `client` implement it.
+//! The interface of stable storage; `engine`, `client` and `nats` implement it.
 
 use std::fmt;
 use std::ops::Range;
@@ -61,7 +61,7 @@ impl fmt::Display for UnitName {
     }
 }
 
-/// What an acknowledged record survives.
+/// What an acknowledged record survives. In a cluster each level is one of a majority of the replicas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
@@ -82,6 +82,15 @@ pub struct OpenOptions {
     pub ttl: Duration,
     /// When an append is acknowledged and a checkpoint is published.
     pub durability: Durability,
+}
+
+impl OpenOptions {
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if self.holder.is_empty() || self.holder.len() > 200 {
+            return Err(Error::invalid("the holder of a lease", "a name of 1 to 200 bytes is needed"));
+        }
+        Ok(())
+    }
 }
 
 /// What a store knows of a unit.
@@ -206,7 +215,7 @@ pub struct Fsck {
 /// Space that has been given back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reclaimed {
-    /// Segment files given back.
+    /// Segment files given back; messages, in a cluster.
     pub segments: u64,
     /// Bytes in them.
     pub bytes: u64,

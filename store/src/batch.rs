@@ -86,6 +86,16 @@ impl Batch {
         Records { sii: self.first, rest: &self.body }
     }
 
+    /// # Errors
+    /// It is larger than [`BATCH_BYTES_MAX`].
+    pub(crate) fn check_size(&self) -> Result<(), Error> {
+        if self.body.len() > BATCH_BYTES_MAX {
+            let why = format!("{} bytes, and at most {BATCH_BYTES_MAX} go into one; make several", self.body.len());
+            return Err(Error::invalid("a batch of records", why));
+        }
+        Ok(())
+    }
+
     /// Drops the records from `sii` on.
     pub(crate) fn cut(&mut self, sii: u64) {
         if sii >= self.next() {

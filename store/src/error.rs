@@ -176,8 +176,8 @@ pub enum Error {
         /// Why.
         why: String,
     },
-    /// The service cannot be reached, or broke the protocol.
-    #[error("the connection to {server} is lost: {why}; start `ftstore serve` there, or look at the network")]
+    /// The store cannot be reached, or broke the protocol.
+    #[error("the connection to {server} is lost: {why}; see that the store runs there, or look at the network")]
     Disconnected {
         /// The address.
         server: String,

@@ -17,11 +17,14 @@ pub mod engine;
 mod error;
 mod location;
 pub mod log;
+#[cfg(feature = "nats")]
+pub mod nats;
 pub mod net;
 #[cfg(feature = "service")]
 pub mod service;
 mod state;
 mod table;
+mod watch;
 
 pub use api::{
     CheckpointInfo, Collected, Durability, EachPage, EachRecord, Finding, Fsck, NewCheckpoint, OpenOptions, PAGE_BYTES,
@@ -31,5 +34,5 @@ pub use batch::{BATCH_BYTES_MAX, Batch, Records as BatchRecords};
 pub use client::Client;
 pub use engine::{Engine, Options as EngineOptions};
 pub use error::Error;
-pub use location::{Location, Tcp};
+pub use location::{Location, Nats, Tcp};
 pub use log::{LogError, LogReader, LogWriter, Lost, Records};

@@ -18,7 +18,10 @@ pub(super) struct Gc {
 impl Gc {
     pub(super) fn run(&self) -> Result<Answer, Error> {
         let got = self.at.store.open()?.gc()?;
-        let text = format!("{} files with {} bytes given back, {} bytes moved\n", got.segments, got.bytes, got.moved);
+        let text = format!(
+            "{} files or messages with {} bytes given back, {} bytes moved\n",
+            got.segments, got.bytes, got.moved
+        );
         Ok(Answer { text, json: json!(got), bad: false })
     }
 }

@@ -44,7 +44,7 @@ enum Command {
 /// A store on the command line.
 #[derive(Clone, Debug, clap::Args)]
 struct At {
-    /// The store: file:DIR, unix:PATH or tcp:HOST:PORT?name=…&key=FILE&ca=FILE
+    /// The store: file:DIR, unix:PATH, tcp:HOST:PORT?name=…&key=FILE&ca=FILE or nats://HOST:PORT,…/NAME
     #[arg(value_name = "STORE", value_parser = |url: &str| url.parse::<Location>().map_err(|e| e.to_string()))]
     store: Location,
 }

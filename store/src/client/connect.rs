@@ -142,7 +142,7 @@ pub(super) fn connect(location: &Location) -> Result<Link, Error> {
     let io = lost(location);
     let mut key = None;
     let mut link = match location {
-        Location::File(path) => return Err(Error::invalid(path.display().to_string(), "not a service")),
+        Location::File(_) | Location::Nats(_) => return Err(Error::invalid(location.to_string(), "not a service")),
         Location::Unix(path) => Link { socket: Socket::Unix(UnixStream::connect(path).map_err(&io)?), tls: None },
         Location::Tcp(tcp) => {
             key = tcp.key.as_deref().map(read_key).transpose()?;
@@ -158,7 +158,7 @@ pub(super) fn connect(location: &Location) -> Result<Link, Error> {
     }
     let client = match location {
         Location::Tcp(tcp) => tcp.name.clone(),
-        Location::File(_) | Location::Unix(_) => String::new(),
+        Location::File(_) | Location::Unix(_) | Location::Nats(_) => String::new(),
     };
     greet(&link, location, client, key.as_deref())?;
     link.socket.timeout(None).map_err(&io)?;

@@ -13,11 +13,12 @@ use std::thread::JoinHandle;
 
 use crate::location::Location;
 use crate::net::{Answer, FRAME_BYTES_MAX, Incoming, Op, Request, Response, encode};
+use crate::watch::Watch;
 use crate::{Error, Fsck, OpenOptions, Reclaimed, StableStore, UnitInfo, UnitName, UnitStore};
 #[cfg(feature = "service")]
 pub(crate) use connect::read_key;
 use connect::{Link, connect};
-use unit::{Remote, Watch};
+use unit::Remote;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

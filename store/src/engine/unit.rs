@@ -11,8 +11,7 @@ use super::stream::{Bad, Which, read_body};
 use super::{Shared, frame, lease_end, lock};
 use crate::state::{Control, effective};
 use crate::{
-    BATCH_BYTES_MAX, Batch, CheckpointInfo, Collected, Durability, EachPage, Error, NewCheckpoint, OpenOptions,
-    UnitName, UnitStore,
+    Batch, CheckpointInfo, Collected, Durability, EachPage, Error, NewCheckpoint, OpenOptions, UnitName, UnitStore,
 };
 
 /// A unit that is open.
@@ -33,9 +32,7 @@ impl fmt::Debug for Handle {
 
 impl Handle {
     pub(super) fn open(shared: &Arc<Shared>, name: &UnitName, options: &OpenOptions) -> Result<Self, Error> {
-        if options.holder.is_empty() || options.holder.len() > 200 {
-            return Err(Error::invalid("the holder of a lease", "a name of 1 to 200 bytes is needed"));
-        }
+        options.check()?;
         let mut inner = shared.queue.room(0)?;
         let durability = options.durability.max(Durability::Cache);
         let number = match inner.names.get(name.as_str()) {
@@ -185,10 +182,7 @@ impl UnitStore for Handle {
         if batch.is_empty() {
             return Ok(());
         }
-        if batch.body().len() > BATCH_BYTES_MAX {
-            let why = format!("{} bytes, and at most {BATCH_BYTES_MAX} go into one; make several", batch.body().len());
-            return Err(Error::invalid("a batch of records", why));
-        }
+        batch.check_size()?;
         let crc = frame::body_crc(batch.body());
         let queue = &self.shared.queue;
         let mut inner = queue.room(batch.body().len())?;

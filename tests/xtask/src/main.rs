@@ -171,7 +171,11 @@ fn test(args: &[String]) -> Result<ExitCode, Error> {
     let ftrun = build_ftrun()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["test", "--workspace", "--no-fail-fast", "--target-dir"]).arg(target_dir()?).current_dir(workspace());
+    command.env("FTRUN_NATS_SERVER", install::nats_server()?);
+    command
+        .args(["test", "--workspace", "--features", "ftrun-store/nats", "--no-fail-fast", "--target-dir"])
+        .arg(target_dir()?)
+        .current_dir(workspace());
     command.env("FTRUN_BIN", ftrun);
     if args.is_empty() {
         // Each test of a real program keeps about one core busy.
