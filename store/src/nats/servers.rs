@@ -11,14 +11,15 @@ use super::monitor;
 /// How long servers may take to find each other, and one that was started again to catch up.
 const START: Duration = Duration::from_secs(60);
 
-/// The program: `FTRUN_NATS_SERVER`, or the one in the path.
-fn program() -> std::ffi::OsString {
-    std::env::var_os("FTRUN_NATS_SERVER").unwrap_or_else(|| "nats-server".into())
+/// The program that `FTRUN_NATS_SERVER` names, or the one in the path.
+pub fn program() -> PathBuf {
+    std::env::var_os("FTRUN_NATS_SERVER").map_or_else(|| "nats-server".into(), PathBuf::from)
 }
 
 /// Servers with JetStream that sync each message, on loopback; killed with the value.
 #[derive(Debug)]
 pub struct Servers {
+    program: PathBuf,
     nodes: Vec<Node>,
 }
 
@@ -36,7 +37,7 @@ impl Servers {
     ///
     /// # Errors
     /// There is no program `nats-server` (2.10 or later), or it does not start.
-    pub fn start(dir: &Path, nodes: usize) -> std::io::Result<Self> {
+    pub fn start(program: &Path, dir: &Path, nodes: usize) -> std::io::Result<Self> {
         // All at once, lest one be given out twice.
         let free: Vec<TcpListener> =
             (0..3 * nodes).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
@@ -44,7 +45,7 @@ impl Servers {
         drop(free);
         let mut port = || ports.pop().expect("three for each");
         let node = |n| Node { dir: dir.join(format!("n{n}")), port: port(), http: port(), route: port(), child: None };
-        let mut servers = Self { nodes: (0..nodes).map(node).collect() };
+        let mut servers = Self { program: program.to_owned(), nodes: (0..nodes).map(node).collect() };
         let routes: Vec<String> = servers.nodes.iter().map(|n| format!("nats://127.0.0.1:{}", n.route)).collect();
         for (n, node) in servers.nodes.iter_mut().enumerate() {
             std::fs::create_dir_all(&node.dir)?;
@@ -64,7 +65,7 @@ impl Servers {
                 );
             }
             std::fs::write(node.dir.join("config"), config)?;
-            node.start()?;
+            node.start(program)?;
         }
         for n in 0..nodes {
             servers.wait_healthy(n)?;
@@ -96,7 +97,7 @@ impl Servers {
     /// # Errors
     /// It does not start.
     pub fn restart(&mut self, n: usize) -> std::io::Result<()> {
-        self.nodes[n].start()?;
+        self.nodes[n].start(&self.program)?;
         self.wait_healthy(n)
     }
 
@@ -131,12 +132,12 @@ impl Drop for Servers {
 }
 
 impl Node {
-    fn start(&mut self) -> std::io::Result<()> {
+    fn start(&mut self, program: &Path) -> std::io::Result<()> {
         let log = std::fs::File::options().create(true).append(true).open(self.dir.join("output"))?;
-        let mut command = Command::new(program());
+        let mut command = Command::new(program);
         command.arg("-c").arg(self.dir.join("config")).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let missing = |e: std::io::Error| {
-            let what = program().display().to_string();
+            let what = program.display();
             std::io::Error::new(
                 e.kind(),
                 format!("{what}: {e}; install nats-server 2.10 or later, or name it by FTRUN_NATS_SERVER"),

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use ftrun_store::nats::servers::Servers;
+use ftrun_store::nats::servers::{Servers, program};
 use ftrun_store::{
     Batch, Durability, Error, Location, NewCheckpoint, OpenOptions, Page, StableStore, UnitName, conformance,
     each_record,
@@ -26,7 +26,7 @@ fn options(durability: Durability) -> OpenOptions {
 #[test]
 fn conforms_with_three_replicas() {
     let dir = tempfile::tempdir().unwrap();
-    let servers = Servers::start(dir.path(), 3).unwrap();
+    let servers = Servers::start(&program(), dir.path(), 3).unwrap();
     let mut stores = 0;
     conformance::run(&mut || {
         stores += 1;
@@ -37,7 +37,7 @@ fn conforms_with_three_replicas() {
 #[test]
 fn conforms_with_one_server() {
     let dir = tempfile::tempdir().unwrap();
-    let servers = Servers::start(dir.path(), 1).unwrap();
+    let servers = Servers::start(&program(), dir.path(), 1).unwrap();
     let mut stores = 0;
     conformance::run(&mut || {
         stores += 1;
@@ -77,7 +77,7 @@ fn servers_are_killed_under_load() {
         random % n
     };
     let dir = tempfile::tempdir().unwrap();
-    let mut servers = Servers::start(dir.path(), 3).unwrap();
+    let mut servers = Servers::start(&program(), dir.path(), 3).unwrap();
     let written = store(&servers, "s");
     let ending = AtomicBool::new(false);
     let (acknowledged, checkpoints) = ([const { AtomicU64::new(0) }; 4], AtomicU64::new(0));
@@ -148,7 +148,7 @@ fn servers_are_killed_under_load() {
 #[test]
 fn a_minority_acknowledges_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let mut servers = Servers::start(dir.path(), 3).unwrap();
+    let mut servers = Servers::start(&program(), dir.path(), 3).unwrap();
     let store = store(&servers, "s");
     let unit = store.open(&name("a"), &options(Durability::Disk)).unwrap();
     unit.append(Batch::of(0, ["first"])).unwrap();
@@ -175,7 +175,7 @@ fn a_minority_acknowledges_nothing() {
 #[test]
 fn a_writer_elsewhere_is_overtaken() {
     let dir = tempfile::tempdir().unwrap();
-    let servers = Servers::start(dir.path(), 1).unwrap();
+    let servers = Servers::start(&program(), dir.path(), 1).unwrap();
     let (one, two) = (store(&servers, "s"), store(&servers, "s"));
     let old = one.open(&name("a"), &options(Durability::Cache)).unwrap();
     old.append(Batch::of(0, ["a", "b"])).unwrap();
@@ -199,7 +199,7 @@ fn a_writer_elsewhere_is_overtaken() {
 #[test]
 fn sweeps_and_checkpoints_do_not_hurt_each_other() {
     let dir = tempfile::tempdir().unwrap();
-    let servers = Servers::start(dir.path(), 1).unwrap();
+    let servers = Servers::start(&program(), dir.path(), 1).unwrap();
     let (one, two) = (store(&servers, "s"), store(&servers, "s"));
     let until = Instant::now() + Duration::from_secs(5);
     let swept = AtomicU64::new(0);
@@ -243,7 +243,7 @@ fn sweeps_and_checkpoints_do_not_hurt_each_other() {
 #[test]
 fn servers_are_asked_whether_they_sync() {
     let dir = tempfile::tempdir().unwrap();
-    let servers = Servers::start(dir.path(), 1).unwrap();
+    let servers = Servers::start(&program(), dir.path(), 1).unwrap();
     let url = servers.url("s");
     let (plain, monitor) = url.split_once("&monitor=").unwrap();
     let open = |url: &str, durability| {

@@ -1,5 +1,8 @@
-//! `cargo xtask bench store`: acknowledged appends to stable storage, beside a bare file on the same disk.
+//! `cargo xtask bench store`: acknowledged appends to stable storage, beside a bare file on the same disk, a NATS cluster and
+//! PostgreSQL.
 
+#[cfg(feature = "engines")]
+mod engines;
 mod raw;
 mod served;
 
@@ -49,6 +52,19 @@ enum Backend {
     File,
     Unix,
     Tcp,
+    /// One NATS server that syncs each message; what it does without group commit
+    Nats,
+    /// A cluster of three of them
+    Nats3,
+    /// PostgreSQL, one INSERT for each record
+    Postgres,
+}
+
+impl Backend {
+    /// Whether it is one of other people, which is measured at level disk alone.
+    fn is_foreign(self) -> bool {
+        matches!(self, Self::Nats | Self::Nats3 | Self::Postgres)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -100,15 +116,17 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
         // What is measured is linked into this program.
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(cargo);
-        command.args(["run", "--quiet", "--release", "--package", "xtask", "--"]).args(std::env::args_os().skip(1));
+        command
+            .args(["run", "--quiet", "--release", "--package", "xtask", "--features", "engines", "--"])
+            .args(std::env::args_os().skip(1));
         let status = command.current_dir(ftrun_tests::binaries::workspace()).status()?;
         return if status.success() { Ok(()) } else { Err(error!("the release build of xtask failed: {status}")) };
     }
     let given = options.dir.clone().unwrap_or_else(ftrun_tests_dir);
     std::fs::create_dir_all(&given)?;
-    let all = [Backend::Raw, Backend::File, Backend::Unix, Backend::Tcp];
+    let all = <Backend as clap::ValueEnum>::value_variants();
     let backends: Vec<Backend> =
-        all.into_iter().filter(|b| options.only.is_empty() || options.only.contains(b)).collect();
+        all.iter().copied().filter(|b| options.only.is_empty() || options.only.contains(b)).collect();
     let mut figures: BTreeMap<(Case, Backend), Vec<Figure>> = BTreeMap::new();
     for round in 0..options.rounds.max(1) {
         for level in [Level::Disk, Level::Cache, Level::Memory] {
@@ -117,7 +135,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
             }
             for n in 0..backends.len() {
                 let backend = backends[(n + round) % backends.len()];
-                if backend == Backend::Raw && level == Level::Memory {
+                if backend == Backend::Raw && level == Level::Memory || backend.is_foreign() && level != Level::Disk {
                     continue;
                 }
                 let dir = given.join(format!("bench-store-{}", std::process::id()));
@@ -152,6 +170,10 @@ fn measure_all(
                 continue;
             }
             for pipelined in [false, true] {
+                // One INSERT is answered before the next one is sent.
+                if backend == Backend::Postgres && pipelined {
+                    continue;
+                }
                 let case = Case { level, bytes, units, pipelined };
                 let mut writers = Vec::new();
                 for _ in 0..units {
@@ -211,6 +233,10 @@ enum Target {
     Raw(Arc<RawFile>),
     Store(Box<dyn StableStore>),
     Served(Served),
+    #[cfg(feature = "engines")]
+    Cluster(engines::Cluster),
+    #[cfg(feature = "engines")]
+    Postgres(engines::Postgres),
 }
 
 impl Target {
@@ -223,6 +249,14 @@ impl Target {
             }
             Backend::Unix => Self::Served(Served::start(dir, false)?),
             Backend::Tcp => Self::Served(Served::start(dir, true)?),
+            #[cfg(feature = "engines")]
+            Backend::Nats => Self::Cluster(engines::Cluster::start(dir, 1)?),
+            #[cfg(feature = "engines")]
+            Backend::Nats3 => Self::Cluster(engines::Cluster::start(dir, 3)?),
+            #[cfg(feature = "engines")]
+            Backend::Postgres => Self::Postgres(engines::Postgres::start(dir)?),
+            #[cfg(not(feature = "engines"))]
+            Backend::Nats | Backend::Nats3 | Backend::Postgres => return Err(error!("built without `engines`")),
         })
     }
 
@@ -231,6 +265,10 @@ impl Target {
             Self::Raw(file) => return Ok(Box::new(file.writer())),
             Self::Store(store) => &**store,
             Self::Served(served) => served.store(),
+            #[cfg(feature = "engines")]
+            Self::Cluster(cluster) => cluster.store(),
+            #[cfg(feature = "engines")]
+            Self::Postgres(postgres) => return Ok(Box::new(postgres.writer(n)?)),
         };
         let of = |e: ftrun_store::Error| error!("{e}");
         let name = UnitName::new(format!("unit-{n}")).map_err(of)?;
