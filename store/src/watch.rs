@@ -106,11 +106,12 @@ impl Watch {
         state.failed = None;
     }
 
-    /// The log has been cut at its end; nothing is under way.
-    pub(crate) fn moved(&self, log: &Range<u64>) {
+    /// The log ends at `end`, everything in it is acknowledged, and nothing is under way. That may be known before the last
+    /// acknowledgement has come.
+    pub(crate) fn settled(&self, end: u64) {
         let mut state = self.lock();
-        state.next = log.end;
-        state.acknowledged = state.acknowledged.min(log.end).max(log.start);
+        (state.next, state.acknowledged, state.bytes) = (end, end, 0);
+        state.under_way.clear();
     }
 
     /// The log begins at `sii` or later.
@@ -122,6 +123,7 @@ impl Watch {
     }
 
     /// SII of the next append.
+    #[cfg(feature = "nats")]
     pub(crate) fn next(&self) -> u64 {
         self.lock().next
     }

@@ -1,4 +1,7 @@
-//! A store elsewhere: the client side of `ftstore serve`. Synchronous; one thread reads.
+//! A store elsewhere: the client side of `ftstore serve`. Synchronous; one thread reads from each connection.
+//!
+//! Pages have a connection of their own, which is made when they are first sent or asked for: what waits there for the disk
+//! or the network does not hold up records and acknowledgements.
 
 mod connect;
 mod unit;
@@ -24,15 +27,40 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A connection to `ftstore serve`.
+/// A client of `ftstore serve`.
 pub struct Client {
-    shared: Arc<Shared>,
-    reader: Option<JoinHandle<()>>,
+    main: Connection,
+    pages: Arc<ForPages>,
 }
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Client({})", self.shared.location)
+        write!(f, "Client({})", self.main.shared.location)
+    }
+}
+
+/// A connection, and the thread that reads from it.
+struct Connection {
+    shared: Arc<Shared>,
+    reader: Option<JoinHandle<()>>,
+}
+
+/// The connection for pages, once it is needed.
+#[derive(Default)]
+struct ForPages(Mutex<Option<Connection>>);
+
+impl ForPages {
+    /// The connection beside `main`; a new one if there is none, or the last one has been lost.
+    fn connection(&self, main: &Shared) -> Result<Arc<Shared>, Error> {
+        let mut connection = lock(&self.0);
+        if let Some(error) = main.failure() {
+            return Err(error);
+        }
+        if let Some(there) = connection.as_ref().filter(|c| c.shared.failure().is_none()) {
+            return Ok(Arc::clone(&there.shared));
+        }
+        let new = Connection::open(&main.location)?;
+        Ok(Arc::clone(&connection.insert(new).shared))
     }
 }
 
@@ -74,6 +102,28 @@ impl Client {
     /// # Errors
     /// [`Error::Disconnected`], [`Error::Refused`], [`Error::Version`]; a file that the URL names cannot be read.
     pub fn connect(location: &Location) -> Result<Self, Error> {
+        Ok(Self { main: Connection::open(location)?, pages: Arc::default() })
+    }
+
+    fn opened(&self, op: Op, name: &UnitName, options: Option<&OpenOptions>) -> Result<Arc<dyn UnitStore>, Error> {
+        let shared = &self.main.shared;
+        let (answer, _) = shared.call(op, &[])?;
+        let Answer::Opened { handle, epoch, log, acknowledged } = answer else { return Err(shared.odd()) };
+        let watch = Arc::new(Watch::new(log.end, acknowledged));
+        {
+            let mut inbox = lock(&shared.inbox);
+            if let Some(e) = &inbox.failed {
+                return Err(e.clone());
+            }
+            inbox.units.insert(handle, Arc::clone(&watch));
+        }
+        let (shared, pages) = (Arc::clone(shared), Arc::clone(&self.pages));
+        Ok(Arc::new(Remote::new(shared, pages, name.clone(), handle, epoch, watch, options.cloned())))
+    }
+}
+
+impl Connection {
+    fn open(location: &Location) -> Result<Self, Error> {
         let link = connect(location)?;
         let shared = Arc::new(Shared {
             location: location.clone(),
@@ -88,23 +138,9 @@ impl Client {
         let reader = reader.map_err(|e| Error::io("start a thread for", location.to_string(), &e))?;
         Ok(Self { shared, reader: Some(reader) })
     }
-
-    fn opened(&self, op: Op, name: &UnitName, writes: bool) -> Result<Arc<dyn UnitStore>, Error> {
-        let (answer, _) = self.shared.call(op, &[])?;
-        let Answer::Opened { handle, epoch, log, acknowledged } = answer else { return Err(self.shared.odd()) };
-        let watch = Arc::new(Watch::new(log.end, acknowledged));
-        {
-            let mut inbox = lock(&self.shared.inbox);
-            if let Some(e) = &inbox.failed {
-                return Err(e.clone());
-            }
-            inbox.units.insert(handle, Arc::clone(&watch));
-        }
-        Ok(Arc::new(Remote::new(Arc::clone(&self.shared), name.clone(), handle, epoch, watch, writes)))
-    }
 }
 
-impl Drop for Client {
+impl Drop for Connection {
     fn drop(&mut self) {
         // Handles that are left find the connection gone.
         self.shared.link.socket.shutdown();
@@ -112,6 +148,14 @@ impl Drop for Client {
             // A thread that panicked has said so.
             let _ = reader.join();
         }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        // Lest a handle that is left makes another one.
+        self.main.shared.fail(&"this client has ended");
+        drop(lock(&self.pages.0).take());
     }
 }
 
@@ -124,10 +168,15 @@ impl Shared {
         Error::Disconnected { server: self.location.to_string(), why: why.to_string() }
     }
 
+    /// Why the connection cannot be used any more.
+    fn failure(&self) -> Option<Error> {
+        lock(&self.inbox).failed.clone()
+    }
+
     /// Sends a frame; several threads' frames go out together.
     fn send(&self, message: &Request, bytes: &[u8]) -> Result<(), Error> {
-        if let Some(e) = &lock(&self.inbox).failed {
-            return Err(e.clone());
+        if let Some(e) = self.failure() {
+            return Err(e);
         }
         let mut out = lock(&self.out);
         while out.bytes.len() > OUT_BYTES_MAX && out.sending {
@@ -273,35 +322,35 @@ impl Shared {
 
 impl StableStore for Client {
     fn open(&self, unit: &UnitName, options: &OpenOptions) -> Result<Arc<dyn UnitStore>, Error> {
-        self.opened(Op::Open { unit: unit.clone(), options: options.clone() }, unit, true)
+        self.opened(Op::Open { unit: unit.clone(), options: options.clone() }, unit, Some(options))
     }
 
     fn view(&self, unit: &UnitName) -> Result<Arc<dyn UnitStore>, Error> {
-        self.opened(Op::View { unit: unit.clone() }, unit, false)
+        self.opened(Op::View { unit: unit.clone() }, unit, None)
     }
 
     fn units(&self) -> Result<Vec<UnitInfo>, Error> {
-        match self.shared.call(Op::Units, &[])? {
+        match self.main.shared.call(Op::Units, &[])? {
             (Answer::Units(units), _) => Ok(units),
-            _ => Err(self.shared.odd()),
+            _ => Err(self.main.shared.odd()),
         }
     }
 
     fn remove(&self, unit: &UnitName) -> Result<(), Error> {
-        self.shared.done(Op::Remove { unit: unit.clone() })
+        self.main.shared.done(Op::Remove { unit: unit.clone() })
     }
 
     fn fsck(&self) -> Result<Fsck, Error> {
-        match self.shared.call(Op::Fsck, &[])? {
+        match self.main.shared.call(Op::Fsck, &[])? {
             (Answer::Fsck(report), _) => Ok(report),
-            _ => Err(self.shared.odd()),
+            _ => Err(self.main.shared.odd()),
         }
     }
 
     fn gc(&self) -> Result<Reclaimed, Error> {
-        match self.shared.call(Op::Gc, &[])? {
+        match self.main.shared.call(Op::Gc, &[])? {
             (Answer::Gc(reclaimed), _) => Ok(reclaimed),
-            _ => Err(self.shared.odd()),
+            _ => Err(self.main.shared.odd()),
         }
     }
 }

@@ -8,10 +8,13 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::{Shared, lock};
+use super::{ForPages, Shared, lock};
 use crate::net::{Answer, Op, Request};
 use crate::watch::Watch;
-use crate::{Batch, CheckpointInfo, Collected, EachPage, Error, NewCheckpoint, PAGE_BYTES, Page, UnitName, UnitStore};
+use crate::{
+    Batch, CheckpointInfo, Collected, EachPage, Error, NewCheckpoint, OpenOptions, PAGE_BYTES, Page, UnitName,
+    UnitStore,
+};
 
 /// Pages sent in one frame.
 const PAGES_SENT: usize = 64;
@@ -23,7 +26,11 @@ pub(super) struct Remote {
     handle: u32,
     epoch: u64,
     watch: Arc<Watch>,
-    writes: bool,
+    /// How it was opened; `None` for one that only reads.
+    options: Option<OpenOptions>,
+    pages: Arc<ForPages>,
+    /// The connection for pages on which the unit was opened last, and its handle there.
+    pages_handle: Mutex<Option<(Arc<Shared>, u32)>>,
     /// Held from checking the order of an append until it is on its way.
     sending: Mutex<()>,
 }
@@ -37,13 +44,34 @@ impl fmt::Debug for Remote {
 impl Remote {
     pub(super) fn new(
         shared: Arc<Shared>,
+        pages: Arc<ForPages>,
         name: UnitName,
         handle: u32,
         epoch: u64,
         watch: Arc<Watch>,
-        writes: bool,
+        options: Option<OpenOptions>,
     ) -> Self {
-        Self { shared, name, handle, epoch, watch, writes, sending: Mutex::new(()) }
+        let (pages_handle, sending) = (Mutex::default(), Mutex::default());
+        Self { shared, name, handle, epoch, watch, options, pages, pages_handle, sending }
+    }
+
+    /// The connection for pages, and the unit's handle there.
+    fn for_pages(&self) -> Result<(Arc<Shared>, u32), Error> {
+        let connection = self.pages.connection(&self.shared)?;
+        let mut known = lock(&self.pages_handle);
+        if let Some((of, handle)) = &*known
+            && Arc::ptr_eq(of, &connection)
+        {
+            return Ok((connection, *handle));
+        }
+        let (unit, epoch) = (self.name.clone(), self.epoch);
+        let op = match self.options.clone() {
+            Some(options) => Op::Join { unit, epoch, options },
+            None => Op::View { unit },
+        };
+        let (Answer::Opened { handle, .. }, _) = connection.call(op, &[])? else { return Err(connection.odd()) };
+        *known = Some((Arc::clone(&connection), handle));
+        Ok((connection, handle))
     }
 
     /// Tells the caller of a refused append, once; appending can go on behind what is stored then.
@@ -57,10 +85,10 @@ impl Remote {
         Err(error)
     }
 
-    fn send_pages(&self, id: u64, new: &NewCheckpoint<'_>) -> Result<(), Error> {
+    fn send_pages(connection: &Shared, id: u64, new: &NewCheckpoint<'_>) -> Result<(), Error> {
         let mut part: Vec<u8> = Vec::new();
         let send = |part: &mut Vec<u8>| {
-            let sent = self.shared.send(&Request { id, op: Op::PutPages }, part);
+            let sent = connection.send(&Request { id, op: Op::PutPages }, part);
             part.clear();
             sent
         };
@@ -78,6 +106,9 @@ impl Drop for Remote {
         lock(&self.shared.inbox).units.remove(&self.handle);
         // The service forgets it with the connection, too.
         let _ = self.shared.send(&Request { id: 0, op: Op::Close { handle: self.handle } }, &[]);
+        if let Some((connection, handle)) = lock(&self.pages_handle).take() {
+            let _ = connection.send(&Request { id: 0, op: Op::Close { handle } }, &[]);
+        }
     }
 }
 
@@ -97,7 +128,7 @@ impl UnitStore for Remote {
         if batch.is_empty() {
             return Ok(());
         }
-        if !self.writes {
+        if self.options.is_none() {
             return Err(Error::ReadOnly { unit: self.name.to_string() });
         }
         batch.check_size()?;
@@ -143,7 +174,7 @@ impl UnitStore for Remote {
     fn truncate_from(&self, sii: u64) -> Result<(), Error> {
         let _sending = lock(&self.sending);
         self.shared.done(Op::TruncateFrom { handle: self.handle, sii })?;
-        self.watch.moved(&self.log()?);
+        self.watch.settled(self.log()?.end);
         Ok(())
     }
 
@@ -156,17 +187,20 @@ impl UnitStore for Remote {
     }
 
     fn put_checkpoint(&self, new: &NewCheckpoint<'_>) -> Result<(), Error> {
-        let id = self.shared.id();
-        let reply = self.shared.expect(id)?;
-        let op = Op::Put { handle: self.handle, sii: new.sii, parent: new.parent, gone: new.gone.to_vec() };
-        self.shared.send(&Request { id, op }, new.manifest)?;
-        let sent = self.send_pages(id, new);
-        self.shared.send(&Request { id, op: Op::PutEnd { whole: sent.is_ok() } }, &[])?;
-        let reply = self.shared.wait(&reply);
+        // The answer comes when what was appended before has been taken: it is stored before the checkpoint is.
+        self.log()?;
+        let (connection, handle) = self.for_pages()?;
+        let id = connection.id();
+        let reply = connection.expect(id)?;
+        let op = Op::Put { handle, sii: new.sii, parent: new.parent, gone: new.gone.to_vec() };
+        connection.send(&Request { id, op }, new.manifest)?;
+        let sent = Self::send_pages(&connection, id, new);
+        connection.send(&Request { id, op: Op::PutEnd { whole: sent.is_ok() } }, &[])?;
+        let reply = connection.wait(&reply);
         sent?;
         match reply? {
             (Answer::Done, _) => Ok(()),
-            _ => Err(self.shared.odd()),
+            _ => Err(connection.odd()),
         }
     }
 
@@ -185,15 +219,16 @@ impl UnitStore for Remote {
     }
 
     fn pages(&self, sii: u64, mut range: Range<u64>, each: &mut EachPage<'_>) -> Result<(), Error> {
+        let (connection, handle) = self.for_pages()?;
         loop {
-            let op = Op::Pages { handle: self.handle, sii, range: range.clone() };
-            let (Answer::Pages { pages, next }, bytes) = self.shared.call(op, &[])? else {
-                return Err(self.shared.odd());
+            let op = Op::Pages { handle, sii, range: range.clone() };
+            let (Answer::Pages { pages, next }, bytes) = connection.call(op, &[])? else {
+                return Err(connection.odd());
             };
             let mut contents = bytes.as_chunks::<PAGE_BYTES>().0.iter();
             for (address, stored) in pages {
                 let page: Option<&Page> =
-                    if stored { Some(contents.next().ok_or_else(|| self.shared.odd())?) } else { None };
+                    if stored { Some(contents.next().ok_or_else(|| connection.odd())?) } else { None };
                 each(address, page)?;
             }
             match next {

@@ -357,6 +357,11 @@ impl Engine {
         self.shared.queue.has_room(bytes)
     }
 
+    /// Another handle of the writer with this epoch.
+    pub(crate) fn join(&self, unit: &UnitName, epoch: u64, options: &OpenOptions) -> Result<Arc<dyn UnitStore>, Error> {
+        Ok(Arc::new(unit::Handle::join(&self.shared, unit, epoch, options)?))
+    }
+
     /// Number of units.
     pub(crate) fn unit_count(&self) -> usize {
         self.shared.queue.lock().state.units.len()

@@ -63,6 +63,21 @@ impl Handle {
         Ok(Self { shared: Arc::clone(shared), name: name.clone(), number, epoch, options: Some(options.clone()) })
     }
 
+    /// Another handle of the writer with this epoch.
+    #[cfg(feature = "service")]
+    pub(super) fn join(
+        shared: &Arc<Shared>,
+        name: &UnitName,
+        epoch: u64,
+        options: &OpenOptions,
+    ) -> Result<Self, Error> {
+        let inner = shared.queue.lock();
+        let number = inner.named(name)?;
+        inner.fence(number, name, epoch)?;
+        drop(inner);
+        Ok(Self { shared: Arc::clone(shared), name: name.clone(), number, epoch, options: Some(options.clone()) })
+    }
+
     pub(super) fn view(shared: &Arc<Shared>, name: &UnitName) -> Result<Self, Error> {
         let number = shared.queue.lock().named(name)?;
         Ok(Self { shared: Arc::clone(shared), name: name.clone(), number, epoch: 0, options: None })

@@ -180,6 +180,8 @@ impl Handle {
             pages: uploaded.table.body.page_count(),
             bytes: uploaded.bytes,
         };
+        // What was appended before is stored before the checkpoint is.
+        writing.writer.settle()?;
         let published = self.change(|now| {
             if now.swept != entry.swept {
                 return Ok(false);
@@ -283,7 +285,7 @@ impl UnitStore for Handle {
         let _sending = lock(&writing.sending);
         writing.writer.settle()?;
         let first = lock(&writing.known).entry.unit.first;
-        self.cluster().block_on(writing.writer.cut(first, sii)).map(drop)
+        self.cluster().block_on(writing.writer.cut(first, sii))
     }
 
     fn collect(&self, recovery: u64, spare: usize) -> Result<Collected, Error> {

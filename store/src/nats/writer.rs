@@ -4,7 +4,6 @@
 //! has been overtaken is ever stored behind the mark of the one that came after it.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -157,14 +156,13 @@ impl Writer {
     }
 
     /// Has the log, of which nothing is queued, end at `end`, if it is longer.
-    pub(super) async fn cut(&self, first: u64, end: u64) -> Result<Range<u64>, Error> {
+    pub(super) async fn cut(&self, first: u64, end: u64) -> Result<(), Error> {
         let _storing = self.storing.lock().await;
         let log = lock(&self.index).log(first);
         if end < log.end {
             self.store(&Head::mark(self.epoch, end.max(log.start)), &[]).await?;
         }
-        let log = lock(&self.index).log(first);
-        self.watch.moved(&log);
-        Ok(log)
+        self.watch.settled(lock(&self.index).log(first).end);
+        Ok(())
     }
 }

@@ -197,6 +197,13 @@ pub enum Op {
     Release {
         handle: u32,
     },
+    /// A second handle of a writer that another connection has opened with these options, for checkpoints: it is told
+    /// of no acknowledgements.
+    Join {
+        unit: UnitName,
+        epoch: u64,
+        options: OpenOptions,
+    },
 }
 
 /// What the service says.

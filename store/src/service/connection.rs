@@ -418,6 +418,7 @@ fn opened(
     memory: bool,
     handles: &Arc<Handles>,
     next: &std::sync::atomic::AtomicU32,
+    acknowledged_here: bool,
 ) -> Result<Answer, Error> {
     if lock(&handles.units).len() >= HANDLES_MAX {
         return Err(Error::invalid("another unit", format!("one connection may have {HANDLES_MAX} open")));
@@ -425,7 +426,7 @@ fn opened(
     let handle = next.fetch_add(1, Ordering::SeqCst);
     let (epoch, log) = (store.epoch(), store.log()?);
     let unit = Arc::new(Open { store, memory, failed: AtomicBool::new(false), dirty: AtomicBool::new(false) });
-    if epoch > 0 {
+    if acknowledged_here {
         let (all, weak) = (Arc::downgrade(handles), Arc::downgrade(&unit));
         unit.store.notify(Box::new(move || {
             if let (Some(all), Some(unit)) = (all.upgrade(), weak.upgrade()) {
@@ -458,9 +459,16 @@ fn answer(
         Op::Open { unit, options } => {
             let memory = options.durability == Durability::Memory;
             let store = engine.open(&namespace.outer(&unit)?, &options)?;
-            plain(opened(store, memory, handles, next_handle)?)
+            plain(opened(store, memory, handles, next_handle, true)?)
         }
-        Op::View { unit } => plain(opened(engine.view(&namespace.outer(&unit)?)?, false, handles, next_handle)?),
+        Op::Join { unit, epoch, options } => {
+            let store = engine.join(&namespace.outer(&unit)?, epoch, &options)?;
+            plain(opened(store, false, handles, next_handle, false)?)
+        }
+        Op::View { unit } => {
+            let store = engine.view(&namespace.outer(&unit)?)?;
+            plain(opened(store, false, handles, next_handle, false)?)
+        }
         Op::Units => {
             let mut units = engine.units()?;
             units.retain_mut(|info| match namespace.inner(&info.name) {

@@ -363,3 +363,47 @@ fn systemd_is_told_and_health_and_metrics_are_served() {
     let n = notify.recv(&mut told).unwrap();
     assert_eq!(&told[..n], b"STOPPING=1");
 }
+
+/// Pages that the service does not take for a while hold up no records: their source waits in the middle of a checkpoint
+/// until records that were appended behind it are acknowledged.
+///
+/// Break it: send pages on the connection of the records.
+#[test]
+fn a_checkpoint_under_way_does_not_hold_up_records() {
+    struct Slow<'a>(&'a dyn ftrun_store::UnitStore);
+    impl ftrun_store::Pages for Slow<'_> {
+        fn each(&self, put: &mut dyn FnMut(u64, &ftrun_store::Page) -> Result<(), Error>) -> Result<(), Error> {
+            for n in 0..4096u64 {
+                let mut page = [0; 4096];
+                page[..8].copy_from_slice(&(n + 1).to_le_bytes());
+                put(n * 4096, &page)?;
+                if n % 1024 == 1000 {
+                    let at = self.0.log()?.end;
+                    self.0.append(Batch::of(at, ["x"]))?;
+                    self.0.wait(at, LONG)?;
+                }
+            }
+            Ok(())
+        }
+    }
+    let service = Service::start("");
+    for location in [service.unix(), service.tcp("all")] {
+        let client = Client::connect(&location).unwrap();
+        let unit = client.open(&name("a"), &options(Durability::Disk)).unwrap();
+        unit.truncate_from(0).unwrap();
+        unit.append(Batch::of(unit.log().unwrap().end, ["before"])).unwrap();
+        let new = ftrun_store::NewCheckpoint { sii: 1, parent: None, manifest: b"m", gone: &[], pages: &Slow(&*unit) };
+        unit.put_checkpoint(&new).unwrap();
+        assert_eq!(unit.checkpoints().unwrap()[0].pages, 4096);
+        assert_eq!(service.metric("ftstore_connections"), 2);
+        // A writer that was overtaken is refused on either connection.
+        let later = client.open(&name("a"), &options(Durability::Disk)).unwrap();
+        assert!(unit.put_checkpoint(&new).unwrap_err().is_fenced());
+        assert_eq!(later.checkpoints().unwrap().len(), 1);
+        later.release().unwrap();
+        drop((unit, later, client));
+        while service.metric("ftstore_connections") > 0 {
+            std::thread::yield_now();
+        }
+    }
+}
