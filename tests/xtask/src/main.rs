@@ -3,6 +3,7 @@
 mod bench;
 mod fuzz;
 mod install;
+mod soak_store;
 mod vm;
 
 use std::process::{Command, ExitCode};
@@ -61,7 +62,8 @@ enum Task {
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Kill one program many times while clients check every reply
+    /// Kill one program many times while clients check every reply; or, as `--program store`, have many units write,
+    /// take checkpoints and collect garbage in one store for --seconds (600 by default)
     Soak {
         /// Which program; `list` shows them
         #[arg(long, default_value = "redis")]
@@ -151,7 +153,11 @@ fn soak(program: &str, kills: u64, clients: usize, seconds: Option<u64>, seed: O
         for (name, _) in scenarios::ALL {
             println!("{name}");
         }
+        println!("store");
         return Ok(());
+    }
+    if program == "store" {
+        return soak_store::run(Duration::from_secs(seconds.unwrap_or(600)));
     }
     let scenario =
         scenarios::named(program).ok_or_else(|| error!("no program {program}; --program list shows them"))?;

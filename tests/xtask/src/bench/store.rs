@@ -1,6 +1,7 @@
 //! `cargo xtask bench store`: acknowledged appends to stable storage, beside a bare file on the same disk, a NATS cluster and
 //! PostgreSQL.
 
+mod beside;
 #[cfg(feature = "engines")]
 mod engines;
 mod raw;
@@ -41,6 +42,9 @@ pub(crate) struct Options {
     /// Only this many units
     #[arg(long)]
     units: Option<usize>,
+    /// Measure instead what storing a checkpoint of so many MiB costs the appends of the same unit
+    #[arg(long, value_name = "MIB")]
+    checkpoint: Option<u64>,
     /// Also write the results here
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -127,6 +131,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
     let all = <Backend as clap::ValueEnum>::value_variants();
     let backends: Vec<Backend> =
         all.iter().copied().filter(|b| options.only.is_empty() || options.only.contains(b)).collect();
+    if let Some(mib) = options.checkpoint {
+        return beside(options, mib, &backends, &given);
+    }
     let mut figures: BTreeMap<(Case, Backend), Vec<Figure>> = BTreeMap::new();
     for round in 0..options.rounds.max(1) {
         for level in [Level::Disk, Level::Cache, Level::Memory] {
@@ -138,16 +145,41 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
                 if backend == Backend::Raw && level == Level::Memory || backend.is_foreign() && level != Level::Disk {
                     continue;
                 }
-                let dir = given.join(format!("bench-store-{}", std::process::id()));
-                std::fs::create_dir_all(&dir)?;
-                let result = measure_all(backend, level, &dir, options, &mut figures);
-                std::fs::remove_dir_all(&dir)?;
+                let result = in_directory(&given, |dir| measure_all(backend, level, dir, options, &mut figures));
                 eprintln!("xtask: round {} of {}: {level:?}, {backend:?}", round + 1, options.rounds);
                 result?;
             }
         }
     }
     report(options, &backends, &figures)
+}
+
+/// Has a directory for as long as `work` takes.
+fn in_directory(parent: &Path, work: impl FnOnce(&Path) -> Result<(), Error>) -> Result<(), Error> {
+    let dir = parent.join(format!("bench-store-{}", std::process::id()));
+    std::fs::create_dir_all(&dir)?;
+    let result = work(&dir);
+    std::fs::remove_dir_all(&dir)?;
+    result
+}
+
+/// Appends beside a checkpoint: a line for each backend and round.
+fn beside(options: &Options, mib: u64, backends: &[Backend], parent: &Path) -> Result<(), Error> {
+    let mut table = beside::table();
+    for _ in 0..options.rounds {
+        for backend in backends {
+            in_directory(parent, |dir| match Target::open(*backend, Level::Disk, dir)?.store() {
+                Some(store) => {
+                    let name = format!("{backend:?}").to_lowercase();
+                    beside::measure(store, &name, mib, Duration::from_millis(options.ms), &mut table)
+                }
+                // It has no checkpoints.
+                None => Ok(()),
+            })?;
+        }
+    }
+    println!("{table}");
+    Ok(())
 }
 
 fn ftrun_tests_dir() -> PathBuf {
@@ -260,16 +292,26 @@ impl Target {
         })
     }
 
-    fn writer(&self, n: usize, case: Case) -> Result<Box<dyn Writer>, Error> {
-        let store: &dyn StableStore = match self {
-            Self::Raw(file) => return Ok(Box::new(file.writer())),
-            Self::Store(store) => &**store,
-            Self::Served(served) => served.store(),
+    fn store(&self) -> Option<&dyn StableStore> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Store(store) => Some(&**store),
+            Self::Served(served) => Some(served.store()),
             #[cfg(feature = "engines")]
-            Self::Cluster(cluster) => cluster.store(),
+            Self::Cluster(cluster) => Some(cluster.store()),
+            #[cfg(feature = "engines")]
+            Self::Postgres(_) => None,
+        }
+    }
+
+    fn writer(&self, n: usize, case: Case) -> Result<Box<dyn Writer>, Error> {
+        match self {
+            Self::Raw(file) => return Ok(Box::new(file.writer())),
             #[cfg(feature = "engines")]
             Self::Postgres(postgres) => return Ok(Box::new(postgres.writer(n)?)),
-        };
+            _ => {}
+        }
+        let store = self.store().ok_or_else(|| error!("no store"))?;
         let of = |e: ftrun_store::Error| error!("{e}");
         let name = UnitName::new(format!("unit-{n}")).map_err(of)?;
         let ttl = Duration::from_secs(60);
