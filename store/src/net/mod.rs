@@ -283,11 +283,17 @@ pub struct Incoming {
 impl Incoming {
     /// Adds what was read.
     pub fn push(&mut self, bytes: &[u8]) {
+        self.space(bytes.len()).extend_from_slice(bytes);
+    }
+
+    /// Where `room` bytes more can be put, behind those that are there.
+    pub fn space(&mut self, room: usize) -> &mut Vec<u8> {
         if self.at > 0 && self.at >= self.bytes.len() / 2 {
             self.bytes.drain(..self.at);
             self.at = 0;
         }
-        self.bytes.extend_from_slice(bytes);
+        self.bytes.reserve(room);
+        &mut self.bytes
     }
 
     /// Whether a frame has begun and is not whole.

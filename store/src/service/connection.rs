@@ -22,6 +22,8 @@ use crate::{Batch, Durability, Error, NewCheckpoint, PAGE_BYTES, Page, Pages, St
 const AT_A_TIME: usize = 8;
 /// Units that one connection may have open.
 const HANDLES_MAX: usize = 1 << 16;
+/// Bytes that may be read at once.
+const READ_AHEAD: usize = 64 << 10;
 /// Bytes of records in one reply, and one batch more.
 const READ_BYTES: usize = 128 << 10;
 /// Pages in one reply.
@@ -94,7 +96,6 @@ async fn hear<M: serde::de::DeserializeOwned>(
     frame_time: Duration,
 ) -> Result<Option<(M, Vec<u8>)>, String> {
     let mut deadline = deadline;
-    let mut buffer = [0; 64 << 10];
     loop {
         if let Some(frame) = incoming.next(bytes_max)? {
             return Ok(Some(frame));
@@ -102,7 +103,7 @@ async fn hear<M: serde::de::DeserializeOwned>(
         if deadline.is_none() && incoming.is_partial() {
             deadline = Some(Instant::now() + frame_time);
         }
-        let reading = read.read(&mut buffer);
+        let reading = read.read_buf(incoming.space(READ_AHEAD));
         let n = match deadline {
             None => reading.await,
             Some(deadline) => timeout_at(deadline, reading).await.map_err(|_| "it was too slow")?,
@@ -110,7 +111,7 @@ async fn hear<M: serde::de::DeserializeOwned>(
         match n.map_err(|e| e.to_string())? {
             0 if incoming.is_partial() => return Err("it ended within a frame".into()),
             0 => return Ok(None),
-            n => incoming.push(&buffer[..n]),
+            _ => {}
         }
     }
 }
