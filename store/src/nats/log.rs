@@ -151,8 +151,8 @@ impl Index {
         while let Some(group) = self.groups.first_entry().filter(|g| g.get().next <= first) {
             group.remove();
         }
-        let first = self.groups.values().next().map(|g| g.parts[0].0);
-        first.unwrap_or(self.seen)
+        let first = self.groups.values().next().or(self.open.as_ref());
+        first.map_or(self.seen, |group| group.parts[0].0)
     }
 
     /// The group that holds a record.
@@ -257,6 +257,17 @@ mod tests {
         assert_eq!((needed, index.log(6)), (6, 6..7));
         assert_eq!(index.below(7), index.seen);
         assert_eq!(index.log(7), 7..7);
+    }
+
+    #[test]
+    fn parts_of_a_group_that_is_under_way_are_needed() {
+        let mut index = Index::default();
+        message(&mut index, 1, 0..5, 1, 1);
+        message(&mut index, 1, 5..9, 1, 3);
+        message(&mut index, 1, 5..9, 2, 3);
+        assert_eq!((index.below(5), index.seen), (6, 9));
+        message(&mut index, 1, 5..9, 3, 3);
+        assert_eq!((index.below(6), index.log(6)), (6, 6..9));
     }
 
     proptest! {

@@ -166,7 +166,8 @@ impl Nats {
     }
 
     fn handle(&self, name: &UnitName, writing: Option<Writing>) -> Handle {
-        Handle { shared: Arc::clone(&self.shared), name: name.clone(), writing, tables: Mutex::default() }
+        let (shared, name) = (Arc::clone(&self.shared), name.clone());
+        Handle { shared, name, writing, seen: Mutex::default(), tables: Mutex::default() }
     }
 
     /// The units that are there.

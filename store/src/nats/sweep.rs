@@ -80,9 +80,10 @@ pub(super) async fn run(cluster: &Arc<Cluster>) -> Result<Reclaimed, Error> {
     let (mut old, mut sequence) = newest(cluster).await?;
     if old.running {
         tokio::time::sleep(DEAD).await;
-        let beat = old;
+        let before = old;
         (old, sequence) = newest(cluster).await?;
-        if old != beat {
+        if old != before {
+            // It lives.
             return Ok(Reclaimed::default());
         }
     }

@@ -24,6 +24,8 @@ pub(super) struct Handle {
     pub(super) name: UnitName,
     /// `None` for one that only reads.
     pub(super) writing: Option<Writing>,
+    /// What a reader has seen of the log.
+    pub(super) seen: Mutex<Index>,
     /// Tables that were read or stored.
     pub(super) tables: Mutex<HashMap<u64, Arc<Placed>>>,
 }
@@ -101,9 +103,9 @@ impl Handle {
             return Ok(lock(&writing.writer.index).clone());
         }
         self.shared.settle(&self.name);
-        let mut index = Index::default();
+        let mut index = lock(&self.seen);
         self.cluster().block_on(index.refresh(self.cluster(), &self.name))?;
-        Ok(index)
+        Ok(index.clone())
     }
 
     /// Has the cluster forget the events below the start of the log.
