@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::frame::{self, Head, Kind, MOVED};
 use super::recover::{Index, Loaded, Loc, insert};
 use super::stream::{Place, Stream};
-use super::{Failure, Options, Shared, lease_end, lock};
+use super::{Failure, Options, Shared, gc, lease_end, lock};
 use crate::state::{Control, Needless, State};
 use crate::{Batch, Durability, Error, UnitInfo, UnitName};
 
@@ -48,6 +48,16 @@ impl fmt::Debug for Live {
 pub(super) struct Use {
     pub(super) bytes: u64,
     pub(super) live: u64,
+}
+
+/// What room in the queue is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Write,
+    /// A control record that makes a unit smaller.
+    Shrink,
+    /// What garbage collection writes again.
+    Move,
 }
 
 #[derive(Debug)]
@@ -92,6 +102,9 @@ pub(super) struct Inner {
     pub(super) full: bool,
     closing: bool,
     waiting_for_room: usize,
+    /// The files are far larger than what is live: who writes waits for the end of the next pass of garbage collection,
+    /// which has been asked for.
+    pub(super) crowded: bool,
     end: (u64, u64),
     current_size: u64,
     written_bytes: u64,
@@ -207,6 +220,7 @@ impl Queue {
             full: false,
             closing: false,
             waiting_for_room: 0,
+            crowded: false,
             end: (stream.number(), stream.end()),
             current_size: stream.size(),
             written_bytes: 0,
@@ -284,22 +298,44 @@ impl Queue {
         Error::Full { store: self.name.clone() }
     }
 
-    /// Waits until there is room for so many bytes.
+    /// Waits until there is room for so many bytes, and while garbage collection is far behind.
     pub(super) fn room(&self, bytes: usize) -> Result<MutexGuard<'_, Inner>, Error> {
+        self.room_for(Purpose::Write, bytes)
+    }
+
+    /// Waits until there is room for a control record that makes a unit smaller. On a full disk there is, up to the
+    /// queue's limit.
+    pub(super) fn room_to_shrink(&self) -> Result<MutexGuard<'_, Inner>, Error> {
+        self.room_for(Purpose::Shrink, 0)
+    }
+
+    fn room_for(&self, purpose: Purpose, bytes: usize) -> Result<MutexGuard<'_, Inner>, Error> {
         let mut inner = self.lock();
         loop {
             self.usable_now(&inner)?;
-            if inner.full {
+            let fits = self.fits(&inner, bytes);
+            if inner.full && (purpose != Purpose::Shrink || !fits) {
                 return Err(self.full());
             }
-            let queued = inner.pending.bytes.len();
-            if queued == 0 || queued + bytes <= self.bytes_max {
+            if fits && (!inner.crowded || purpose == Purpose::Move) {
                 return Ok(inner);
             }
             inner.waiting_for_room += 1;
             inner = wait(&self.room, inner);
             inner.waiting_for_room -= 1;
         }
+    }
+
+    /// Whether the queue takes so many bytes now.
+    fn fits(&self, inner: &Inner, bytes: usize) -> bool {
+        let queued = inner.pending.bytes.len();
+        queued == 0 || queued + bytes <= self.bytes_max
+    }
+
+    /// Lets those write who have waited for garbage collection.
+    pub(super) fn uncrowd(&self) {
+        self.lock().crowded = false;
+        self.room.notify_all();
     }
 
     /// Bytes that can be queued before another segment is needed.
@@ -343,7 +379,7 @@ impl Queue {
 
     /// Queues a batch that is at `from` to be written again, if it is still there.
     pub(super) fn move_batch(&self, number: u64, first: u64, from: Place, mut batch: Batch) -> Result<bool, Error> {
-        let mut inner = self.room(batch.body().len())?;
+        let mut inner = self.room_for(Purpose::Move, batch.body().len())?;
         let loc = inner.live.get(&number).and_then(|l| l.index.get(&first)).copied();
         let Some(loc) = loc.filter(|l| l.place == from) else { return Ok(false) };
         batch.cut(loc.next);
@@ -640,6 +676,9 @@ impl Committer {
         inner.full = false;
         let (number, bytes) = (self.stream.number(), self.stream.size());
         inner.uses.insert(number, Use { bytes, live: 0 });
+        if shared.options.background && gc::crowded(&inner.uses, shared.options.segment_bytes_max) {
+            inner.crowded = true;
+        }
         drop(inner);
         shared.gc_wanted.ask();
         Ok(())
@@ -715,7 +754,7 @@ impl Queue {
 #[cfg(feature = "service")]
 impl Queue {
     pub(super) fn has_room(&self, bytes: usize) -> bool {
-        let queued = self.lock().pending.bytes.len();
-        queued == 0 || queued + bytes <= self.bytes_max
+        let inner = self.lock();
+        !inner.crowded && self.fits(&inner, bytes)
     }
 }

@@ -2,15 +2,16 @@
 //!
 //! A segment without live bytes goes at once. Beyond that files may be twice as large as what is live in them, and two
 //! segments more; then what is live in the emptiest segment is written again at the end. What made bytes dead is
-//! durable before the segment goes, and what was written again is, too.
+//! durable before the segment goes, and what was written again is, too. Who writes waits when this is far behind: at
+//! four segments beyond twice what is live.
 
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use super::commit::Use;
-use super::pages::FrameCache;
+use super::pages::{FrameCache, PackIndex};
 use super::recover::Loc;
-use super::stream::{Place, Stream};
+use super::stream::{Place, Stream, Which};
 use super::{Failure, Shared, frame, lock};
 use crate::table::{Key, PACK_PAGES};
 use crate::{Durability, Error, Page, Reclaimed};
@@ -48,17 +49,47 @@ impl Wanted {
     }
 }
 
-/// The segment to give back next: one that is dead, or, when there is too much, the emptiest.
-fn candidate(uses: &BTreeMap<u64, Use>, keep: u64, excluded: &[u64], segment_max: u64, eager: bool) -> Option<u64> {
-    let (bytes, live) = uses.values().fold((0, 0), |(b, l), u| (b + u.bytes, l + u.live));
-    let others = uses.iter().filter(|(n, _)| **n != keep && !excluded.contains(n));
-    // What is dead in proportion; two never compare as unordered.
-    let emptiest = others.min_by(|(_, a), (_, b)| {
-        (u128::from(a.live) * u128::from(b.bytes.max(1))).cmp(&(u128::from(b.live) * u128::from(a.bytes.max(1))))
-    });
-    let (number, used) = emptiest?;
-    let much = bytes > 2 * live + 2 * segment_max && used.live * 4 < used.bytes * 3;
-    (used.live == 0 || much || (eager && used.live * 2 < used.bytes)).then_some(*number)
+fn sum(uses: &BTreeMap<u64, Use>) -> Use {
+    uses.values().fold(Use::default(), |sum, u| Use { bytes: sum.bytes + u.bytes, live: sum.live + u.live })
+}
+
+/// Whether a stream has so much to give back that writers wait for it.
+pub(super) fn crowded(uses: &BTreeMap<u64, Use>, segment_max: u64) -> bool {
+    let all = sum(uses);
+    all.bytes > 2 * all.live + 4 * segment_max
+}
+
+/// What a pass looks for in the segments of a stream.
+#[derive(Debug)]
+struct Search {
+    /// Those that were complete when the pass began: each is looked at once, so that it ends.
+    before: u64,
+    /// Those whose live bytes cannot be read.
+    excluded: Vec<u64>,
+    segment_max: u64,
+    eager: bool,
+}
+
+impl Search {
+    fn segments<'a>(&self, uses: &'a BTreeMap<u64, Use>) -> impl Iterator<Item = (&'a u64, &'a Use)> {
+        uses.range(..self.before).filter(|(n, _)| !self.excluded.contains(n))
+    }
+
+    /// The segments without live bytes.
+    fn dead(&self, uses: &BTreeMap<u64, Use>) -> Vec<u64> {
+        self.segments(uses).filter(|(_, used)| used.live == 0).map(|(n, _)| *n).collect()
+    }
+
+    /// The segment to be emptied when there is too much.
+    fn emptiest(&self, uses: &BTreeMap<u64, Use>) -> Option<u64> {
+        // What is dead in proportion; two never compare as unordered.
+        let (number, used) = self.segments(uses).min_by(|(_, a), (_, b)| {
+            (u128::from(a.live) * u128::from(b.bytes.max(1))).cmp(&(u128::from(b.live) * u128::from(a.bytes.max(1))))
+        })?;
+        let all = sum(uses);
+        let much = all.bytes > 2 * all.live + 2 * self.segment_max && used.live * 4 < used.bytes * 3;
+        (much || (self.eager && used.live * 2 < used.bytes)).then_some(*number)
+    }
 }
 
 impl Shared {
@@ -70,52 +101,70 @@ impl Shared {
     }
 
     pub(super) fn space(&self) -> (u64, u64) {
-        let log = self.queue.lock().uses.values().fold((0, 0), |(b, l), u| (b + u.bytes, l + u.live));
-        let pack = lock(&self.pack.index).uses.values().fold((0, 0), |(b, l), u| (b + u.bytes, l + u.live));
-        (log.0 + pack.0, log.1 + pack.1)
+        let (log, pack) = (sum(&self.queue.lock().uses), sum(&lock(&self.pack.index).uses));
+        (log.bytes + pack.bytes, log.live + pack.live)
+    }
+
+    /// Has writers wait for garbage collection if the pack stream needs it.
+    pub(super) fn press(&self) {
+        let crowded = crowded(&lock(&self.pack.index).uses, self.options.segment_bytes_max);
+        if crowded && self.options.background {
+            self.queue.lock().crowded = true;
+            self.gc_wanted.ask();
+        }
     }
 
     /// Gives back what can be; `eager` moves what is in half-empty segments.
     pub(super) fn collect_garbage(&self, eager: bool) -> Result<Reclaimed, Error> {
         let _gc = lock(&self.gc);
-        let mut reclaimed = Reclaimed::default();
-        // A segment whose live bytes cannot be read stays.
-        let mut excluded = Vec::new();
-        let max = self.options.segment_bytes_max;
-        // Each segment there is now is looked at once, so that this ends.
-        let newest = self.queue.end().0.max(lock(&self.pack.stream).number());
-        loop {
-            let stopped = self.gc_wanted.stopped();
-            let log = {
-                let inner = self.queue.lock();
-                candidate(&inner.uses, self.queue_segment(&inner), &excluded, max, eager)
-            };
-            let pack = {
-                let current = lock(&self.pack.stream).number();
-                candidate(&lock(&self.pack.index).uses, current, &excluded, max, eager)
-            };
-            let Some(number) = log.or(pack).filter(|n| !stopped && *n <= newest) else { return Ok(reclaimed) };
-            let is_log = log == Some(number);
-            let moved = if is_log { self.empty_log(number)? } else { self.empty_pack(number)? };
-            self.queue.barrier(Durability::Disk)?;
-            let freed = if moved.is_some() { self.free(number, is_log)? } else { None };
-            let Some(bytes) = freed else {
-                excluded.push(number);
-                continue;
-            };
-            reclaimed.moved += moved.unwrap_or(0);
-            reclaimed.bytes += bytes;
-            reclaimed.segments += 1;
+        // Whoever waits from here on waits for the next pass: it has been asked for.
+        let crowded = self.queue.lock().crowded;
+        let result = self.pass(eager);
+        if crowded {
+            self.queue.uncrowd();
         }
+        result
     }
 
-    fn queue_segment(&self, inner: &super::commit::Inner) -> u64 {
-        inner.uses.keys().next_back().copied().unwrap_or(0)
+    /// Looks once at each segment that is complete.
+    fn pass(&self, eager: bool) -> Result<Reclaimed, Error> {
+        let mut reclaimed = Reclaimed::default();
+        let search =
+            |before| Search { before, excluded: Vec::new(), segment_max: self.options.segment_bytes_max, eager };
+        let newest = self.queue.lock().uses.keys().next_back().copied().unwrap_or(0);
+        let (mut log, mut pack) = (search(newest), search(lock(&self.pack.stream).number()));
+        while !self.gc_wanted.stopped() {
+            // One flush is enough for all that are dead: what made them so was queued before.
+            let mut numbers = log.dead(&self.queue.lock().uses);
+            numbers.extend(pack.dead(&lock(&self.pack.index).uses));
+            let mut moved = Some(0);
+            if numbers.is_empty() {
+                let emptiest = log.emptiest(&self.queue.lock().uses);
+                let emptiest = emptiest.or_else(|| pack.emptiest(&lock(&self.pack.index).uses));
+                let Some(number) = emptiest else { break };
+                moved = if Which::Log.has(number) { self.empty_log(number)? } else { self.empty_pack(number)? };
+                numbers.push(number);
+            }
+            self.queue.barrier(Durability::Disk)?;
+            reclaimed.moved += moved.unwrap_or(0);
+            for number in numbers {
+                let freed = if moved.is_some() { self.free(number)? } else { None };
+                match freed {
+                    Some(bytes) => {
+                        reclaimed.bytes += bytes;
+                        reclaimed.segments += 1;
+                    }
+                    None if Which::Log.has(number) => log.excluded.push(number),
+                    None => pack.excluded.push(number),
+                }
+            }
+        }
+        Ok(reclaimed)
     }
 
     /// Gives a segment back, unless somebody came to need something in it.
-    fn free(&self, number: u64, is_log: bool) -> Result<Option<u64>, Error> {
-        let files = if is_log {
+    fn free(&self, number: u64) -> Result<Option<u64>, Error> {
+        let files = if Which::Log.has(number) {
             let mut inner = self.queue.lock();
             if inner.uses.get(&number).is_some_and(|u| u.live > 0) {
                 return Ok(None);
@@ -124,7 +173,7 @@ impl Shared {
             &self.log_files
         } else {
             let mut index = lock(&self.pack.index);
-            if index.keys.values().any(|p| p.place.segment == number && p.refs > 0) {
+            if index.uses.get(&number).is_some_and(|u| u.live > 0) {
                 return Ok(None);
             }
             index.uses.remove(&number);
@@ -192,12 +241,13 @@ impl Shared {
             let mut bytes = Vec::new();
             frame::put(&mut bytes, &head, &body);
             let len = u32::try_from(bytes.len()).expect("as its length");
-            let to = self.pack.write(bytes).map_err(failed)?;
-            let mut index = lock(&self.pack.index);
-            if index.tables.contains_key(&id) {
-                index.put_table(id, to, len);
-                moved += u64::from(len);
-            }
+            let put = |index: &mut PackIndex, to| {
+                if index.tables.contains_key(&id) {
+                    index.put_table(id, to, len);
+                    moved += u64::from(len);
+                }
+            };
+            self.pack.write(bytes, put).map_err(failed)?;
         }
         self.pack.sync().map_err(failed)?;
         Ok(Some(moved))

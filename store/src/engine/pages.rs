@@ -139,8 +139,9 @@ impl Pack {
         pages.ok_or_else(|| Error::Damaged { file: Which::file_name(place.segment), offset: place.at, what })
     }
 
-    /// Writes one frame.
-    pub(super) fn write(&self, mut frame: Vec<u8>) -> Result<Place, Failure> {
+    /// Writes one frame and puts it into the index. No other is written in between: a segment that is full has nothing in it
+    /// that the index does not know.
+    pub(super) fn write(&self, mut frame: Vec<u8>, put: impl FnOnce(&mut PackIndex, Place)) -> Result<(), Failure> {
         let mut stream = lock(&self.stream);
         if !stream.fits(frame.len()) {
             stream.rotate(None, frame.len())?;
@@ -148,7 +149,8 @@ impl Pack {
             lock(&self.index).uses.insert(number, Use { bytes, live: 0 });
         }
         let at = stream.write(&mut frame)?;
-        Ok(Place { segment: stream.number(), at: at[0] })
+        put(&mut lock(&self.index), Place { segment: stream.number(), at: at[0] });
+        Ok(())
     }
 
     pub(super) fn sync(&self) -> Result<(), Failure> {
@@ -167,15 +169,15 @@ impl Pack {
     pub(super) fn write_pages(&self, pages: &[(Key, Page)]) -> Result<u64, Failure> {
         let frame = pages_frame(pages).map_err(|e| Failure::new("compress", "pages", &e))?;
         let bytes = frame.len() as u64;
-        let place = self.write(frame)?;
-        let mut index = lock(&self.index);
         let share = u32::try_from(bytes / pages.len().max(1) as u64).expect("a frame is small");
-        for (slot, (key, _)) in pages.iter().enumerate() {
-            let slot = u16::try_from(slot).expect("few");
-            // Somebody else may have stored it meanwhile.
-            index.keys.entry(*key).or_insert(PagePlace { place, slot, share, refs: 0 });
-            index.hold(key);
-        }
+        self.write(frame, |index, place| {
+            for (slot, (key, _)) in pages.iter().enumerate() {
+                let slot = u16::try_from(slot).expect("few");
+                // Somebody else may have stored it meanwhile.
+                index.keys.entry(*key).or_insert(PagePlace { place, slot, share, refs: 0 });
+                index.hold(key);
+            }
+        })?;
         Ok(bytes)
     }
 
@@ -183,21 +185,21 @@ impl Pack {
     pub(super) fn move_pages(&self, pages: &[(Key, Page)], from: u64) -> Result<u64, Failure> {
         let frame = pages_frame(pages).map_err(|e| Failure::new("compress", "pages", &e))?;
         let bytes = frame.len() as u64;
-        let place = self.write(frame)?;
-        let index = &mut *lock(&self.index);
         let share = u32::try_from(bytes / pages.len().max(1) as u64).expect("a frame is small");
-        for (slot, (key, _)) in pages.iter().enumerate() {
-            let Some(page) = index.keys.get_mut(key).filter(|p| p.place.segment == from) else { continue };
-            if page.refs > 0 {
-                if let Some(used) = index.uses.get_mut(&from) {
-                    used.live = used.live.saturating_sub(u64::from(page.share));
+        self.write(frame, |index, place| {
+            for (slot, (key, _)) in pages.iter().enumerate() {
+                let Some(page) = index.keys.get_mut(key).filter(|p| p.place.segment == from) else { continue };
+                if page.refs > 0 {
+                    if let Some(used) = index.uses.get_mut(&from) {
+                        used.live = used.live.saturating_sub(u64::from(page.share));
+                    }
+                    if let Some(used) = index.uses.get_mut(&place.segment) {
+                        used.live += u64::from(share);
+                    }
                 }
-                if let Some(used) = index.uses.get_mut(&place.segment) {
-                    used.live += u64::from(share);
-                }
+                *page = PagePlace { place, slot: u16::try_from(slot).expect("few"), share, refs: page.refs };
             }
-            *page = PagePlace { place, slot: u16::try_from(slot).expect("few"), share, refs: page.refs };
-        }
+        })?;
         Ok(bytes)
     }
 }
@@ -209,6 +211,8 @@ struct Writer<'a> {
     pending: Vec<(Key, Page)>,
     /// References taken, to be given back if the checkpoint is not published.
     held: Vec<Key>,
+    /// The table, once it is written; to be forgotten likewise.
+    written: Option<u64>,
     bytes: u64,
 }
 
@@ -241,6 +245,9 @@ impl Drop for Writer<'_> {
         let mut index = lock(&self.shared.pack.index);
         for key in self.held.drain(..) {
             index.let_go(&key);
+        }
+        if let Some(id) = self.written {
+            index.forget_table(id);
         }
     }
 }
@@ -288,7 +295,7 @@ impl Shared {
             parent = Some(self.unit(number, name, find, sii)?);
         }
         let table = TableBody::new(new);
-        let mut writer = Writer { shared: self, table, pending: Vec::new(), held: Vec::new(), bytes: 0 };
+        let mut writer = Writer { shared: self, table, pending: Vec::new(), held: Vec::new(), written: None, bytes: 0 };
         new.pages.each(&mut |address, page| writer.put(address, page))?;
         writer.flush()?;
         writer.table.finish()?;
@@ -349,7 +356,9 @@ impl Shared {
         frame::put(&mut frame, &head, &body);
         let bytes =
             u32::try_from(frame.len()).map_err(|_| Error::invalid("a checkpoint", "its table exceeds 4 GiB"))?;
-        let place = self.pack.write(frame).map_err(|f| self.pack_failed(&f))?;
+        let written = self.pack.write(frame, |index, place| index.put_table(id, place, bytes));
+        written.map_err(|f| self.pack_failed(&f))?;
+        writer.written = Some(id);
         if durability == Durability::Disk {
             self.pack.sync().map_err(|f| self.pack_failed(&f))?;
         }
@@ -374,11 +383,11 @@ impl Shared {
         if limit > 0 && used + stored > limit {
             return Err(Error::Quota { unit: name.to_string(), used, limit });
         }
-        lock(&self.pack.index).put_table(id, place, bytes);
         let publication = Control::Publish { unit: number, id, table };
         let (group, needless) = self.queue.control(&mut inner, publication, durability.max(Durability::Cache));
         // From here on it may be published, whatever is reported: its references stay.
         writer.held.clear();
+        writer.written = None;
         let result = self.queue.wait_group(inner, group).map(drop);
         self.forget_tables(&needless);
         result

@@ -37,6 +37,11 @@ impl Which {
         u64::from_str_radix(hex, 16).ok().filter(|n| n % 2 == odd)
     }
 
+    /// Whether a segment is of this stream.
+    pub(super) fn has(self, number: u64) -> bool {
+        number.is_multiple_of(2) == (self == Self::Log)
+    }
+
     pub(super) fn first_number(self) -> u64 {
         match self {
             Self::Log => 2,

@@ -281,9 +281,11 @@ impl UnitStore for Handle {
     }
 
     fn truncate_below(&self, sii: u64) -> Result<(), Error> {
-        let mut inner = self.shared.queue.lock();
-        self.shared.queue.usable_now(&inner)?;
+        let mut inner = self.shared.queue.room_to_shrink()?;
         self.writer(&mut inner)?;
+        if sii <= self.extent(&inner)?.start {
+            return Ok(());
+        }
         self.shrink(&mut inner, Control::Below { unit: self.number, sii });
         if let Some(live) = inner.live.get_mut(&self.number) {
             live.acknowledged = live.acknowledged.max(sii);
@@ -295,7 +297,7 @@ impl UnitStore for Handle {
 
     fn truncate_from(&self, sii: u64) -> Result<(), Error> {
         let queue = &self.shared.queue;
-        let mut inner = queue.settle(queue.lock(), self.number)?;
+        let mut inner = queue.settle(queue.room_to_shrink()?, self.number)?;
         queue.usable_now(&inner)?;
         self.writer(&mut inner)?;
         self.shrink(&mut inner, Control::From { unit: self.number, sii });
@@ -313,8 +315,7 @@ impl UnitStore for Handle {
     }
 
     fn collect(&self, recovery: u64, spare: usize) -> Result<Collected, Error> {
-        let mut inner = self.shared.queue.lock();
-        self.shared.queue.usable_now(&inner)?;
+        let mut inner = self.shared.queue.room_to_shrink()?;
         self.writer(&mut inner)?;
         let unit = inner.state.units.get(&self.number).ok_or_else(|| Error::NoUnit { unit: self.name.to_string() })?;
         let before = (unit.checkpoints().len() as u64, unit.next - unit.first);
@@ -345,6 +346,7 @@ impl UnitStore for Handle {
     }
 
     fn put_checkpoint(&self, new: &NewCheckpoint<'_>) -> Result<(), Error> {
+        self.shared.press();
         self.writer(&mut *self.shared.queue.room(0)?)?;
         self.shared.put_checkpoint(self.number, &self.name, self.epoch, self.durability(), new)
     }

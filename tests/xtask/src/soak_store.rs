@@ -17,9 +17,10 @@ const UNITS: u64 = 16;
 const QUOTA: u64 = 16 << 20;
 /// Records between two checkpoints.
 const EVENTS: u64 = 2000;
-/// Segments that may be in the directory beyond twice what is live: the current ones, those that are ready, and those that are being
-/// emptied, of both streams.
-const SLACK_SEGMENTS: u64 = 8;
+/// Segments that may be in the directory beyond twice what is live. For each of the two streams seven (ARCHITECTURE.md, "Space"; the
+/// queue is as large as a segment here), four that are ready for use, and two since the hog may have truncated a segment's
+/// worth since the last pass.
+const SLACK_SEGMENTS: u64 = 2 * 7 + 4 + 2;
 
 /// What was done, and the most that was seen.
 #[derive(Debug, Default)]
