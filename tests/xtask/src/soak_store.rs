@@ -17,10 +17,10 @@ const UNITS: u64 = 16;
 const QUOTA: u64 = 16 << 20;
 /// Records between two checkpoints.
 const EVENTS: u64 = 2000;
-/// Segments that may be in the directory beyond twice what is live. For each of the two streams seven (ARCHITECTURE.md, "Space"; the
+/// Segments that may be in the directory beyond twice what is live. For each of the two streams eight (ARCHITECTURE.md, "Space"; the
 /// queue is as large as a segment here), four that are ready for use, and two since the hog may have truncated a segment's
 /// worth since the last pass.
-const SLACK_SEGMENTS: u64 = 2 * 7 + 4 + 2;
+const SLACK_SEGMENTS: u64 = 2 * 8 + 4 + 2;
 
 /// What was done, and the most that was seen.
 #[derive(Debug, Default)]

@@ -155,7 +155,7 @@ fn a_quota_is_kept() {
 /// a queue of so many bytes and two streams.
 fn slack(queue_bytes: u64) -> u64 {
     let segment = 16 << 10;
-    2 * (5 * segment + 2 * queue_bytes.max(segment))
+    2 * (5 * segment + 3 * queue_bytes.max(segment))
 }
 
 /// One unit writes and truncates as fast as it can, another one truncates what is not there. Break it: flush for each dead
