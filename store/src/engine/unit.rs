@@ -318,7 +318,7 @@ impl UnitStore for Handle {
         let mut inner = self.shared.queue.room_to_shrink()?;
         self.writer(&mut inner)?;
         let unit = inner.state.units.get(&self.number).ok_or_else(|| Error::NoUnit { unit: self.name.to_string() })?;
-        let before = (unit.checkpoints().len() as u64, unit.next - unit.first);
+        let before = (unit.checkpoints().len() as u64, unit.next.saturating_sub(unit.first));
         let checkpoints: Vec<u64> = unit.checkpoints().into_keys().collect();
         let Some((effective, oldest)) = effective(&checkpoints, recovery, spare) else {
             return Ok(Collected::default());
@@ -341,7 +341,7 @@ impl UnitStore for Handle {
         Ok(Collected {
             effective: Some(effective),
             checkpoints: before.0 - left,
-            records: before.1 - (log.end - log.start),
+            records: before.1.saturating_sub(log.end.saturating_sub(log.start)),
         })
     }
 
