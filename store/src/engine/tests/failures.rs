@@ -158,8 +158,8 @@ fn slack(queue_bytes: u64) -> u64 {
     2 * (5 * segment + 3 * queue_bytes.max(segment))
 }
 
-/// One unit writes and truncates as fast as it can, another one truncates what is not there. Break it: flush for each dead
-/// segment; let control records in without room; do not let writers wait.
+/// One unit writes and truncates as fast as it can, another one truncates, too. Break it: flush for each dead segment, and do
+/// not let writers wait.
 #[test]
 fn truncation_keeps_up_with_writers() {
     let queue_bytes_max = 64 << 10;
