@@ -61,6 +61,8 @@ impl Unit {
         pages.commit(&staged).map_err(broken("keeping pages"))?;
         hide_vdso(&mut pages, &mut mm.auxv, regs.rsp, vdso).map_err(broken("hiding the vDSO"))?;
         self.pages = Arc::new(RwLock::new(pages));
+        // Descriptors were closed: their numbers will be given to others.
+        self.log.forget_fds(None, 0);
         let actions: Vec<[u64; 4]> = (1..=64)
             .map(|s| if s != 9 && s != 19 && ignored >> (s - 1) & 1 == 1 { [1, 0, 0, 0] } else { [0; 4] })
             .collect();

@@ -117,6 +117,15 @@ fn killed_inside_the_shim_on_streams_that_are_counted() -> Result<(), Error> {
     walk_on(|| guest_launch("epoll_echo"), "shim-", &passes, 0, echo)
 }
 
+/// Accept in blocking mode, select, epoll_pwait2, ppoll and recvmsg, in the calls of the first connections.
+///
+/// Break it: leave the message's header out of what is settled (`Unit::settle`).
+#[test]
+fn killed_inside_the_shim_in_waits_and_messages() -> Result<(), Error> {
+    let passes: Vec<u64> = (20..50).collect();
+    walk_on(|| guest_launch("waits_echo"), "shim-", &passes, 0, echo)
+}
+
 #[test]
 fn killed_between_an_unloggable_call_and_its_checkpoint() -> Result<(), Error> {
     walk("unloggable-", &[1, 3], 0, alone)
