@@ -414,7 +414,7 @@ fn give(control: &Control) {
         return;
     }
     if control.shared.load(SeqCst) != 0 {
-        let (supervisor, tracer) = (control.parent.load(Relaxed), u64::from(control.tracer.load(Relaxed)));
+        let (supervisor, tracer) = (control.supervisor.load(Relaxed), u64::from(control.tracer.load(Relaxed)));
         syscall(nr::TGKILL, [supervisor, tracer, SIGUSR2, 0, 0, 0]);
     }
 }

@@ -102,11 +102,13 @@ impl Unit {
         self.snapshot = Some(Arc::clone(&snapshot));
         self.log.checkpointed();
         self.checkpoint_at = now();
+        let first = snapshot.sii == 0;
+        let capture = Arc::new(Capture { snapshot, parent: None, staged, gone: vec![] });
+        self.outlive(&capture, true)?;
         if let Some(journal) = &mut self.journal {
-            if snapshot.sii == 0 {
-                return Ok(journal.begin(&snapshot, &self.pages));
+            if first {
+                return Ok(journal.begin(&capture.snapshot, &self.pages));
             }
-            let capture = Capture { snapshot, parent: None, staged, gone: vec![] };
             journal.checkpoint(&mut self.log, capture, &self.pages, false);
         }
         Ok(Ok(()))

@@ -1,7 +1,8 @@
 //! The unit dies at each seam, on purpose: between what the kernel did and what the log says, inside a
 //! checkpoint, inside a restore, inside a replay.
 //!
-//! `FTRUN_FAULT=POINT:N` in ftrun's environment kills the unit the Nth time that POINT is passed.
+//! `FTRUN_FAULT=POINT:N` in ftrun's environment kills the unit the Nth time that POINT is passed, and
+//! `FTRUN_FAULT=supervisor@POINT:N` the supervisor, which at durability `supervisor` is survived, too.
 
 use std::time::Duration;
 
@@ -19,7 +20,8 @@ fn points() -> Vec<&'static str> {
 }
 
 /// Which of the groups below walks a point: by its name's first word.
-const GROUPS: [&str; 8] = ["call-", "signal-", "checkpoint-", "restore-", "replay-", "shim-", "unloggable-", "exec-"];
+const GROUPS: [&str; 9] =
+    ["call-", "hands-", "signal-", "checkpoint-", "restore-", "replay-", "shim-", "unloggable-", "exec-"];
 
 fn of(group: &str) -> Vec<&'static str> {
     points().into_iter().filter(|p| p.starts_with(group)).collect()
@@ -53,13 +55,21 @@ fn walk_on(
     if is_bare() {
         return Ok(());
     }
-    for point in of(group) {
+    let victims = match group {
+        "shim-" => &[""][..],
+        "hands-" => &["supervisor@"],
+        _ => &["", "supervisor@"],
+    };
+    for (point, victim) in of(group).iter().flat_map(|point| victims.iter().map(move |victim| (point, victim))) {
         for pass in passes {
-            let fault = format!("{point}:{pass}");
+            let fault = format!("{victim}{point}:{pass}");
             let load = Load { clients: 4, at_least: Duration::from_millis(800), ..Load::from_env().kills(kills) };
             let mut launch = program()?;
             launch.env("FTRUN_FAULT", &fault).options(["--checkpoint-every", "100ms"]);
-            if group == "call-" {
+            if !victim.is_empty() {
+                launch.options(["--durability", "supervisor"]);
+            }
+            if matches!(group, "call-" | "hands-") {
                 // With the shim few calls pass these points.
                 launch.options(["--no-shim"]);
             }
@@ -91,6 +101,21 @@ fn every_point_is_walked() {
 fn killed_around_a_call() -> Result<(), Error> {
     // Early in the start, in ld.so; at its end; at the connections. Later calls are served by the shim.
     walk("call-", &[3, 60, 120], 0, echo)
+}
+
+/// The supervisor dies before and after the keeper has made a call of the unit: each is made once.
+///
+/// Break it: have `hands::take_over` forget what has been done, or leave the last result on the desk when the next
+/// call is put there.
+#[test]
+fn the_supervisor_is_killed_around_a_call_of_the_hands() -> Result<(), Error> {
+    let passes: Vec<u64> = (1..=60).collect();
+    let program = || guest_launch("descriptors");
+    walk_on(program, "hands-", &passes, 0, |load, launch| {
+        let load = Load { at_least: Duration::from_millis(150), ..load.clone() };
+        let report = descriptors_of(&load, launch)?;
+        if report.recoveries == 0 { Err(error!("the supervisor was not killed:\n{report}")) } else { Ok(()) }
+    })
 }
 
 #[test]
