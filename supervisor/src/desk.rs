@@ -119,12 +119,12 @@ pub struct Desk {
     pub generation: AtomicU32,
     /// The unit's process.
     pub pid: AtomicI32,
+    /// Not 0: it lives, as far as is known, and takes signals.
+    pub runs: AtomicU32,
     /// The unit's process as the program knows it.
     pub vpid: AtomicI32,
     /// Incarnation of the unit.
     pub incarnation: AtomicU32,
-    /// Events that the supervisor knew of when it last kept something here.
-    pub progress: AtomicU64,
     /// Recoveries so far.
     pub recoveries: AtomicU64,
     /// Not 0: there may be descriptors in the unit's table that are not its own.

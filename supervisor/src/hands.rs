@@ -127,8 +127,7 @@ impl Hired {
             pieces.iter().zip(&starts).find_map(here).unwrap_or(address)
         };
         let mut args = *args;
-        for (i, arg) in args.iter_mut().enumerate().filter(|(i, _)| pointers >> i & 1 == 1) {
-            let _ = i;
+        for (_, arg) in args.iter_mut().enumerate().filter(|(i, _)| pointers >> i & 1 == 1) {
             *arg = moved(pieces, *arg);
         }
         let owed = self.owed.take_if(|o| o.vtid == self.vtid && o.call == (nr, args, digest) && o.arena.len() == used);

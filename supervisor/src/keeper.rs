@@ -13,8 +13,8 @@ use crate::hands;
 use crate::marshal::raw_call;
 use crate::report::Error;
 
-/// Supervisors in a row that may die without the unit having come further.
-const DEATHS_MAX: u32 = 5;
+/// Supervisors in a row that may fail by themselves before the unit runs.
+const FAILURES_MAX: u32 = 5;
 
 /// What a supervisor is started with: descriptor numbers. Those of ours stay open in its own table, and are closed in
 /// the unit's.
@@ -47,6 +47,7 @@ pub fn keep(
         libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
     }
     let (parted, wait) = std::sync::mpsc::channel();
+    let inherited = unit_fds.clone();
     let builder = std::thread::Builder::new().name("ftrun-hands".into()).stack_size(8 << 20);
     let started = builder.spawn(move || {
         if wait.recv().is_ok() {
@@ -59,13 +60,16 @@ pub fn keep(
     if unsafe { libc::unshare(libc::CLONE_FILES | libc::CLONE_FS) } != 0 {
         return Err(os("a descriptor table for the keeper")(io::Error::last_os_error()));
     }
-    // The program's own standard input and output must not be kept open by us.
-    // SAFETY: replaces descriptors 0 and 1 of this thread's table, which it does not use any more.
+    // What is the program's must not be kept open by us: somebody may wait for its end.
+    // SAFETY: descriptors of this thread's table that it does not use any more; 0 to 2 are not left free.
     unsafe {
         let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
-        if null >= 0 {
-            libc::dup2(null, 0);
-            libc::dup2(null, 1);
+        for fd in inherited {
+            if fd <= 2 {
+                libc::dup2(null, fd);
+            } else {
+                libc::close(fd);
+            }
         }
     }
     if parted.send(()).is_err() {
@@ -91,7 +95,9 @@ fn start(desk: &Desk) -> Result<(), Error> {
 
 /// Passes signals on until the run is over; its exit status.
 fn watch(desk: &Desk, survives: bool) -> Result<i32, Error> {
-    let mut deaths = (0, 0);
+    let mut failures = 0;
+    // Signals that have come, by bits.
+    let mut kept = 0u64;
     loop {
         // SAFETY: plain data; the calls are given objects that outlive them.
         let (signal, info) = unsafe {
@@ -104,17 +110,15 @@ fn watch(desk: &Desk, survives: bool) -> Result<i32, Error> {
         if let Some(code) = over(desk) {
             return Ok(code);
         }
-        if signal > 0 && signal != libc::SIGCHLD {
-            let pid = desk.pid.load(SeqCst);
-            // What the terminal sends to the foreground group reaches the program by itself.
-            if pid > 0 && info.si_code <= 0 {
-                // SAFETY: a process of this unit.
-                unsafe { libc::kill(pid, signal) };
-            }
-            continue;
+        // What the terminal sends to the foreground group reaches the program by itself.
+        if signal > 0 && signal != libc::SIGCHLD && info.si_code <= 0 {
+            kept |= 1 << (signal - 1);
         }
         let supervisor = desk.supervisor.load(SeqCst);
-        let Some(status) = bury_one(supervisor, libc::WNOHANG) else { continue };
+        let Some(status) = bury_one(supervisor, libc::WNOHANG) else {
+            pass_on(desk, &mut kept);
+            continue;
+        };
         if let Some(code) = over(desk) {
             return Ok(code);
         }
@@ -129,20 +133,32 @@ fn watch(desk: &Desk, survives: bool) -> Result<i32, Error> {
             );
             return Ok(125);
         }
-        let sii = desk.progress.load(SeqCst);
-        deaths = if deaths.0 == sii { (sii, deaths.1 + 1) } else { (sii, 1) };
-        if deaths.1 >= DEATHS_MAX {
-            crate::logging::line(
-                format!("ftrun: the supervisor has died {DEATHS_MAX} times at event {sii}; the unit ends\n")
-                    .into_bytes(),
-            );
+        // Killed from outside it may be as often as somebody likes.
+        let own = libc::WTERMSIG(status) != libc::SIGKILL && desk.runs.load(SeqCst) == 0;
+        failures = if own { failures + 1 } else { 0 };
+        if failures == FAILURES_MAX {
+            let text = format!("ftrun: the supervisor has failed in {FAILURES_MAX} recoveries; the unit ends\n");
+            crate::logging::line(text.into_bytes());
             return Ok(125);
         }
         // Its processes are killed with it, and have come to us: what they were doing must have come to its end
         // before anybody looks at what became of it.
+        desk.runs.store(0, SeqCst);
         while bury_one(-1, 0).is_some() {}
         start(desk)?;
     }
+}
+
+/// Passes signals on to the unit; while it is being recovered they wait.
+fn pass_on(desk: &Desk, kept: &mut u64) {
+    if *kept == 0 || desk.runs.load(SeqCst) == 0 {
+        return;
+    }
+    for signal in (1..=64).filter(|s| *kept >> (s - 1) & 1 == 1) {
+        // SAFETY: the process of this unit.
+        unsafe { libc::kill(desk.pid.load(SeqCst), signal) };
+    }
+    *kept = 0;
 }
 
 fn over(desk: &Desk) -> Option<i32> {

@@ -229,6 +229,9 @@ impl Unit {
     /// Waits until a killed process is gone; returns its wait status.
     pub(crate) fn bury(&mut self) -> i32 {
         let pid = self.pid;
+        if let Some(desk) = self.desk {
+            desk.runs.store(0, SeqCst);
+        }
         // SAFETY: our own child, not reaped yet.
         unsafe { libc::kill(pid, libc::SIGKILL) };
         let threads = std::mem::take(&mut self.vtids);

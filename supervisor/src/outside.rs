@@ -138,7 +138,6 @@ impl Unit {
     /// `from`.
     pub(crate) fn keep_outside(&mut self, from: u64) {
         let Some(desk) = self.desk.filter(|_| self.standby.is_some() && !self.replaying) else { return };
-        desk.progress.store(self.sii, SeqCst);
         let kept = self.outside.to_bytes().map_err(|e| e.to_string());
         match kept {
             Ok(bytes) if bytes == self.kept_outside => {}

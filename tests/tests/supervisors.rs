@@ -3,15 +3,18 @@
 //! To break it on purpose: let the hands forget the result of a call, keep the events since the newest checkpoint
 //! in the supervisor's own memory, or look at what a call did before its process is gone.
 
+use ftrun_tests::Error;
+use ftrun_tests::binaries::is_bare;
 use ftrun_tests::load::Load;
-use ftrun_tests::scenarios;
-use ftrun_tests::unit::start_all_with;
+use ftrun_tests::process::Process;
+use ftrun_tests::scenarios::{self, guest_launch};
+use ftrun_tests::unit::{Ready, start_all_with};
 
 macro_rules! survives {
     ($($(#[$note:meta])* $name:ident;)*) => {$(
         $(#[$note])*
         #[test]
-        fn $name() -> Result<(), ftrun_tests::Error> {
+        fn $name() -> Result<(), Error> {
             start_all_with("--durability supervisor");
             let report = scenarios::$name(&Load::from_env().any_victim())?;
             println!("{report}");
@@ -45,4 +48,27 @@ survives! {
     descriptors;
     spin;
     alarm_spin;
+}
+
+/// A signal for the program that comes while its supervisor is being replaced waits until there is a program again.
+///
+/// Break it: let the keeper pass signals on to the last process that it knows.
+#[test]
+fn a_signal_waits_for_the_next_supervisor() -> Result<(), Error> {
+    const SIGTERM: i32 = 15;
+    start_all_with("--durability supervisor");
+    if is_bare() {
+        return Ok(());
+    }
+    for _ in 0..10 {
+        let mut launch = guest_launch("signals")?;
+        launch.ready(Ready::Line);
+        let unit = launch.start()?;
+        unit.kill9_supervisor()?;
+        Process::open(unit.started_pid())?.signal(SIGTERM)?;
+        let status = unit.wait()?;
+        assert_eq!(status.code(), Some(9), "{}", unit.stderr()?);
+        assert!(unit.stdout()?.ends_with("ended by SIGTERM\n"));
+    }
+    Ok(())
 }
