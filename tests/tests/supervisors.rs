@@ -72,3 +72,42 @@ fn a_signal_waits_for_the_next_supervisor() -> Result<(), Error> {
     }
     Ok(())
 }
+
+/// Without its keeper a unit goes on: the supervisor makes its calls itself, and says what is not survived any more.
+///
+/// Break it: have a call wait for hands that are gone.
+#[test]
+fn the_keeper_is_killed() -> Result<(), Error> {
+    const SIGKILL: i32 = 9;
+    start_all_with("--durability supervisor");
+    if is_bare() {
+        return Ok(());
+    }
+    let mut launch = guest_launch("udp_echo")?;
+    launch.ready(Ready::Line);
+    let unit = launch.start()?;
+    let client = std::net::UdpSocket::bind("127.0.0.1:0")?;
+    client.connect(("127.0.0.1", unit.port))?;
+    client.set_read_timeout(Some(ftrun_tests::unit::LIMIT))?;
+    // Datagrams are calls of the supervisor, and so of the hands.
+    let ask = |n: u32| -> Result<(), Error> {
+        let mut reply = [0; 64];
+        client.send(b"line")?;
+        let got = client.recv(&mut reply)?;
+        assert_eq!(String::from_utf8_lossy(&reply[..got]), format!("{n} {n} line"));
+        Ok(())
+    };
+    ask(1)?;
+    // A call that is being made when the keeper dies cannot be judged. The program sleeps when the next one is over.
+    let stat = format!("/proc/{}/stat", unit.pid()?);
+    while !std::fs::read_to_string(&stat)?.contains(") S ") {
+        std::thread::yield_now();
+    }
+    Process::open(unit.started_pid())?.signal(SIGKILL)?;
+    (2..=100).try_for_each(&ask)?;
+    unit.kill9()?;
+    (101..=200).try_for_each(&ask)?;
+    assert!(unit.stderr()?.contains("the keeper was killed"), "{}", unit.stderr()?);
+    unit.stop()?;
+    Ok(())
+}
