@@ -199,6 +199,7 @@ fn a_checkpoint_that_the_disk_does_not_take_is_not_acknowledged() -> Result<(), 
         let verdict = unit.verify()?;
         assert!(verdict.contains("equal the next checkpoint"), "{verdict}");
     }
+    unit.stop()?;
     drop(disk);
     Ok(())
 }
