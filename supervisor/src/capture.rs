@@ -173,11 +173,13 @@ impl Unit {
         Ok(())
     }
 
-    /// Has a checkpoint kept for the next supervisor, complete when this returns if it is `irregular`.
+    /// Has a checkpoint kept for the next supervisor, complete when this returns if it is `irregular`. Without the first
+    /// one the program is not started; a unit that runs goes on when there is no memory for it.
     pub(crate) fn outlive(&self, capture: &Arc<Capture>, irregular: bool) -> Result<()> {
-        match &self.standby {
-            Some(standby) => standby.checkpoint(&self.log, capture, &self.pages, irregular).map_err(Halt::Broken),
-            None => Ok(()),
+        let Some(standby) = &self.standby else { return Ok(()) };
+        match standby.checkpoint(&self.log, capture, &self.pages, irregular) {
+            Err(why) if capture.snapshot.sii == 0 => Err(Halt::Broken(why)),
+            _told => Ok(()),
         }
     }
 

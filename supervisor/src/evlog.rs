@@ -220,10 +220,17 @@ impl EventLog {
         (self.memory.file.as_raw_fd(), self.memory.bytes as u64)
     }
 
-    /// Number of the first event since the newest checkpoint.
-    pub fn first_sii(&self) -> Option<u64> {
-        let (bytes, _) = self.read_at(self.begin)?;
-        Record::parse(bytes).ok().map(|(record, _)| record.header.sii)
+    /// The events lead on from a checkpoint at `sii`: none is missing, and none but the last needs a checkpoint of its own.
+    pub fn leads_on(&self, sii: u64) -> bool {
+        let (mut position, mut sii, mut stuck) = (self.begin, sii, false);
+        while let Some((record, next)) = self.read_at(position) {
+            let follows = Record::parse(record).is_ok_and(|(r, _)| r.header.sii == sii + 1);
+            if !follows || stuck {
+                return false;
+            }
+            (position, sii, stuck) = (next, sii + 1, is_unloggable(record));
+        }
+        true
     }
 
     /// Adds a record.

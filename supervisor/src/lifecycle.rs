@@ -155,9 +155,11 @@ impl Unit {
         self.sii = snapshot.sii;
         self.snapshot = Some(Arc::new(snapshot));
         self.pages = Arc::new(RwLock::new(pages));
-        if self.log.first_sii().is_some_and(|first| first != self.sii + 1) {
+        if !self.log.leads_on(self.sii) {
             return Err(Halt::Broken(
-                "the supervisor was killed while the memory that outlives it was full: events are missing".into(),
+                "the supervisor was killed while the memory that outlives it was full, and the last checkpoint there is too \
+                 old"
+                    .into(),
             ));
         }
         self.count_log();

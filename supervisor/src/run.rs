@@ -163,12 +163,9 @@ fn try_supervisor(
     let status = Arc::new(Mutex::new(status));
     let (log, standby, last, journal) = service.run(|| -> Result<_, Error> {
         let no_memory = |e| Error::environment(format!("memory for the event log: {e}"), "lower --checkpoint-log");
-        let (mut standby, mut last) = (None, None);
-        let log = if let Some(fd) = start.log {
+        let (log, standby, last) = if let Some(fd) = start.log {
             let memory = dir.memory_dir()?;
-            if takes_over {
-                (standby, last) = Standby::open(&memory)?;
-            }
+            let (standby, last) = Standby::open(&memory)?;
             // SAFETY: of this thread's table, and owned by nobody else in it.
             let file = unsafe { File::from_raw_fd(fd) };
             let log = match &last {
@@ -176,13 +173,10 @@ fn try_supervisor(
                 None => EventLog::create(file, options.checkpoint_log_bytes + 2 * LOG_SLACK),
             };
             let log = log.map_err(no_memory)?;
-            standby = Some(match standby {
-                Some(standby) => standby.follow(&log),
-                None => Standby::begin(&memory, &log)?,
-            });
-            log
+            let standby = standby.follow(&log);
+            (log, Some(standby), last)
         } else {
-            EventLog::new(options.checkpoint_log_bytes + LOG_SLACK).map_err(no_memory)?
+            (EventLog::new(options.checkpoint_log_bytes + LOG_SLACK).map_err(no_memory)?, None, None)
         };
         dir.write_status(&lock(&status))?;
         let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir(), &log, options.journal)?;

@@ -49,34 +49,23 @@ pub struct Standby {
 }
 
 impl Standby {
-    /// An empty standby. Call it on the service thread, as the others.
+    /// Opens the directory, and finds what a supervisor left there that was killed: its newest complete checkpoint, if
+    /// there is one. Call it on the service thread.
     ///
     /// # Errors
-    /// The directory cannot be read.
-    pub fn begin(dir: &Path, log: &EventLog) -> Result<Self, Error> {
-        Ok(Self::new(dir)?.follow(log))
-    }
-
-    /// What a supervisor left that was killed: its newest complete checkpoint, if there is one.
-    ///
-    /// # Errors
-    /// What is there is damaged.
-    pub fn open(dir: &Path) -> Result<(Option<Self>, Option<State>), Error> {
-        let standby = Self::new(dir)?;
+    /// The directory cannot be read, or what is there is damaged.
+    pub fn open(dir: &Path) -> Result<(Self, Option<State>), Error> {
+        let worker = Service::start(Vec::new()).map_err(|e| Error::bug(format!("the standby's thread: {e}")))?;
+        let memory = Memory { dir: dir.to_owned(), chain: Chain::open(dir).map_err(wrong)?, tail: None };
+        let memory = Arc::new(Mutex::new(memory));
+        let standby = Self { memory, worker, follows: Arc::default(), waiting: Arc::default(), warned: Arc::default() };
         let newest = {
             let memory = lock(&standby.memory);
             memory.chain.remove_temporary().map_err(wrong)?;
             memory.chain.newest().map(|sii| memory.chain.load(sii)).transpose().map_err(wrong)?
         };
         standby.follows.store(newest.is_some(), SeqCst);
-        Ok((Some(standby), newest))
-    }
-
-    fn new(dir: &Path) -> Result<Self, Error> {
-        let worker = Service::start(Vec::new()).map_err(|e| Error::bug(format!("the standby's thread: {e}")))?;
-        let memory = Memory { dir: dir.to_owned(), chain: Chain::open(dir).map_err(wrong)?, tail: None };
-        let memory = Arc::new(Mutex::new(memory));
-        Ok(Self { memory, worker, follows: Arc::default(), waiting: Arc::default(), warned: Arc::default() })
+        Ok((standby, newest))
     }
 
     /// From now on the log keeps what the newest complete checkpoint here needs.
@@ -85,33 +74,27 @@ impl Standby {
         self
     }
 
-    /// Takes over a checkpoint. `must` says that the events before it do not lead there by replay: then it is
+    /// Takes over a checkpoint. `irregular` says that the events before it do not lead there by replay: then it is
     /// complete when this returns, since the unit must not go on from it before.
     ///
     /// # Errors
-    /// It must, and could not be written.
+    /// It could not be written. The user has been told, and the unit may go on without.
     pub fn checkpoint(
         &self,
         log: &EventLog,
         capture: &Arc<Capture>,
         pages: &SharedPages,
-        must: bool,
+        irregular: bool,
     ) -> Result<(), String> {
         let position = log.begin();
         if capture.parent.is_none() || !self.follows.load(SeqCst) {
             let pages = read(pages);
             let written = self.worker.run(|| lock(&self.memory).store(&capture.snapshot, None, &*pages, &[], position));
             self.follows.store(written.is_ok(), SeqCst);
-            return match written {
-                Ok(()) => {
-                    tell(&self.warned, Ok(()));
-                    Ok(())
-                }
-                Err(why) => self.fell_behind(&why, must),
-            };
+            return tell(&self.warned, written);
         }
         let bytes = capture.staged.bytes();
-        if must || self.waiting.fetch_add(bytes, SeqCst) + bytes > WAITING_MAX {
+        if self.waiting.fetch_add(bytes, SeqCst) + bytes > WAITING_MAX {
             self.worker.run(|| ());
         }
         let (memory, follows, waiting) =
@@ -128,23 +111,13 @@ impl Standby {
             if result.is_err() {
                 follows.store(false, SeqCst);
             }
-            result
-        };
-        if must {
-            return self.worker.run(store).or_else(|why| self.fell_behind(&why, true));
-        }
-        self.worker.post(move || {
-            tell(&warned, store());
             waiting.fetch_sub(bytes, SeqCst);
-        });
-        Ok(())
-    }
-
-    fn fell_behind(&self, why: &str, must: bool) -> Result<(), String> {
-        if must {
-            return Err(format!("{BEHIND}: {why}"));
+            tell(&warned, result)
+        };
+        if irregular {
+            return self.worker.run(store);
         }
-        tell(&self.warned, Err(why.to_owned()));
+        self.worker.post(move || drop(store()));
         Ok(())
     }
 
@@ -163,14 +136,15 @@ impl Standby {
 const BEHIND: &str = "memory that outlives the supervisor does not take a checkpoint: its death may not be survived";
 
 /// Warns of the first failure, and says when it is over.
-fn tell(warned: &AtomicBool, result: Result<(), String>) {
-    match result {
+fn tell(warned: &AtomicBool, result: Result<(), String>) -> Result<(), String> {
+    match &result {
         Err(why) if !warned.swap(true, SeqCst) => tracing::warn!(why, "{BEHIND}"),
         Ok(()) if warned.swap(false, SeqCst) => {
             tracing::warn!("checkpoints outlive the supervisor again");
         }
         _ => {}
     }
+    result
 }
 
 impl Memory {

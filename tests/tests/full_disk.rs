@@ -242,3 +242,27 @@ fn memory_that_outlives_the_supervisor_is_full() -> Result<(), Error> {
     unit.stop()?;
     Ok(())
 }
+
+/// As above, with checkpoints that no replay can stand in for.
+///
+/// Break it: end the unit when such a checkpoint finds no room.
+#[test]
+fn a_unit_outlives_full_memory_for_irregular_checkpoints() -> Result<(), Error> {
+    if !inside("a_unit_outlives_full_memory_for_irregular_checkpoints")? {
+        return Ok(());
+    }
+    let disk = Disk::mount(Path::new("/dev/shm"), 12 << 10)?;
+    let mut launch = guest_launch("unlogged")?;
+    launch.ready(Ready::Line).options(["--durability", "supervisor"]);
+    let unit = launch.start()?;
+    disk.fill(0)?;
+    let start = Instant::now();
+    while !unit.stderr()?.contains("does not take a checkpoint") {
+        assert!(start.elapsed() < Duration::from_secs(20), "nobody was told: {}", unit.stderr()?);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    unit.kill9()?;
+    unit.await_recoveries(1)?;
+    unit.finish_rounds()?;
+    Ok(())
+}
