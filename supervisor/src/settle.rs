@@ -54,11 +54,13 @@ impl Unit {
             self.log.control().pending.store(NOTHING, SeqCst);
             return Ok(None);
         }
+        crate::fault::point("settle-found", self.pid);
         self.begin_record(Kind::Call);
         for (at, bytes) in &outs {
             self.output(*at, bytes)?;
         }
         self.append(vtid as i32, nr as u16, result, digest, flag::FAST)?;
+        crate::fault::point("settle-logged", self.pid);
         // Only now: a supervisor that dies before must leave it to the next one.
         self.log.control().pending.store(NOTHING, SeqCst);
         Ok(Some(result))

@@ -160,6 +160,7 @@ impl Memory {
         let sii = snapshot.sii;
         let mut write = || -> Result<(), image::Error> {
             image::write(&self.dir, snapshot, parent, pages, gone, OPTIONS)?;
+            crate::fault::point("standby-written", 0);
             self.chain.add(sii)?;
             if parent.is_none() {
                 self.chain.keep_only(sii)?;

@@ -158,6 +158,8 @@ pub struct Report {
     pub kills: u64,
     /// Recoveries that ftrun counted.
     pub recoveries: u64,
+    /// Supervisors that the unit had.
+    pub supervisors: u64,
     /// Process ids that the unit had.
     pub pids: BTreeSet<i32>,
     /// How long the run took.
@@ -370,6 +372,7 @@ fn check_unit(unit: &Unit, report: &mut Report) {
     match unit.status() {
         Ok(status) => {
             report.recoveries = status["recoveries"].as_u64().unwrap_or(0);
+            report.supervisors = status["supervisors"].as_u64().unwrap_or(1);
             report.pids.extend(status["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()));
             if status["state"] != "running" {
                 report.fault("unit", &Fault::error(format!("not running: {status}")));
