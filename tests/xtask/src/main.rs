@@ -87,6 +87,8 @@ enum Task {
 enum Bench {
     /// Time from SIGKILL to the next reply on the same connection, for redis with so much data
     Recovery(bench::recovery::Options),
+    /// Time to replay what a saturated redis did in a minute
+    Replay(bench::replay::Options),
     /// What programs do in a second: bare, under ftrun with and without its fast path, and under strace
     Throughput(bench::throughput::Options),
     /// What one system call costs: bare, and under ftrun with and without its fast path
@@ -125,6 +127,7 @@ fn bench(what: &Bench) -> Result<(), Error> {
     let needed = match what {
         Bench::Recovery(_) => vec!["redis-server"],
         Bench::Throughput(options) => options.programs()?,
+        Bench::Replay(_) => vec!["redis-server", "redis-benchmark"],
         Bench::Calls(_) => vec!["cc"],
         Bench::Store(options) => return bench::store::run(options),
     };
@@ -132,6 +135,7 @@ fn bench(what: &Bench) -> Result<(), Error> {
     under_release()?;
     match what {
         Bench::Recovery(options) => bench::recovery::run(options),
+        Bench::Replay(options) => bench::replay::run(options),
         Bench::Throughput(options) => bench::throughput::run(options),
         Bench::Calls(options) => bench::calls::run(options),
         Bench::Store(options) => bench::store::run(options),

@@ -4,6 +4,7 @@ pub(crate) mod calls;
 mod drive;
 mod mode;
 pub(crate) mod recovery;
+pub(crate) mod replay;
 mod stats;
 pub(crate) mod store;
 pub(crate) mod throughput;
