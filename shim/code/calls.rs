@@ -12,10 +12,15 @@ use ftrun_abi::table::{Arg, Class};
 
 use crate::call::{Call, EFAULT, EINTR, word};
 use crate::log::{has_room, log, output_size};
-use crate::{clock, files, mapping, nr, sockets, wait};
+use crate::{clock, files, mapping, nr, sockets, stable, wait};
 
 /// Makes the call and logs it; `None` when the supervisor has to.
 pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
+    if control.commits.load(Relaxed) == 0 { make(control, call) } else { stable::serve(control, call) }
+}
+
+/// The same for what need not wait for output commit.
+pub(crate) fn make(control: &mut Control, call: &Call) -> Option<i64> {
     let [a0, a1, a2, _, a4, _] = call.args;
     match call.number {
         nr::READ => sockets::receive(control, call).or_else(|| files::read(control, call)),

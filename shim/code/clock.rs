@@ -75,6 +75,6 @@ pub(crate) fn time(control: &Control, call: &Call) -> Option<i64> {
         }
     }
     fill(record, control, call, digest, result, (to != 0).then_some((to, 16)));
-    commit(control, &mut ring);
+    commit(control, call, &mut ring);
     Some(result)
 }

@@ -248,7 +248,7 @@ pub(crate) fn read(control: &mut Control, call: &Call) -> Option<i64> {
     // SAFETY: the record that was reserved above, made shorter.
     let record = unsafe { core::slice::from_raw_parts_mut(data.sub(DATA), size(got as u64)) };
     fill(record, control, call, digest, got, Some((to, got as u64)));
-    commit(control, &mut ring);
+    commit(control, call, &mut ring);
     seam(control);
     end(control);
     // SAFETY: the program's buffer; a fault there is the supervisor's to handle.

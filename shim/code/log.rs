@@ -92,11 +92,14 @@ pub(crate) fn fill(
 }
 
 /// Makes the reserved record an event.
-pub(crate) fn commit(control: &Control, ring: &mut Ring) {
+pub(crate) fn commit(control: &Control, call: &Call, ring: &mut Ring) {
     compiler_fence(Release);
     ring.commit();
     // A kill between the two is settled by the record's own number.
-    control.sii.store(control.sii.load(Relaxed) + 1, Relaxed);
+    let sii = control.sii.load(Relaxed) + 1;
+    control.sii.store(sii, Relaxed);
+    control.needed.store(sii, Relaxed);
+    control.last_tid.store(call.tid, Relaxed);
 }
 
 /// Logs a call that has been made, with memory of the program that it wrote (address and length).
@@ -111,7 +114,7 @@ pub(crate) fn log(control: &Control, call: &Call, digest: u64, result: i64, outs
         unsafe { copy(to, *address as *const u8, *len as usize) };
         at += output_size(*len);
     }
-    commit(control, &mut ring);
+    commit(control, call, &mut ring);
     Some(result)
 }
 

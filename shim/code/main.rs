@@ -17,6 +17,7 @@ mod memory;
 mod nr;
 mod replay;
 mod sockets;
+mod stable;
 mod wait;
 
 use ftrun_abi::fast::{AREA_BYTES, AREAS_BASE, Area, CALLS_PER_TURN, CONTROL_BASE, Control, Frame, REPLAY};

@@ -248,7 +248,7 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     // SAFETY: the record that was reserved above, made shorter.
     let record = unsafe { core::slice::from_raw_parts_mut(data.sub(DATA), used) };
     fill(record, control, call, digest, got as i64, out);
-    commit(control, &mut ring);
+    commit(control, call, &mut ring);
     seam(control);
     end(control);
     // SAFETY: the program's buffer; a fault there is the supervisor's to handle.

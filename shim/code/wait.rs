@@ -77,7 +77,7 @@ pub(crate) fn epoll(control: &mut Control, call: &Call) -> Option<i64> {
         unsafe { copy(record.as_mut_ptr().add(DATA), events as *const u8, n as usize * 12) };
     }
     fill(record, control, call, digest, n, out);
-    commit(control, &mut ring);
+    commit(control, call, &mut ring);
     seam(control);
     end(control);
     // SAFETY: the program's buffer; a fault there is the supervisor's to handle.

@@ -300,16 +300,33 @@ impl Unit {
     }
 }
 
-/// The descriptor is a signalfd. Anonymous inodes have no file type; their name tells.
+/// The descriptor is a signalfd.
 pub(crate) fn is_signalfd(fd: i32) -> bool {
+    is_anonymous(fd, "anon_inode:[signalfd]")
+}
+
+/// The descriptor is an eventfd.
+pub(crate) fn is_eventfd(fd: i32) -> bool {
+    is_anonymous(fd, "anon_inode:[eventfd]")
+}
+
+/// The descriptor is a stream socket.
+pub(crate) fn is_stream(fd: i32) -> bool {
+    let (mut kind, mut len) = (0i32, 4u32);
+    // SAFETY: the buffer is as long as `len` says.
+    let r = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_TYPE, (&raw mut kind).cast(), &raw mut len) };
+    r == 0 && kind == libc::SOCK_STREAM
+}
+
+/// The descriptor has this name. Anonymous inodes have no file type.
+fn is_anonymous(fd: i32, name: &str) -> bool {
     // SAFETY: plain integers, for which zero is valid.
     let mut st: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: `st` outlives the call.
     let r = unsafe { libc::fstat(fd, &raw mut st) };
     r == 0
         && st.st_mode & libc::S_IFMT == 0
-        && std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
-            .is_ok_and(|l| l.as_os_str().as_encoded_bytes() == b"anon_inode:[signalfd]")
+        && std::fs::read_link(format!("/proc/thread-self/fd/{fd}")).is_ok_and(|l| l.as_os_str() == name)
 }
 
 /// The descriptor is of a file in /proc.

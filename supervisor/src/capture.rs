@@ -175,11 +175,15 @@ impl Unit {
 
     /// Has a checkpoint kept for the next supervisor, complete when this returns if it is `irregular`. Without the first
     /// one the program is not started; a unit that runs goes on when there is no memory for it.
-    pub(crate) fn outlive(&self, capture: &Arc<Capture>, irregular: bool) -> Result<()> {
+    pub(crate) fn outlive(&mut self, capture: &Arc<Capture>, irregular: bool) -> Result<()> {
         let Some(standby) = &self.standby else { return Ok(()) };
         match standby.checkpoint(&self.log, capture, &self.pages, irregular) {
-            Err(why) if capture.snapshot.sii == 0 => Err(Halt::Broken(why)),
-            _told => Ok(()),
+            Err(why) if capture.snapshot.sii == 0 => return Err(Halt::Broken(why)),
+            _told => {}
+        }
+        match &mut self.recorder {
+            Some(recorder) => recorder.checkpoint(capture, &self.pages, irregular).map_err(Halt::Broken),
+            None => Ok(()),
         }
     }
 

@@ -35,6 +35,8 @@ pub struct RunOptions {
     pub state_dir: PathBuf,
     /// Durability level.
     pub durability: Durability,
+    /// Stable storage, at durability `node`.
+    pub store: Option<StoreOptions>,
     /// Longest time between checkpoints.
     pub checkpoint_every: Duration,
     /// A checkpoint is taken earlier when replay alone would take longer than this.
@@ -57,6 +59,36 @@ pub struct RunOptions {
     pub verbose: u8,
     /// Log lines as JSON.
     pub log_json: bool,
+}
+
+/// Where a unit's events and checkpoints go.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// URL of the store; `None` for one in the unit's own directory.
+    pub url: Option<String>,
+    /// When an event counts as stable.
+    pub stable: Stable,
+}
+
+/// When an event counts as stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Stable {
+    /// When the store has it in memory: for a store on another machine.
+    Memory,
+    /// When it is in the page cache of the store's machine.
+    Cache,
+    /// When it is on the store's disk.
+    Disk,
+}
+
+impl From<Stable> for ftrun_store::Durability {
+    fn from(stable: Stable) -> Self {
+        match stable {
+            Stable::Memory => Self::Memory,
+            Stable::Cache => Self::Cache,
+            Stable::Disk => Self::Disk,
+        }
+    }
 }
 
 impl RunOptions {
@@ -82,6 +114,8 @@ pub enum Durability {
     Process,
     /// Also the death of the supervisor.
     Supervisor,
+    /// Also the loss of the machine: nothing is given out before what led to it is in the store.
+    Node,
 }
 
 impl Durability {
@@ -90,6 +124,7 @@ impl Durability {
         match self {
             Self::Process => "process",
             Self::Supervisor => "supervisor",
+            Self::Node => "node",
         }
     }
 
@@ -145,6 +180,13 @@ struct RunArgs {
     /// What the unit survives
     #[arg(long, value_name = "LEVEL", default_value = "process")]
     durability: Durability,
+    /// Stable storage for --durability node: file:DIR, unix:PATH, tcp:HOST:PORT, nats://... [default: in the unit's
+    /// directory]
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
+    /// Where an event has to be in the store before what follows from it is given out
+    #[arg(long, value_name = "WHERE", default_value = "disk")]
+    stable: Stable,
     /// Longest time between checkpoints (500ms, 1s, 2m)
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_checkpoint_every)]
     checkpoint_every: Duration,
@@ -375,12 +417,17 @@ fn print_json(out: &mut impl Write, value: &impl serde::Serialize) -> Result<(),
 }
 
 fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
+    if args.store.is_some() && args.durability != Durability::Node {
+        return Err(Error::environment("--store is for units that survive their machine", "add --durability node"));
+    }
     let mut command = args.command.into_iter();
     let program = command.next().ok_or_else(|| Error::bug("clap let an empty command pass"))?;
     let options = RunOptions {
         name: args.name,
         state_dir: state_dir(global.state_dir.clone())?,
         durability: args.durability,
+        store: (args.durability == Durability::Node)
+            .then_some(StoreOptions { url: args.store.clone(), stable: args.stable }),
         checkpoint_every: args.checkpoint_every,
         recover_within: args.recover_within,
         checkpoint_log_bytes: args.checkpoint_log,

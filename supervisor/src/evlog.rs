@@ -51,6 +51,12 @@ impl Memory {
         self.bytes - CONTROL_BYTES as usize
     }
 
+    fn control(&self) -> &Control {
+        // SAFETY: the first bytes of the memory, zero or as shim and supervisor left them; every bit pattern
+        // is a `Control`. What is not atomic in it is read while the unit's threads are stopped.
+        unsafe { self.at.cast::<Control>().as_ref() }
+    }
+
     fn ring(&self) -> Ring {
         // SAFETY: the ring was created in this memory, which lives as long as `self`, and handles are used
         // by its one producer and by readers that the module documentation describes.
@@ -102,12 +108,12 @@ pub struct EventLog {
 #[derive(Debug)]
 struct Kept {
     checkpoint: AtomicU64,
-    tails: [AtomicU64; 2],
+    tails: [AtomicU64; 3],
 }
 
 impl Default for Kept {
     fn default() -> Self {
-        Self { checkpoint: AtomicU64::new(0), tails: [AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX)] }
+        Self { checkpoint: AtomicU64::new(0), tails: [const { AtomicU64::new(u64::MAX) }; 3] }
     }
 }
 
@@ -118,13 +124,14 @@ pub enum Reader {
     Journal,
     /// The standby, until there is a checkpoint behind them that outlives the supervisor.
     Standby,
+    /// The recorder, until they are in stable storage.
+    Recorder,
 }
 
 /// Another reader's end of the log.
 #[derive(Debug)]
 pub struct LogTail {
     reader: Reader,
-    #[expect(dead_code, reason = "the ring is in it")]
     memory: Arc<Memory>,
     ring: Ring,
     kept: Arc<Kept>,
@@ -185,9 +192,7 @@ impl EventLog {
 
     /// The page that is shared with the shim.
     pub fn control(&self) -> &Control {
-        // SAFETY: the first bytes of the memory, zero or as shim and supervisor left them; every bit pattern
-        // is a `Control`. What is not atomic in it is read while the unit's threads are stopped.
-        unsafe { self.memory.at.cast::<Control>().as_ref() }
+        self.memory.control()
     }
 
     /// Forgets what was known of descriptors, of one or of all, but for the bits to keep. No thread of the unit is in
@@ -345,6 +350,28 @@ impl LogTail {
     /// Passes over what the newest checkpoint makes needless.
     pub fn skip_to_checkpoint(&mut self) {
         self.position = self.position.max(self.kept.checkpoint.load(Ordering::SeqCst));
+        self.give_back();
+    }
+
+    /// The page that is shared with the shim. Only its atomics may be read while the unit runs.
+    pub fn control(&self) -> &Control {
+        self.memory.control()
+    }
+
+    /// Another end at the same place, to look further with. What it takes is not given back.
+    pub fn ahead(&self) -> Self {
+        Self {
+            reader: self.reader,
+            memory: Arc::clone(&self.memory),
+            ring: self.memory.ring(),
+            kept: Arc::clone(&self.kept),
+            position: self.position,
+        }
+    }
+
+    /// Takes what `ahead` has taken, and gives it back.
+    pub fn follow(&mut self, ahead: &Self) {
+        self.position = ahead.position;
         self.give_back();
     }
 

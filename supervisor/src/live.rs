@@ -12,6 +12,7 @@ use ftrun_abi::record::{Kind, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
 use libc::c_int;
 
+use crate::commit::LOOK_AGAIN_NS;
 use crate::hands;
 use crate::marshal::Prepared;
 use crate::outside::Begun;
@@ -304,6 +305,9 @@ impl Unit {
         row: &table::Row,
     ) -> Result<Outcome> {
         let args = *args;
+        if !self.may_leave(vtid, row, &args, call)? {
+            return Ok(Outcome::Block(Waiting { deadline: Some(now() + LOOK_AGAIN_NS), ..Waiting::default() }));
+        }
         self.before_fd_call(row, &args);
         Ok(match row.class {
             Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
@@ -341,6 +345,10 @@ impl Unit {
         let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
         let flags = took | if self.unloggable.is_some() { flag::UNLOGGABLE } else { 0 };
         self.append(vtid, nr as u16, result, digest, flags)?;
+        if let Some((_, needed)) = self.expected.take_if(|(expected, _)| *expected == result && flags == 0) {
+            // Without this event the call would be made again and come out the same.
+            self.log.control().needed.store(needed, SeqCst);
+        }
         crate::fault::point("call-logged", self.pid);
         self.finish_call(vtid, result, &outs)?;
         crate::fault::point("call-written", self.pid);

@@ -106,6 +106,8 @@ impl Unit {
         let vtid = h.tid as i32;
         let at_call = matches!(self.thread(vtid).state, State::Entry | State::Blocked(_));
         match record.kind {
+            // It was to make an output next (`Unit::may_leave`).
+            Kind::Sched if at_call => Ok(Applied::Gone),
             Kind::Sched => {
                 if self.thread(vtid).state != State::User {
                     return Err(self.diverged(record, sii, "the thread is in a call".into()));

@@ -14,14 +14,16 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ftrun_ckpt::dirty;
+use ftrun_ckpt::image::PageSource;
 
-use crate::cli::RunOptions;
+use crate::cli::{RunOptions, StoreOptions};
 use crate::desk::Desk;
 use crate::evlog::EventLog;
 use crate::journal::{Journal, Stored};
 use crate::keeper::{self, Start, keep_only};
 use crate::launch::Program;
 use crate::lifecycle::End;
+use crate::recorder::{Place, Recorder, Watch};
 use crate::report::Error;
 use crate::service::Service;
 use crate::standby::Standby;
@@ -75,6 +77,7 @@ struct Control {
     stored: Arc<Mutex<Stored>>,
     shared: Arc<Shared>,
     status: Arc<Mutex<Status>>,
+    store: Option<Watch>,
 }
 
 impl crate::control::Handler for Control {
@@ -82,6 +85,7 @@ impl crate::control::Handler for Control {
         let mut status = lock(&self.status).clone();
         Unit::publish_counters(&self.shared, &mut status);
         status.stored_checkpoint = lock(&self.stored).checkpoint;
+        status.store = self.store.as_ref().map(|s| s.info(status.events));
         status.updated_at = Timestamp::now();
         status
     }
@@ -161,6 +165,7 @@ fn try_supervisor(
     let backend = dirty::choose();
     status.dirty_backend = backend.name().to_owned();
     let status = Arc::new(Mutex::new(status));
+    let mut recorder = None;
     let (log, standby, last, journal) = service.run(|| -> Result<_, Error> {
         let no_memory = |e| Error::environment(format!("memory for the event log: {e}"), "lower --checkpoint-log");
         let (log, standby, last) = if let Some(fd) = start.log {
@@ -174,6 +179,14 @@ fn try_supervisor(
             };
             let log = log.map_err(no_memory)?;
             let standby = standby.follow(&log);
+            if let Some(store) = &options.store {
+                let fresh = last.is_none() && desk.generation.load(Ordering::SeqCst) == 1;
+                let mut opened = Recorder::open(&place(store, dir, desk), fresh)?;
+                log.control().commits.store(1, Ordering::SeqCst);
+                let from = last.as_ref().map(|(snapshot, pages)| (snapshot, pages as &dyn PageSource));
+                opened.follow(&log, from)?;
+                recorder = Some(opened);
+            }
             (log, Some(standby), last)
         } else {
             (EventLog::new(options.checkpoint_log_bytes + LOG_SLACK).map_err(no_memory)?, None, None)
@@ -182,7 +195,8 @@ fn try_supervisor(
         let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir(), &log, options.journal)?;
         let listener = dir.bind_control()?;
         let (writer, stored) = journal.progress();
-        let handler = Control { writer, stored, shared: Arc::clone(&shared), status: Arc::clone(&status) };
+        let store = recorder.as_ref().map(Recorder::watch);
+        let handler = Control { writer, stored, shared: Arc::clone(&shared), status: Arc::clone(&status), store };
         crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
         Ok((log, standby, last, journal))
     })?;
@@ -201,6 +215,7 @@ fn try_supervisor(
         ManuallyDrop::new(Unit::new(service.clone(), log, Arc::clone(&shared), Arc::clone(&status), backend));
     unit.journal = Some(journal);
     unit.standby = standby;
+    unit.recorder = recorder;
     unit.desk = Some(desk);
     unit.checkpoint_every = options.checkpoint_every.as_nanos() as u64;
     unit.replay_max = options.recover_within.as_nanos() as u64;
@@ -232,6 +247,9 @@ fn try_supervisor(
         }
     };
     write_end(&service, dir, &shared, &status, state, Some(code), reason);
+    if let Some(recorder) = unit.recorder.as_ref().filter(|_| state == State::Stopped) {
+        recorder.forget();
+    }
     if unit.standby.is_some() {
         // The keeper does this, too, unless it was killed.
         service.run(|| dir.forget_memory());
@@ -242,6 +260,18 @@ fn try_supervisor(
     keep_only(&[]);
     unit.serve_children();
     Ok(code)
+}
+
+/// Where the unit goes in its store.
+fn place(store: &StoreOptions, dir: &UnitDir, desk: &Desk) -> Place {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let (host, boot) = (read("/proc/sys/kernel/hostname"), read("/proc/sys/kernel/random/boot_id"));
+    Place {
+        url: store.url.clone().unwrap_or_else(|| format!("file:{}", dir.path().join("store").display())),
+        unit: dir.name().to_owned(),
+        durability: store.stable.into(),
+        holder: format!("{host}/{boot}/{}", desk.keeper.load(Ordering::SeqCst)),
+    }
 }
 
 fn write_end(

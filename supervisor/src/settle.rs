@@ -29,6 +29,7 @@ impl Unit {
         let last = self.count_log();
         let control = self.log.control();
         control.sii.store(self.sii, SeqCst);
+        control.needed.store(self.sii, SeqCst);
         if control.pending.load(SeqCst) == NOTHING {
             return Ok(None);
         }

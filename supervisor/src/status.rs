@@ -175,6 +175,23 @@ pub struct SlowSite {
     pub why: String,
 }
 
+/// What is known of a unit's stable storage.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StoreInfo {
+    /// Its URL.
+    pub url: String,
+    /// Every event up to this one is stable.
+    pub committed: u64,
+    /// Events behind it.
+    pub lag: u64,
+    /// What it takes to commit a group of events, microseconds (a moving mean).
+    pub commit_us: u32,
+    /// The newest checkpoint there: the state after this many events.
+    pub checkpoint: u64,
+    /// What keeps events from being stored.
+    pub error: Option<String>,
+}
+
 /// The state of a unit.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -198,6 +215,9 @@ pub struct Status {
     pub unloggable: Unloggable,
     /// Durability level.
     pub durability: String,
+    /// Stable storage, at durability `node`.
+    #[serde(default)]
+    pub store: Option<StoreInfo>,
     /// Supervisors so far: more than one when some were killed.
     #[serde(default)]
     pub supervisors: u32,
@@ -312,6 +332,13 @@ impl fmt::Display for Status {
             false => writeln!(f, " ({})", causes.join(", "))?,
         }
         writeln!(f, "  durability   {}", self.durability)?;
+        if let Some(s) = &self.store {
+            write!(f, "  store        {}: {} events committed, {} behind, ", s.url, s.committed, s.lag)?;
+            writeln!(f, "{} us a group, checkpoint {}", s.commit_us, s.checkpoint)?;
+            if let Some(error) = &s.error {
+                writeln!(f, "               {error}")?;
+            }
+        }
         writeln!(f, "  dirty pages  {}", self.dirty_backend)?;
         match &self.last_checkpoint {
             None => writeln!(f, "  checkpoint   none yet")?,

@@ -288,6 +288,11 @@ pub struct Unit {
     pub(crate) desk: Option<&'static crate::desk::Desk>,
     /// What outlives this supervisor, when its death is to be survived.
     pub(crate) standby: Option<crate::standby::Standby>,
+    /// What brings events to stable storage, when the loss of the machine is to be survived.
+    pub(crate) recorder: Option<crate::recorder::Recorder>,
+    /// The output that is being made: what comes out if nothing stands in its way, and the last event that it
+    /// depends on.
+    pub(crate) expected: Option<(i64, u64)>,
     /// What was last kept there of the outside world.
     pub(crate) kept_outside: Vec<u8>,
     /// The signal of a fault that made the unit fail.
@@ -366,6 +371,8 @@ impl Unit {
             backend,
             desk: None,
             standby: None,
+            recorder: None,
+            expected: None,
             kept_outside: Vec::new(),
             failed_signal: None,
             last_tick: 0,
@@ -441,12 +448,19 @@ impl Unit {
             if let Some(standby) = &self.standby {
                 standby.make_room();
             }
+            if let Some(recorder) = &self.recorder {
+                recorder.make_room(self.log.control()).map_err(Halt::Broken)?;
+            }
             if self.log.append(record).is_err() {
                 return Err(Halt::Broken("the event log is full of events without a checkpoint".into()));
             }
         }
         self.sii = sii;
-        self.log.control().sii.store(sii, std::sync::atomic::Ordering::SeqCst);
+        let control = self.log.control();
+        for now in [&control.sii, &control.needed] {
+            now.store(sii, std::sync::atomic::Ordering::SeqCst);
+        }
+        control.last_tid.store(vtid as u64, std::sync::atomic::Ordering::SeqCst);
         if let Some(journal) = &mut self.journal {
             journal.follow(&self.log);
         }

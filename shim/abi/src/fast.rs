@@ -255,14 +255,26 @@ pub struct Control {
     pub free_fd: AtomicU64,
     /// Not zero: [`Control::free_fd`] itself is not open. The supervisor takes this back whenever it has made a call.
     pub free_known: AtomicU32,
-    /// Zero.
-    pub reserved: AtomicU32,
+    /// Not zero: what others can see waits until [`Control::committed`] has come to [`Control::needed`].
+    pub commits: AtomicU32,
     /// Threads that wait for a futex.
     pub futex_waiters: AtomicU32,
     /// Not zero: the unit has no children that could use its open files.
     pub alone: AtomicU32,
     /// Not zero: the program ignores `SIGPIPE`.
     pub ignores_pipe: AtomicU32,
+    /// The last event that is in stable storage with all before it.
+    pub committed: AtomicU64,
+    /// Futex word: changes with [`Control::committed`].
+    pub commit_word: AtomicU32,
+    /// Futex word: changes with [`Control::wanted`].
+    pub want_word: AtomicU32,
+    /// The event that somebody waits for to be committed.
+    pub wanted: AtomicU64,
+    /// The last event that could have come out otherwise: what replay makes of the ones behind it is known.
+    pub needed: AtomicU64,
+    /// The thread of the last event.
+    pub last_tid: AtomicU64,
     /// Ranges in use of [`Control::code`].
     pub code_ranges: AtomicU32,
     /// Addresses that may hold code, first and end: the supervisor has to know what happens to them.

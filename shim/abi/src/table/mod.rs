@@ -19,6 +19,7 @@ mod net;
 mod other;
 mod process;
 mod rows;
+mod seen;
 mod signal;
 mod time;
 
@@ -27,6 +28,7 @@ mod tests;
 
 pub use commands::COMMANDS;
 pub use rows::ROWS;
+pub use seen::is_seen;
 
 /// How a call is treated while recording and in replay (DESIGN section 4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
