@@ -55,3 +55,17 @@ impl From<wire::Fault> for Error {
 macro_rules! error {
     ($($part:tt)*) => { $crate::Error(format!($($part)*)) };
 }
+
+/// A test for each of these [`scenarios`], under the load that the expression gives.
+#[macro_export]
+macro_rules! survives {
+    ($load:expr; $($(#[$note:meta])* $name:ident;)*) => {$(
+        $(#[$note])*
+        #[test]
+        fn $name() -> Result<(), $crate::Error> {
+            let report = $crate::scenarios::$name(&$load)?;
+            println!("{report}");
+            Ok(())
+        }
+    )*};
+}
