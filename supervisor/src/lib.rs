@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod evlog;
 pub mod fast;
 pub mod fault;
+pub mod fds;
 pub mod futex;
 pub mod hands;
 pub mod hot;
