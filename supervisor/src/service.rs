@@ -5,6 +5,7 @@
 //! `/proc` files, images, sockets, runs here: this thread takes a private copy of the table and of
 //! the directory first, and every other thread of the supervisor is started from it.
 
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -13,6 +14,18 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Debug, Clone)]
 pub struct Service {
     jobs: Sender<Job>,
+}
+
+/// The first of this process, which is the tracer's.
+static OURS: OnceLock<Service> = OnceLock::new();
+
+/// Runs what opens files for a moment, for who has no handle: on the service thread, if there is one. As long as there is
+/// none, no table is shared with a unit.
+pub fn outside_the_table<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    match OURS.get() {
+        Some(service) => service.run(f),
+        None => f(),
+    }
 }
 
 impl Service {
@@ -38,7 +51,9 @@ impl Service {
             }
         })?;
         wait.recv().map_err(|_| std::io::Error::other("the service thread ended"))??;
-        Ok(Self { jobs })
+        let service = Self { jobs };
+        OURS.get_or_init(|| service.clone());
+        Ok(service)
     }
 
     /// Runs `f` on the service thread and waits for its result.
