@@ -8,8 +8,9 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::binaries;
+use crate::kills::Killed;
 use crate::rng::Rng;
-use crate::unit::{Killed, Unit};
+use crate::unit::Unit;
 use crate::wire::{Fault, Kind};
 
 /// What a run consists of.
