@@ -139,6 +139,7 @@ fn try_supervisor(
         desk.owner.leave();
     }
     let service = Service::start(start.unit_fds.clone()).map_err(|e| os("the service thread", e))?;
+    service.be_the_tracers();
     crate::logging::use_fd(start.stderr);
     service.run(crate::logging::start_thread).map_err(|e| os("the logging thread", e))?;
     let shared = Arc::new(Shared::default());

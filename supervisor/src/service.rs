@@ -16,11 +16,11 @@ pub struct Service {
     jobs: Sender<Job>,
 }
 
-/// The first of this process, which is the tracer's.
+/// The tracer's.
 static OURS: OnceLock<Service> = OnceLock::new();
 
-/// Runs what opens files for a moment, for who has no handle: on the service thread, if there is one. As long as there is
-/// none, no table is shared with a unit.
+/// Runs what opens files for a moment, for who has no handle: on the tracer's service thread. Without one (before there is a
+/// unit, and where it is a shadow) nobody takes over what a killed tracer leaves.
 pub fn outside_the_table<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     match OURS.get() {
         Some(service) => service.run(f),
@@ -51,9 +51,12 @@ impl Service {
             }
         })?;
         wait.recv().map_err(|_| std::io::Error::other("the service thread ended"))??;
-        let service = Self { jobs };
-        OURS.get_or_init(|| service.clone());
-        Ok(service)
+        Ok(Self { jobs })
+    }
+
+    /// Has [`outside_the_table`] use this one, for as long as the process lives.
+    pub fn be_the_tracers(&self) {
+        OURS.get_or_init(|| self.clone());
     }
 
     /// Runs `f` on the service thread and waits for its result.
