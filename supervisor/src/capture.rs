@@ -152,9 +152,13 @@ impl Unit {
         {
             let mut status = crate::run::lock(&self.status);
             status.slow_sites = slow_sites;
+            let pause_us = (now() - begin) / 1000;
+            status.checkpoints.count += 1;
+            status.checkpoints.bytes += staged.bytes();
+            status.checkpoints.pause_us += pause_us;
             status.last_checkpoint = Some(crate::status::CheckpointInfo {
                 sii: self.sii,
-                pause_us: (now() - begin) / 1000,
+                pause_us,
                 pages,
                 bytes: staged.bytes(),
                 at: crate::status::Timestamp::now(),

@@ -42,6 +42,7 @@ pub mod standby;
 pub mod status;
 pub mod timers;
 pub mod told;
+pub mod top;
 pub mod tracee;
 pub mod turn;
 pub mod unit;

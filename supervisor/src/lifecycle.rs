@@ -287,6 +287,7 @@ impl Unit {
     /// Copies counters into the status that users see.
     pub fn publish_counters(shared: &crate::unit::Shared, status: &mut crate::status::Status) {
         status.events = shared.events.load(Relaxed);
+        status.log.bytes = shared.log_bytes.load(Relaxed);
         status.calls.slow = shared.slow.load(Relaxed);
         status.calls.fast = shared.fast.load(Relaxed);
     }

@@ -75,6 +75,7 @@ struct Control {
     stored: Arc<Mutex<Stored>>,
     shared: Arc<Shared>,
     status: Arc<Mutex<Status>>,
+    log: File,
 }
 
 impl crate::control::Handler for Control {
@@ -82,6 +83,8 @@ impl crate::control::Handler for Control {
         let mut status = lock(&self.status).clone();
         Unit::publish_counters(&self.shared, &mut status);
         status.stored_checkpoint = lock(&self.stored).checkpoint;
+        // stat(2) counts in blocks of 512 bytes, whatever the file system's own are.
+        status.log.resident_bytes = self.log.metadata().map_or(0, |m| m.blocks() * 512);
         status.updated_at = Timestamp::now();
         status
     }
@@ -183,7 +186,9 @@ fn try_supervisor(
         let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir(), &log, options.journal)?;
         let listener = dir.bind_control()?;
         let (writer, stored) = journal.progress();
-        let handler = Control { writer, stored, shared: Arc::clone(&shared), status: Arc::clone(&status) };
+        let shared = Arc::clone(&shared);
+        let handler =
+            Control { writer, stored, shared, status: Arc::clone(&status), log: log.share().map_err(no_memory)? };
         crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
         Ok((log, standby, last, journal))
     })?;

@@ -197,6 +197,8 @@ pub struct Shared {
     pub stop: AtomicBool,
     /// Events so far.
     pub events: AtomicU64,
+    /// Bytes of them.
+    pub log_bytes: AtomicU64,
     /// Calls on the slow path so far.
     pub slow: AtomicU64,
     /// Calls served in the process so far.
@@ -451,6 +453,7 @@ impl Unit {
             journal.follow(&self.log);
         }
         self.shared.events.store(self.sii, std::sync::atomic::Ordering::Relaxed);
+        self.shared.log_bytes.store(self.log.bytes_so_far(), std::sync::atomic::Ordering::Relaxed);
         Ok(())
     }
 
