@@ -203,6 +203,7 @@ impl Unit {
         if events >= 1000 {
             self.replay_ns = (replayed - restored) / events;
         }
+        self.publish_events();
         {
             let mut status = lock(&self.status);
             status.state = UnitState::Running;

@@ -157,9 +157,18 @@ const METRICS: [Metric; 13] = [
 ];
 
 impl Metric {
-    /// The number of a unit. While one is recovered, its supervisor counts up again to where it was.
+    /// The number of a unit. While one is recovered, its supervisor counts up again to where it was; and while none answers,
+    /// there is what one has written when it began, which names no process.
     fn number(&self, status: &Status) -> Option<f64> {
-        (status.state == State::Running).then(|| (self.of)(status)).flatten()
+        (status.state == State::Running && status.pid.is_some()).then(|| (self.of)(status)).flatten()
+    }
+
+    fn json(&self, status: &Status) -> Value {
+        match self.number(status) {
+            Some(n) if self.name.ends_with("seconds") => json!(n),
+            Some(n) => json!(n as u64),
+            None => Value::Null,
+        }
     }
 
     /// Growth in a second since an earlier answer.
@@ -215,7 +224,7 @@ fn json_lines(units: &[Status], before: &HashMap<String, Status>) -> Result<Stri
             "durability": status.durability,
         });
         for m in &METRICS {
-            object[m.name] = json!(m.number(status));
+            object[m.name] = m.json(status);
             if m.kind == Kind::Counter {
                 object[format!("{}_per_second", m.name)] =
                     before.get(&status.name).and_then(|b| m.rate(b, status)).map_or(Value::Null, Value::from);
@@ -369,7 +378,7 @@ mod tests {
     fn a_rate_is_growth_over_time() {
         let line = json_lines(&[unit(5000, 12)], &by_name(unit(1000, 10))).unwrap();
         let object: Value = serde_json::from_str(&line).unwrap();
-        assert_eq!((&object["events"], &object["events_per_second"]), (&json!(5000.0), &json!(2000.0)));
+        assert_eq!((&object["events"], &object["events_per_second"]), (&json!(5000), &json!(2000.0)));
         assert_eq!(object["last_recovery_seconds"], Value::Null);
         let shown = table(&[unit(5000, 12)], &by_name(unit(1000, 10)));
         assert!(shown.lines().nth(1).is_some_and(|l| l.contains(" 2000 ")), "{shown}");
@@ -382,11 +391,14 @@ mod tests {
     fn there_is_no_rate_across_supervisors_and_recoveries() {
         let after = Status { supervisor_pid: Some(9), ..unit(5000, 12) };
         let recovering = Status { state: State::Recovering, ..unit(3, 12) };
-        for now in [after, recovering] {
+        let written = Status { pid: None, ..unit(0, 12) };
+        for now in [after, recovering, written] {
             let object: Value = serde_json::from_str(&json_lines(&[now], &by_name(unit(1000, 10))).unwrap()).unwrap();
             assert_eq!(object["events_per_second"], Value::Null);
         }
-        assert!(!exposition(&[Status { state: State::Recovering, ..unit(3, 12) }]).contains("ftrun_events_total{"));
+        for silent in [Status { state: State::Recovering, ..unit(3, 12) }, Status { pid: None, ..unit(3, 12) }] {
+            assert!(!exposition(&[silent]).contains("ftrun_events_total{"));
+        }
     }
 
     #[test]

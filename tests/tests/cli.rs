@@ -7,11 +7,12 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use ftrun_tests::binaries::{Mode, copy_executable, mode, need};
 use ftrun_tests::process::{Process, is_root};
 use ftrun_tests::scenarios::guest_launch;
-use ftrun_tests::unit::{Launch, Ready, Unit};
+use ftrun_tests::unit::{LIMIT, Launch, Ready, Unit};
 use ftrun_tests::{Error, error};
 
 /// Nobody, as far as these tests are concerned.
@@ -336,7 +337,12 @@ fn top_shows_what_units_do() -> Result<(), Error> {
     // Rates of a unit that is busy, and that all forms show the same units.
     let done = AtomicBool::new(false);
     let output = std::thread::scope(|scope| -> Result<Output, Error> {
-        scope.spawn(|| while !done.load(Ordering::Relaxed) && client.ask(&line).is_ok() {});
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                client.ask(&line).map_err(Error::from)?;
+            }
+            Ok::<(), Error>(())
+        });
         let output = unit.ftrun(["top", "--once", "--json", "--interval", "300ms"]);
         done.store(true, Ordering::Relaxed);
         output
@@ -356,6 +362,51 @@ fn top_shows_what_units_do() -> Result<(), Error> {
     assert!(lines.next().is_some_and(|l| l.starts_with(&unit.name) && l.ends_with("/epoll_echo")), "{table}");
     assert_eq!((lines.next(), table.contains('\x1b')), (None, false), "{table}");
     refused(&unit.ftrun(["top", "--interval", "1ms"])?, Some(125), &["100ms"]);
+    unit.stop()?;
+    Ok(())
+}
+
+/// Whoever is killed, a counter of the log that is scraped at any moment is never less than it was: Prometheus would take
+/// the unit to have begun anew, and count it all again.
+///
+/// Break it: show counters in every state, or do not publish them before the state is `running` (`Unit::run_once`).
+#[test]
+fn counters_do_not_go_back() -> Result<(), Error> {
+    let _ = cli!();
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.ready(Ready::Line).options(["--durability", "supervisor"]);
+    let unit = launch.start()?;
+    let mut client =
+        ftrun_tests::clients::Echo::connect(unit.port, ftrun_tests::rng::Rng::new(1), true).map_err(Error::from)?;
+    let mut last = BTreeMap::new();
+    let mut look = || -> Result<(), Error> {
+        for (key, value) in scrape(&unit)? {
+            if ["ftrun_events_total", "ftrun_log_bytes_total", "ftrun_fast_calls_total"]
+                .iter()
+                .any(|m| key.starts_with(m))
+            {
+                let before = last.insert(key.clone(), value).unwrap_or(0.0);
+                assert!(value >= before, "{key}: {value} after {before}");
+            }
+        }
+        Ok(())
+    };
+    for kills in 1..=6 {
+        (0..50).try_for_each(|_| client.ask(b"line").map(drop))?;
+        look()?;
+        if kills % 2 == 0 {
+            unit.kill9()?
+        } else {
+            unit.kill9_supervisor()?
+        };
+        let killed = Instant::now();
+        while unit.recoveries()? < kills || unit.state()? != "running" {
+            look()?;
+            assert!(killed.elapsed() < LIMIT, "{}", unit.status()?);
+        }
+        look()?;
+    }
+    assert_eq!(last.len(), 3);
     unit.stop()?;
     Ok(())
 }
