@@ -345,7 +345,8 @@ impl Unit {
         loop {
             let status = self.status()?;
             let state = status["state"].as_str().unwrap_or_default();
-            if state == "running" && status["recoveries"].as_u64() >= Some(count) {
+            // While no supervisor answers there is what one has written, which names no process.
+            if state == "running" && status["pid"].is_u64() && status["recoveries"].as_u64() >= Some(count) {
                 return Ok(status);
             }
             if state == "failed" || state == "stopped" {
