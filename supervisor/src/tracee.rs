@@ -490,7 +490,7 @@ mod tests {
                 }
                 child
             };
-            assert!(!is_zombie(child));
+            let alive = !is_zombie(child);
             // SAFETY: our own child, which stays a zombie until it is waited for.
             unsafe {
                 libc::kill(child, libc::SIGKILL);
@@ -498,9 +498,10 @@ mod tests {
                 let flags = libc::WEXITED | libc::WNOWAIT;
                 assert_eq!(libc::waitid(libc::P_PID, child as u32, &raw mut info, flags), 0);
             }
-            assert!(is_zombie(child));
+            let ended = is_zombie(child);
             // SAFETY: as above.
             unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+            assert_eq!((alive, ended), (true, true));
         })
         .join()
         .unwrap();
