@@ -6,6 +6,7 @@
 
 use ftrun_abi::table::{Row, Wait};
 
+use crate::hands;
 use crate::live::Outcome;
 use crate::marshal::{Prepared, steady_call};
 use crate::tracee;
@@ -47,7 +48,7 @@ fn kind(fd: i32) -> Kind {
 
 /// Writes what surely fits into a pipe that is writable: one page.
 fn write_page(call: &mut Prepared, fd: i32, done: usize) -> i64 {
-    if !ready(fd, libc::POLLOUT) {
+    if !hands::was_made(libc::SYS_write as u64, call.digest) && !ready(fd, libc::POLLOUT) {
         return AGAIN;
     }
     let rest = &call.payload()[done..];
@@ -115,7 +116,8 @@ impl Unit {
                 _ => {}
             }
         }
-        if kind == Kind::Immediate || (changed.is_none() && ready(fd, libc::POLLIN)) {
+        let made = hands::was_made(nr, call.digest);
+        if kind == Kind::Immediate || (changed.is_none() && (made || ready(fd, libc::POLLIN))) {
             let r = call.run(nr);
             if kind != Kind::Immediate && r == AGAIN {
                 return Ok(self.wait_fd(vtid, call.digest, fd, libc::POLLIN, None));
@@ -125,7 +127,7 @@ impl Unit {
         if let Some(flags) = changed {
             // MSG_WAITALL: wait until all of it is there, or the end of the stream.
             let all = args[flags] & libc::MSG_WAITALL as u64 != 0 && nr as i64 == libc::SYS_recvfrom;
-            if all && !enough(fd, args[2]) && !ready(fd, libc::POLLRDHUP) {
+            if all && !made && !enough(fd, args[2]) && !ready(fd, libc::POLLRDHUP) {
                 let timeout = socket_timeout(fd, libc::SO_RCVTIMEO);
                 let outcome = self.wait_fd(vtid, call.digest, fd, libc::POLLRDHUP, timeout.or(Some(5_000_000)));
                 if timeout.is_none() {

@@ -203,13 +203,16 @@ impl Unit {
         // SAFETY: queries about a descriptor number.
         let flags = unsafe { libc::fcntl(output as i32, libc::F_GETFL) };
         let blocking = flags >= 0 && flags & libc::O_NONBLOCK == 0;
-        if blocking {
+        // What was made for a supervisor that died has taken and filled what was ready.
+        if blocking && !crate::hands::was_made(nr, call.digest) {
             for p in &fds {
                 if p.revents == 0 {
                     let fds = vec![(p.fd, p.events)];
                     return Ok(Outcome::Block(Waiting { fds, ..Waiting::default() }));
                 }
             }
+        }
+        if blocking {
             // A blocking socket would take all of it; what fits is a result that callers must expect too.
             let count = if nr == libc::SYS_sendfile as u64 { 3 } else { 4 };
             call.args[count] = call.args[count].min(65536);

@@ -15,6 +15,7 @@ use ftrun_ckpt::state::{Mapping, Snapshot, ThreadState};
 use libc::user_regs_struct;
 
 use crate::desk::GROUPS_MAX;
+use crate::fds;
 use crate::launch::{self, GATE};
 use crate::tracee::{self, Event};
 use crate::unit::{Credentials, Halt, Place, Result, State, Thread, Unit, now};
@@ -151,9 +152,13 @@ impl Unit {
         {
             let mut status = crate::run::lock(&self.status);
             status.slow_sites = slow_sites;
+            let pause_us = (now() - begin) / 1000;
+            status.checkpoints.count += 1;
+            status.checkpoints.bytes += staged.bytes();
+            status.checkpoints.pause_us += pause_us;
             status.last_checkpoint = Some(crate::status::CheckpointInfo {
                 sii: self.sii,
-                pause_us: (now() - begin) / 1000,
+                pause_us,
                 pages,
                 bytes: staged.bytes(),
                 at: crate::status::Timestamp::now(),
@@ -273,7 +278,7 @@ impl Unit {
     /// Builds the process from the newest checkpoint. Every thread stands before a call or in user code.
     pub fn restore(&mut self) -> Result<()> {
         let snapshot = self.snapshot.clone().ok_or_else(|| Halt::Broken("there is no checkpoint".into()))?;
-        self.enter_table();
+        self.enter_table()?;
         self.threads.clear();
         self.vtids.clear();
         self.ready.clear();
@@ -368,16 +373,15 @@ impl Unit {
     }
 
     /// Files of ours will be opened in the unit's table, to be mapped: until it runs.
-    fn enter_table(&self) {
-        let Some(desk) = self.desk.filter(|d| self.standby.is_some() && d.entered_table().is_none()) else { return };
+    fn enter_table(&self) -> Result<()> {
+        let Some(desk) = self.desk.filter(|d| self.standby.is_some() && d.entered_table().is_none()) else {
+            return Ok(());
+        };
         // SAFETY: no arguments.
-        let (pid, tracer) = (std::process::id(), unsafe { libc::syscall(libc::SYS_gettid) });
-        let fds: Vec<i32> = self.service.run(move || {
-            let listed = fs::read_dir(format!("/proc/{pid}/task/{tracer}/fd"));
-            let names = listed.into_iter().flatten().flatten().map(|e| e.file_name());
-            names.filter_map(|n| n.to_str()?.parse().ok()).collect()
-        });
+        let tracer = unsafe { libc::gettid() };
+        let fds = self.service.run(move || fds::list(tracer)).map_err(broken("listing the descriptors"))?;
         desk.enter_table(&fds);
+        Ok(())
     }
 
     fn restore_thread(&mut self, vtid: i32, state: &ThreadState, base: &user_regs_struct) -> Result<()> {
@@ -489,7 +493,7 @@ impl Unit {
                 if fd < 0 {
                     Box::new(Full::new())
                 } else {
-                    let taken = self.service.run(move || take_fd(fd as i32));
+                    let taken = self.service.run(move || fds::take(fd as i32));
                     // SAFETY: the number that the unit has just got; nobody else knows it.
                     unsafe { libc::close(fd as i32) };
                     let fd = taken.map_err(broken("taking the userfaultfd"))?;
@@ -514,23 +518,6 @@ impl Unit {
         }
         Ok(())
     }
-}
-
-/// Takes a descriptor out of the table that the tracer shares with the unit.
-fn take_fd(fd: i32) -> std::io::Result<std::os::fd::OwnedFd> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: our own process id, no pointers.
-    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
-    if pidfd < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor made above.
-    let got = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd, fd, 0) };
-    let result = if got < 0 { Err(std::io::Error::last_os_error()) } else { Ok(got as i32) };
-    // SAFETY: made above and not used again.
-    unsafe { libc::close(pidfd as i32) };
-    // SAFETY: a fresh descriptor that nobody else owns.
-    result.map(|fd| unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) })
 }
 
 /// Names of all threads.

@@ -15,9 +15,9 @@ use ftrun_abi::record::Record;
 use ftrun_store::LogReader;
 
 use crate::report::{EXIT_FAILURE, Error};
-use crate::status::{LIST_HEADING, Status};
+use crate::status::LIST_HEADING;
 use crate::unitdir::{NAME_BYTES_MAX, UnitDir, check_name};
-use crate::{control, doctor, logging};
+use crate::{control, doctor, logging, top};
 
 /// Names the state directory.
 const STATE_DIR_VAR: &str = "FTRUN_STATE_DIR";
@@ -232,6 +232,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show what the running units do, again and again until it is interrupted
+    Top {
+        /// Time between two refreshes, over which rates are taken (500ms, 1s, 1m)
+        #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_interval)]
+        interval: Duration,
+        /// Stop after one refresh
+        #[arg(long)]
+        once: bool,
+        /// Print JSON: one object a line for each refresh and unit
+        #[arg(long)]
+        json: bool,
+        /// Print every unit's counters once, in the text format of Prometheus
+        #[arg(long, conflicts_with_all = ["once", "json", "interval"])]
+        prometheus: bool,
+    },
     /// Take a checkpoint of a running unit now, and store it with the events since the one before
     Checkpoint {
         /// Name of the unit
@@ -364,6 +379,10 @@ fn dispatch(cli: Cli) -> Result<u8, Error> {
             let status = control::status(&open(&name)?)?;
             if json { print_json(out, &status)? } else { print(out, &status)? }
         }
+        Some(Command::Top { prometheus: true, .. }) => print(out, &top::prometheus(&state_dir()?)?)?,
+        Some(Command::Top { interval, once, json, .. }) => {
+            top::run(out, &state_dir()?, top::Options { interval, once, json })?;
+        }
         Some(Command::Checkpoint { name }) => {
             let status = control::checkpoint(&open(&name)?)?;
             if let Some(c) = status.last_checkpoint {
@@ -447,14 +466,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
 }
 
 fn list(out: &mut impl Write, state_dir: &Path, json: bool) -> Result<(), Error> {
-    let mut units: Vec<Status> = Vec::new();
-    for name in UnitDir::list(state_dir)? {
-        match UnitDir::open(state_dir, &name).and_then(|unit| control::status(&unit)) {
-            Ok(status) => units.push(status),
-            // One unit that cannot be read does not hide the others.
-            Err(e) => tracing::warn!("{name}: {e}"),
-        }
-    }
+    let units = control::statuses(state_dir)?;
     if json {
         return print_json(out, &units);
     }
@@ -586,6 +598,14 @@ fn parse_checkpoint_every(text: &str) -> Result<Duration, String> {
         return Err("it must be between 1ms and 168h".into());
     }
     Ok(every)
+}
+
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    let interval = parse_duration(text)?;
+    if interval < Duration::from_millis(100) || interval > Duration::from_secs(86400) {
+        return Err("it must be between 100ms and 24h".into());
+    }
+    Ok(interval)
 }
 
 fn parse_checkpoint_log(text: &str) -> Result<u64, String> {

@@ -6,6 +6,7 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -193,6 +194,27 @@ pub fn status(unit: &UnitDir) -> Result<Status, Error> {
         return Ok(*status);
     }
     unit.read_status()
+}
+
+/// The status of every unit of a state directory, by name. Supervisors are asked at the same time, so that one that is slow
+/// to answer does not hold up the others.
+pub fn statuses(state_dir: &Path) -> Result<Vec<Status>, Error> {
+    let names = UnitDir::list(state_dir)?;
+    let one = |name: &str| UnitDir::open(state_dir, name).and_then(|unit| status(&unit));
+    let asked: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> = names.iter().map(|name| scope.spawn(|| one(name))).collect();
+        threads.into_iter().map(thread::ScopedJoinHandle::join).collect()
+    });
+    let mut found = Vec::new();
+    for (name, asked) in names.iter().zip(asked) {
+        match asked {
+            Ok(Ok(status)) => found.push(status),
+            // One unit that cannot be read does not hide the others.
+            Ok(Err(e)) => tracing::warn!("{name}: {e}"),
+            Err(_) => return Err(Error::bug(format!("the thread that asked {name} has ended"))),
+        }
+    }
+    Ok(found)
 }
 
 /// Takes a checkpoint of a running unit; its status after that.

@@ -101,6 +101,8 @@ pub struct EventLog {
     ring: Ring,
     /// Position of the first event after the newest checkpoint.
     begin: u64,
+    /// Bytes of events that positions do not count: from before the memory was begun anew, and taken back.
+    before: u64,
     kept: Arc<Kept>,
 }
 
@@ -175,7 +177,7 @@ impl EventLog {
         }
         let kept = Arc::new(Kept::default());
         kept.checkpoint.store(begin, Ordering::SeqCst);
-        Ok(Self { memory, ring, begin, kept })
+        Ok(Self { memory, ring, begin, before: 0, kept })
     }
 
     fn in_memory(file: Option<File>, bytes: u64) -> std::io::Result<Self> {
@@ -185,7 +187,7 @@ impl EventLog {
         let ring = unsafe { Ring::create(memory.at.as_ptr().add(CONTROL_BYTES as usize), memory.ring_bytes()) };
         let ring = ring.map_err(std::io::Error::other)?;
         let kept = Arc::new(Kept::default());
-        let log = Self { memory, ring, begin: 0, kept };
+        let log = Self { memory, ring, begin: 0, before: 0, kept };
         log.control().ring_bytes.store(log.memory.ring_bytes() as u64, Ordering::SeqCst);
         Ok(log)
     }
@@ -264,6 +266,20 @@ impl EventLog {
         self.end() - self.begin
     }
 
+    /// Bytes of all events that were ever logged.
+    pub fn bytes_so_far(&self) -> u64 {
+        self.before + self.end()
+    }
+
+    /// The memory that it takes, to be asked for its size (`st_blocks`); a descriptor of the calling thread, which has made
+    /// the log.
+    ///
+    /// # Errors
+    /// No descriptor.
+    pub fn share(&self) -> std::io::Result<File> {
+        self.memory.file.try_clone()
+    }
+
     /// The record at a position, and the position behind it; `None` at the end.
     pub fn read_at(&self, position: u64) -> Option<(&[u8], u64)> {
         match self.ring.read_at(position) {
@@ -283,7 +299,9 @@ impl EventLog {
     pub fn rewind(&mut self, tail: &mut LogTail) {
         // Positions must stay what they are for a reader that goes by them later.
         let by_position = self.kept.tails[Reader::Standby as usize].load(Ordering::SeqCst) != u64::MAX;
-        if !by_position && tail.position == self.end() && self.begin == self.end() && self.ring.rewind() {
+        let end = self.end();
+        if !by_position && tail.position == end && self.begin == end && self.ring.rewind() {
+            self.before += end;
             (self.begin, tail.position) = (0, 0);
             tail.ring = self.memory.ring();
             self.kept.checkpoint.store(0, Ordering::SeqCst);
@@ -300,6 +318,7 @@ impl EventLog {
             position = next;
         }
         if let Some((position, true)) = last {
+            self.before += self.end() - position;
             self.ring.truncate_to(position);
         }
     }

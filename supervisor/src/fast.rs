@@ -370,8 +370,7 @@ impl Unit {
             return;
         }
         self.sii = self.log.control().sii.load(SeqCst);
-        self.shared.events.store(self.sii, SeqCst);
-        self.shared.fast.store(self.log.control().fast.load(SeqCst), SeqCst);
+        self.publish_events();
         if let Some(journal) = &mut self.journal {
             journal.follow(&self.log);
         }

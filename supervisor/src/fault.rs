@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 20] = [
+pub const POINTS: [&str; 21] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
@@ -21,6 +21,7 @@ pub const POINTS: [&str; 20] = [
     "call-written",
     "unloggable-made",
     "signal-logged",
+    "fatal-kept",
     "checkpoint-begin",
     "checkpoint-copied",
     "checkpoint-end",

@@ -89,6 +89,15 @@ pub fn owed_to() -> Option<i32> {
     HIRED.with_borrow(|hired| hired.as_ref()?.owed.as_ref().map(|o| o.vtid))
 }
 
+/// A call that is about to be tried has been made for the last supervisor, with arguments of this digest: what it took is
+/// not there any more, and its result is given by [`call`].
+pub fn was_made(nr: u64, digest: u64) -> bool {
+    HIRED.with_borrow(|hired| {
+        let Some(h) = hired else { return false };
+        h.owed.as_ref().is_some_and(|o| (o.vtid, o.call.0, o.call.2) == (h.vtid, nr, digest))
+    })
+}
+
 /// The thread has come to its next call: what was owed to it is given by now, or has been told otherwise.
 pub fn settle_debt(vtid: i32) {
     HIRED.with_borrow_mut(|hired| {

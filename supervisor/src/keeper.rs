@@ -6,12 +6,13 @@
 //! where that must be ([`crate::hands`]).
 
 use std::io;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::sync::atomic::Ordering::SeqCst;
 
 use crate::desk::{CALL, Desk, SPAWN};
-use crate::hands;
 use crate::marshal::raw_call;
 use crate::report::Error;
+use crate::{fds, hands};
 
 /// Supervisors in a row that may fail by themselves before the unit runs.
 const FAILURES_MAX: u32 = 5;
@@ -39,7 +40,7 @@ pub fn keep(
     supervisor: impl Fn(Start) -> i32 + Send + 'static,
 ) -> Result<i32, Error> {
     let os = |what: &'static str| move |e: io::Error| Error::bug(format!("{what}: {e}"));
-    let unit_fds = inherited();
+    let unit_fds = inherited().map_err(os("the descriptors"))?;
     let stderr = crate::logging::stderr_fd();
     // SAFETY: attributes of this process. Whoever a supervisor leaves behind is ours to bury.
     unsafe {
@@ -188,11 +189,14 @@ fn work(desk: &'static Desk, ours: [Option<i32>; 3], supervisor: &impl Fn(Start)
             hands::work(desk, &mut owner);
         } else if now & SPAWN != 0 {
             desk.hands.fetch_and(!SPAWN, SeqCst);
-            let unit_fds = desk.entered_table().unwrap_or_else(|| {
-                let fds = open_fds();
-                desk.enter_table(&fds);
-                fds
-            });
+            let unit_fds = match enter_table(desk) {
+                Ok(fds) => fds,
+                Err(e) => {
+                    desk.supervisor.store(-e.raw_os_error().unwrap_or(libc::EIO), SeqCst);
+                    desk.wake_hands();
+                    continue;
+                }
+            };
             let [stderr, lock, log] = ours.map(|fd| from_keeper(fd?));
             desk.generation.fetch_add(1, SeqCst);
             match fork_sharing() {
@@ -227,39 +231,34 @@ fn fork_sharing() -> i32 {
 
 /// A copy of a descriptor of the keeper's first thread, with a number out of the program's way.
 fn from_keeper(fd: i32) -> Option<i32> {
-    // SAFETY: numbers only; the results are owned by nobody else.
-    unsafe {
-        let pidfd = libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0);
-        let copy = libc::syscall(libc::SYS_pidfd_getfd, pidfd, fd, 0) as i32;
-        libc::close(pidfd as i32);
-        if copy < 0 {
-            return None;
-        }
-        let high = libc::fcntl(copy, libc::F_DUPFD_CLOEXEC, crate::logging::FD_MIN);
-        if high < 0 {
-            return Some(copy);
-        }
-        libc::close(copy);
-        Some(high)
-    }
-}
-
-/// Every descriptor of the calling thread.
-fn open_fds() -> Vec<i32> {
-    let listed = std::fs::read_dir("/proc/thread-self/fd")
-        .map(|d| d.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect::<Vec<i32>>());
-    let mut fds = listed.unwrap_or_else(|_| vec![0, 1, 2]);
-    // SAFETY: a query about a number. The one by which they were listed is closed.
-    fds.retain(|fd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } >= 0);
-    fds
+    let copy = fds::take(fd).ok()?;
+    // SAFETY: numbers only; the result is owned by nobody else.
+    let high = unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_DUPFD_CLOEXEC, crate::logging::FD_MIN) };
+    if high < 0 { Some(copy.into_raw_fd()) } else { Some(high) }
 }
 
 /// Descriptors that we inherited: ours are all close-on-exec, those of the one who started us cannot be.
-fn inherited() -> Vec<i32> {
-    let mut fds = open_fds();
+fn inherited() -> io::Result<Vec<i32>> {
+    let mut fds = own_fds()?;
     // SAFETY: a query about a number.
     fds.retain(|fd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } & libc::FD_CLOEXEC == 0);
-    fds
+    Ok(fds)
+}
+
+/// Every descriptor of the calling thread.
+fn own_fds() -> io::Result<Vec<i32>> {
+    // SAFETY: no arguments.
+    fds::list(unsafe { libc::gettid() })
+}
+
+/// The unit's descriptors. From here on there are others in its table.
+fn enter_table(desk: &Desk) -> io::Result<Vec<i32>> {
+    if let Some(fds) = desk.entered_table() {
+        return Ok(fds);
+    }
+    let fds = own_fds()?;
+    desk.enter_table(&fds);
+    Ok(fds)
 }
 
 /// Closes every descriptor of the calling thread's table but these.

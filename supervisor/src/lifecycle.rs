@@ -203,6 +203,7 @@ impl Unit {
         if events >= 1000 {
             self.replay_ns = (replayed - restored) / events;
         }
+        self.publish_events();
         {
             let mut status = lock(&self.status);
             status.state = UnitState::Running;
@@ -287,6 +288,7 @@ impl Unit {
     /// Copies counters into the status that users see.
     pub fn publish_counters(shared: &crate::unit::Shared, status: &mut crate::status::Status) {
         status.events = shared.events.load(Relaxed);
+        status.log.bytes = shared.log_bytes.load(Relaxed);
         status.calls.slow = shared.slow.load(Relaxed);
         status.calls.fast = shared.fast.load(Relaxed);
     }

@@ -10,7 +10,6 @@ use std::sync::atomic::Ordering::SeqCst;
 use ftrun_abi::fast::RECORD;
 use ftrun_abi::record::{Kind, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
-use libc::c_int;
 
 use crate::commit::LOOK_AGAIN_NS;
 use crate::hands;
@@ -543,69 +542,6 @@ impl Unit {
             || (age >= self.checkpoint_every && events > 0)
             || self.log.bytes() >= self.checkpoint_log
             || (events * self.replay_ns > self.replay_max && age > self.pause_ns * PAUSE_SHARE)
-    }
-
-    /// A thread or process that is not of the unit: its child, or a new one.
-    fn on_outsider(&mut self, tid: i32, event: Event) -> Result<()> {
-        // An outsider that dies under our hands reports its end by itself.
-        let ignore_gone = |r: tracee::Result<()>| match r {
-            Err(tracee::TraceError::Sys { .. }) | Ok(()) | Err(tracee::TraceError::Gone(_)) => Ok(()),
-        };
-        match event {
-            Event::Seccomp | Event::Other(_) => ignore_gone(tracee::cont(tid, 0)),
-            Event::Signal(signal) => ignore_gone(tracee::cont(tid, signal)),
-            Event::Stop(signal) if signal == libc::SIGTRAP || signal == 0 => ignore_gone(tracee::cont(tid, 0)),
-            Event::Stop(_) => ignore_gone(tracee::listen(tid)),
-            Event::Ended(status) => self.child_ended(tid, status),
-        }
-    }
-
-    /// A child's end becomes an input of the unit.
-    pub(crate) fn child_ended(&mut self, pid: i32, status: c_int) -> Result<()> {
-        let Some(child) = self.outside.children.get_mut(&pid) else { return Ok(()) };
-        child.ended = Some(status);
-        if self.threads.is_empty() {
-            return Ok(());
-        }
-        self.report_children()
-    }
-
-    /// Gives the unit the signals of children that ended, and wakes those who wait for them.
-    pub(crate) fn report_children(&mut self) -> Result<()> {
-        let news: Vec<(i32, i32)> = self
-            .outside
-            .children
-            .iter()
-            .filter(|(_, c)| !c.reported)
-            .filter_map(|(pid, c)| Some((*pid, c.ended?)))
-            .collect();
-        for (pid, status) in news {
-            if let Some(c) = self.outside.children.get_mut(&pid) {
-                c.reported = true;
-            }
-            let (code, value) = if libc::WIFEXITED(status) {
-                (libc::CLD_EXITED, libc::WEXITSTATUS(status))
-            } else {
-                (libc::CLD_KILLED, libc::WTERMSIG(status))
-            };
-            // SAFETY: no arguments.
-            let uid = unsafe { libc::getuid() };
-            let info = tracee::make_siginfo(libc::SIGCHLD, code, pid, uid, value);
-            self.outside.signals.entry(-1).or_default().push_back(info);
-            // The kernel chooses the thread and honours masks; the information above replaces its own.
-            // SAFETY: our own child.
-            unsafe { libc::kill(self.pid, libc::SIGCHLD) };
-        }
-        let waiting: Vec<i32> = self
-            .threads
-            .iter()
-            .filter(|(_, t)| matches!(&t.state, State::Blocked(w) if w.child))
-            .map(|(v, _)| *v)
-            .collect();
-        for vtid in waiting {
-            self.make_ready(vtid);
-        }
-        Ok(())
     }
 
     /// Adds an output to the record under construction.

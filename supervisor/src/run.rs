@@ -78,6 +78,7 @@ struct Control {
     shared: Arc<Shared>,
     status: Arc<Mutex<Status>>,
     store: Option<Watch>,
+    log: File,
 }
 
 impl crate::control::Handler for Control {
@@ -86,6 +87,8 @@ impl crate::control::Handler for Control {
         Unit::publish_counters(&self.shared, &mut status);
         status.stored_checkpoint = lock(&self.stored).checkpoint;
         status.store = self.store.as_ref().map(|s| s.info(status.events));
+        // stat(2) counts in blocks of 512 bytes, whatever the file system's own are.
+        status.log.resident_bytes = self.log.metadata().map_or(0, |m| m.blocks() * 512);
         status.updated_at = Timestamp::now();
         status
     }
@@ -143,6 +146,7 @@ fn try_supervisor(
         desk.owner.leave();
     }
     let service = Service::start(start.unit_fds.clone()).map_err(|e| os("the service thread", e))?;
+    service.be_the_tracers();
     crate::logging::use_fd(start.stderr);
     service.run(crate::logging::start_thread).map_err(|e| os("the logging thread", e))?;
     let shared = Arc::new(Shared::default());
@@ -196,7 +200,8 @@ fn try_supervisor(
         let listener = dir.bind_control()?;
         let (writer, stored) = journal.progress();
         let store = recorder.as_ref().map(Recorder::watch);
-        let handler = Control { writer, stored, shared: Arc::clone(&shared), status: Arc::clone(&status), store };
+        let (shared, log_file) = (Arc::clone(&shared), log.share().map_err(no_memory)?);
+        let handler = Control { writer, stored, shared, status: Arc::clone(&status), store, log: log_file };
         crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
         Ok((log, standby, last, journal))
     })?;

@@ -5,6 +5,7 @@
 //! `/proc` files, images, sockets, runs here: this thread takes a private copy of the table and of
 //! the directory first, and every other thread of the supervisor is started from it.
 
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -13,6 +14,18 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Debug, Clone)]
 pub struct Service {
     jobs: Sender<Job>,
+}
+
+/// The tracer's.
+static OURS: OnceLock<Service> = OnceLock::new();
+
+/// Runs what opens files for a moment, for who has no handle: on the tracer's service thread. Without one (before there is a
+/// unit, and where it is a shadow) nobody takes over what a killed tracer leaves.
+pub fn outside_the_table<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    match OURS.get() {
+        Some(service) => service.run(f),
+        None => f(),
+    }
 }
 
 impl Service {
@@ -39,6 +52,11 @@ impl Service {
         })?;
         wait.recv().map_err(|_| std::io::Error::other("the service thread ended"))??;
         Ok(Self { jobs })
+    }
+
+    /// Has [`outside_the_table`] use this one, for as long as the process lives.
+    pub fn be_the_tracers(&self) {
+        OURS.get_or_init(|| self.clone());
     }
 
     /// Runs `f` on the service thread and waits for its result.

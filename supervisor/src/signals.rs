@@ -145,6 +145,7 @@ impl Unit {
                 self.ending = true;
                 self.outside.fatal = Some(signal);
                 self.keep_outside(self.sii);
+                crate::fault::point("fatal-kept", self.pid);
                 Ok(tracee::cont(tid, signal)?)
             }
             Disposition::Handler => {

@@ -136,6 +136,26 @@ pub struct CheckpointInfo {
     pub at: Timestamp,
 }
 
+/// Checkpoints of one supervisor.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoints {
+    /// How many it has taken.
+    pub count: u64,
+    /// Bytes of the pages that it has copied for them.
+    pub bytes: u64,
+    /// How long the program stood still for them, microseconds.
+    pub pause_us: u64,
+}
+
+/// The event log in memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogInfo {
+    /// Bytes of all events so far.
+    pub bytes: u64,
+    /// Bytes of memory that it takes now.
+    pub resident_bytes: u64,
+}
+
 /// A recovery.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RecoveryInfo {
@@ -225,6 +245,12 @@ pub struct Status {
     pub dirty_backend: String,
     /// The newest published checkpoint.
     pub last_checkpoint: Option<CheckpointInfo>,
+    /// The checkpoints of this supervisor.
+    #[serde(default)]
+    pub checkpoints: Checkpoints,
+    /// The event log.
+    #[serde(default)]
+    pub log: LogInfo,
     /// The newest checkpoint in the state directory: the state after this many events.
     pub stored_checkpoint: Option<u64>,
     /// The newest finished recovery.
@@ -387,6 +413,8 @@ mod tests {
             "durability",
             "dirty_backend",
             "last_checkpoint",
+            "checkpoints",
+            "log",
             "stored_checkpoint",
             "last_recovery",
             "calls",
@@ -402,6 +430,8 @@ mod tests {
         for field in ["total_ms", "restore_ms", "replay_ms", "events"] {
             assert!(json["last_recovery"].get(field).is_some(), "{field}");
         }
+        assert_eq!(json["checkpoints"], serde_json::json!({"count": 0, "bytes": 0, "pause_us": 0}));
+        assert_eq!(json["log"], serde_json::json!({"bytes": 0, "resident_bytes": 0}));
         assert_eq!(json["calls"], serde_json::json!({"slow": 0, "fast": 0}));
         assert_eq!(json["unloggable"], serde_json::json!({"count": 2, "by_cause": {"fork": 2}}));
         assert_eq!(json["state"], "running");

@@ -266,11 +266,12 @@ pub fn wait_tick(tid: i32) -> Result<Option<Event>> {
     }
 }
 
-/// The thread has ended and waits to be reaped. The file is open for the time of the call only, while no
-/// thread of the unit makes a call.
+/// The thread has ended and waits to be reaped.
 fn is_zombie(tid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
-    matches!(stat.rsplit_once(") ").and_then(|x| x.1.chars().next()), Some('Z' | 'X') | None)
+    // No call tells: waitid(2) is silent where `wait` is, a process that is ending has lost its memory before it is a
+    // zombie, and a signal 0 reaches zombies, too.
+    let stat = crate::service::outside_the_table(|| std::fs::read_to_string(format!("/proc/{tid}/stat")));
+    matches!(stat.unwrap_or_default().rsplit_once(") ").and_then(|x| x.1.chars().next()), Some('Z' | 'X') | None)
 }
 
 /// Reads memory of the process; all of `buf` or an error (`EFAULT`).
@@ -458,5 +459,51 @@ pub fn words_to_regs(w: &ftrun_ckpt::state::Regs) -> user_regs_struct {
         es: w[24],
         fs: w[25],
         gs: w[26],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nothing is opened in the table of the thread that asks, where a killed supervisor would leave it to the unit:
+    /// here that table is full.
+    ///
+    /// Break it: read the file in [`is_zombie`] itself.
+    #[test]
+    fn looking_for_zombies_opens_nothing_in_the_units_table() {
+        let service = crate::service::Service::start(Vec::new()).unwrap();
+        // Its table is a copy, and other tests wait for the end of what is in it.
+        service.run(|| crate::keeper::keep_only(&[0, 1, 2]));
+        service.be_the_tracers();
+        std::thread::spawn(|| {
+            // SAFETY: concerns this thread alone; its copies of a descriptor go with it. The child waits to be killed.
+            let child = unsafe {
+                assert_eq!(libc::unshare(libc::CLONE_FILES), 0);
+                while libc::dup(0) >= 0 {}
+                assert_eq!(io::Error::last_os_error().raw_os_error(), Some(libc::EMFILE));
+                let child = libc::fork();
+                if child == 0 {
+                    loop {
+                        libc::pause();
+                    }
+                }
+                child
+            };
+            let alive = !is_zombie(child);
+            // SAFETY: our own child, which stays a zombie until it is waited for.
+            unsafe {
+                libc::kill(child, libc::SIGKILL);
+                let mut info: libc::siginfo_t = std::mem::zeroed();
+                let flags = libc::WEXITED | libc::WNOWAIT;
+                assert_eq!(libc::waitid(libc::P_PID, child as u32, &raw mut info, flags), 0);
+            }
+            let ended = is_zombie(child);
+            // SAFETY: as above.
+            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
+            assert_eq!((alive, ended), (true, true));
+        })
+        .join()
+        .unwrap();
     }
 }

@@ -197,6 +197,8 @@ pub struct Shared {
     pub stop: AtomicBool,
     /// Events so far.
     pub events: AtomicU64,
+    /// Bytes of them.
+    pub log_bytes: AtomicU64,
     /// Calls on the slow path so far.
     pub slow: AtomicU64,
     /// Calls served in the process so far.
@@ -464,8 +466,16 @@ impl Unit {
         if let Some(journal) = &mut self.journal {
             journal.follow(&self.log);
         }
-        self.shared.events.store(self.sii, std::sync::atomic::Ordering::Relaxed);
+        self.publish_events();
         Ok(())
+    }
+
+    /// Lets others see what has been counted in the log.
+    pub(crate) fn publish_events(&self) {
+        use std::sync::atomic::Ordering::Relaxed;
+        self.shared.events.store(self.sii, Relaxed);
+        self.shared.log_bytes.store(self.log.bytes_so_far(), Relaxed);
+        self.shared.fast.store(self.log.control().fast.load(Relaxed), Relaxed);
     }
 
     /// Starts a record.

@@ -96,6 +96,18 @@ static inline int listen_tcp(int port) {
     return fd;
 }
 
+/* Accepts a TCP connection; what is written to it is sent at once. */
+static inline int accept_tcp(int listener) {
+    for (;;) {
+        int fd = accept(listener, NULL, NULL);
+        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED)) continue;
+        CHECK(fd >= 0);
+        int one = 1;
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        return fd;
+    }
+}
+
 static inline double monotonic(void) {
     struct timespec now;
     CHECK(clock_gettime(CLOCK_MONOTONIC, &now) == 0);

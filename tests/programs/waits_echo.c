@@ -113,11 +113,7 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);
     int listener = listen_tcp(argc > 1 ? atoi(argv[1]) : 0);
     for (;;) {
-        int fd = accept(listener, NULL, NULL);
-        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED)) continue;
-        CHECK(fd >= 0);
-        int one = 1;
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        int fd = accept_tcp(listener);
         pthread_t thread;
         CHECK(pthread_create(&thread, NULL, serve, (void *)(intptr_t)fd) == 0);
         pthread_detach(thread);

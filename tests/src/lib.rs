@@ -1,7 +1,7 @@
 //! Harness of the end-to-end tests: runs real programs as units, kills them, and checks every reply.
 //!
 //! - [`binaries`] finds or builds what a test runs: `ftrun`, the programs of `tests/programs`, Python.
-//! - [`mod@unit`] starts one unit in a directory of its own, kills it, stops it, shows its logs on failure.
+//! - [`mod@unit`] starts one unit in a directory of its own, stops it, shows its logs on failure; [`kills`] are its kills.
 //! - [`wire`] is one checked connection; [`clients`] speak the protocols and keep a model of what must be so.
 //! - [`generator`] loads a server as fast as it answers, for benchmarks.
 //! - [`load`] drives many clients while a killer strikes, and reports what they saw.
@@ -13,6 +13,7 @@
 pub mod binaries;
 pub mod clients;
 pub mod generator;
+pub mod kills;
 pub mod load;
 pub mod process;
 pub mod rng;
@@ -54,4 +55,18 @@ impl From<wire::Fault> for Error {
 #[macro_export]
 macro_rules! error {
     ($($part:tt)*) => { $crate::Error(format!($($part)*)) };
+}
+
+/// A test for each of these [`scenarios`], under the load that the expression gives.
+#[macro_export]
+macro_rules! survives {
+    ($load:expr; $($(#[$note:meta])* $name:ident;)*) => {$(
+        $(#[$note])*
+        #[test]
+        fn $name() -> Result<(), $crate::Error> {
+            let report = $crate::scenarios::$name(&$load)?;
+            println!("{report}");
+            Ok(())
+        }
+    )*};
 }

@@ -1,15 +1,18 @@
 //! The command line: what passes through, what is refused, what the answers look like.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io::Write;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use ftrun_tests::binaries::{Mode, copy_executable, mode, need};
 use ftrun_tests::process::{Process, is_root};
 use ftrun_tests::scenarios::guest_launch;
-use ftrun_tests::unit::{Launch, Ready};
+use ftrun_tests::unit::{LIMIT, Launch, Ready, Unit};
 use ftrun_tests::{Error, error};
 
 /// Nobody, as far as these tests are concerned.
@@ -263,6 +266,173 @@ fn status_keeps_its_contract() -> Result<(), Error> {
         assert!(after["last_recovery"][key].is_number(), "last_recovery.{key} in {after}");
     }
     assert!(after["incarnation"].as_u64() > before["incarnation"].as_u64(), "{after}");
+    unit.stop()?;
+    Ok(())
+}
+
+/// Reads what `ftrun top --prometheus` prints: values by metric and labels.
+fn scrape(unit: &Unit) -> Result<BTreeMap<String, f64>, Error> {
+    let output = unit.ftrun(["top", "--prometheus"])?;
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let text = text(&output.stdout);
+    assert!(text.ends_with('\n'));
+    let mut typed = Vec::new();
+    let mut values = BTreeMap::new();
+    for line in text.lines() {
+        if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = kind.split_once(' ').ok_or_else(|| error!("{line}"))?;
+            assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
+            typed.push(name.to_owned());
+        } else if !line.starts_with("# HELP ") {
+            let (key, value) = line.rsplit_once(' ').ok_or_else(|| error!("{line}"))?;
+            let name = key.split('{').next().unwrap_or_default();
+            assert_eq!(
+                typed.last().map(String::as_str),
+                Some(name),
+                "a sample of another metric than its type: {line}"
+            );
+            let value = value.parse().map_err(|e| error!("{line}: {e}"))?;
+            assert!(values.insert(key.to_owned(), value).is_none(), "twice: {line}");
+        }
+    }
+    Ok(values)
+}
+
+/// What `top` shows is what the unit does: known work between two looks, and a kill.
+///
+/// Break it: do not count the bytes of checkpoints in `Unit::checkpoint`, or those of events in `Unit::follow_shim`.
+#[test]
+fn top_shows_what_units_do() -> Result<(), Error> {
+    let _ = cli!();
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.ready(Ready::Line);
+    let unit = launch.start()?;
+    let mut client =
+        ftrun_tests::clients::Echo::connect(unit.port, ftrun_tests::rng::Rng::new(1), true).map_err(Error::from)?;
+    let label = |metric: &str| format!("ftrun_{metric}{{unit=\"{}\"}}", unit.name);
+    let before = scrape(&unit)?;
+    let line = [b'x'; 1000];
+    for _ in 0..200 {
+        client.ask(&line)?;
+    }
+    assert!(unit.ftrun(["checkpoint", &unit.name])?.status.success());
+    let after = scrape(&unit)?;
+    let grown = |metric: &str| after[&label(metric)] - before[&label(metric)];
+    // Each answer is a wait, a receive and a send at least, and what was received is in the log.
+    assert!(grown("events_total") >= 600.0, "{before:?} {after:?}");
+    assert!(grown("log_bytes_total") >= 200_000.0, "{before:?} {after:?}");
+    assert!(grown("checkpoints_total") >= 1.0, "{before:?} {after:?}");
+    assert!(grown("checkpoint_bytes_total") >= 4096.0, "{before:?} {after:?}");
+    assert!(grown("checkpoint_pause_seconds_total") > 0.0, "{before:?} {after:?}");
+    assert!(after[&label("log_resident_bytes")] >= 4096.0, "{after:?}");
+    assert!(after[&label("last_pause_seconds")] > 0.0, "{after:?}");
+    assert_eq!(after[&format!("ftrun_unit_state{{unit=\"{}\",state=\"running\"}}", unit.name)], 1.0);
+    assert!(!after.contains_key(&label("last_recovery_seconds")), "{after:?}");
+    unit.kill9()?;
+    unit.await_recoveries(1)?;
+    let recovered = scrape(&unit)?;
+    assert_eq!(recovered[&label("recoveries_total")], 1.0);
+    assert!(recovered[&label("last_recovery_seconds")] > 0.0);
+
+    // Rates of a unit that is busy, and that all forms show the same units.
+    let done = AtomicBool::new(false);
+    let output = std::thread::scope(|scope| -> Result<Output, Error> {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                client.ask(&line).map_err(Error::from)?;
+            }
+            Ok::<(), Error>(())
+        });
+        let output = unit.ftrun(["top", "--once", "--json", "--interval", "300ms"]);
+        done.store(true, Ordering::Relaxed);
+        output
+    })?;
+    let objects = text(&output.stdout);
+    assert_eq!(objects.lines().count(), 1, "{objects}{}", text(&output.stderr));
+    let object: serde_json::Value = serde_json::from_str(&objects).map_err(|e| error!("{objects}: {e}"))?;
+    assert_eq!((&object["name"], &object["state"]), (&unit.name.as_str().into(), &"running".into()));
+    assert_eq!(object["pid"].as_i64(), Some(i64::from(unit.pid()?)));
+    for rate in ["events_per_second", "log_bytes_per_second"] {
+        assert!(object[rate].as_f64() > Some(100.0), "{rate} in {object}");
+    }
+    let output = unit.ftrun(["top", "--once", "--interval", "100ms"])?;
+    let table = text(&output.stdout);
+    let mut lines = table.lines();
+    assert!(lines.next().is_some_and(|l| l.starts_with("NAME ") && l.ends_with(" PROGRAM")), "{table}");
+    assert!(lines.next().is_some_and(|l| l.starts_with(&unit.name) && l.ends_with("/epoll_echo")), "{table}");
+    assert_eq!((lines.next(), table.contains('\x1b')), (None, false), "{table}");
+    refused(&unit.ftrun(["top", "--interval", "1ms"])?, Some(125), &["100ms"]);
+    unit.stop()?;
+    Ok(())
+}
+
+/// Whoever is killed, a counter of the log that is scraped at any moment is never less than it was: Prometheus would take
+/// the unit to have begun anew, and count it all again.
+///
+/// Break it: show counters in every state, or do not publish them before the state is `running` (`Unit::run_once`).
+#[test]
+fn counters_do_not_go_back() -> Result<(), Error> {
+    let _ = cli!();
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.ready(Ready::Line).options(["--durability", "supervisor"]);
+    let unit = launch.start()?;
+    let mut client =
+        ftrun_tests::clients::Echo::connect(unit.port, ftrun_tests::rng::Rng::new(1), true).map_err(Error::from)?;
+    let mut last = BTreeMap::new();
+    let mut look = || -> Result<(), Error> {
+        for (key, value) in scrape(&unit)? {
+            if ["ftrun_events_total", "ftrun_log_bytes_total", "ftrun_fast_calls_total"]
+                .iter()
+                .any(|m| key.starts_with(m))
+            {
+                let before = last.insert(key.clone(), value).unwrap_or(0.0);
+                assert!(value >= before, "{key}: {value} after {before}");
+            }
+        }
+        Ok(())
+    };
+    for kills in 1..=6 {
+        (0..50).try_for_each(|_| client.ask(b"line").map(drop))?;
+        look()?;
+        if kills % 2 == 0 {
+            unit.kill9()?
+        } else {
+            unit.kill9_supervisor()?
+        };
+        let killed = Instant::now();
+        while unit.recoveries()? < kills || unit.state()? != "running" {
+            look()?;
+            assert!(killed.elapsed() < LIMIT, "{}", unit.status()?);
+        }
+        look()?;
+    }
+    assert_eq!(last.len(), 3);
+    unit.stop()?;
+    Ok(())
+}
+
+/// In a terminal the table is drawn over and over in the same place, cut to what fits, until it is interrupted.
+#[test]
+fn top_redraws_a_terminal() -> Result<(), Error> {
+    let _ = cli!();
+    let Ok(script) = need("script") else { return Ok(()) };
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.ready(Ready::Line);
+    let unit = launch.start()?;
+    let Mode::Under(ftrun) = mode()? else { return Ok(()) };
+    let top = format!("stty cols 40 rows 5; exec timeout -s INT 1 {} top --interval 100ms", ftrun.display());
+    let mut command = Command::new(script);
+    command.args(["-qec", &top, "/dev/null"]).env("FTRUN_STATE_DIR", unit.path().join("state"));
+    let output = command.stdin(Stdio::null()).process_group(0).output()?;
+    let shown = text(&output.stdout);
+    let screens: Vec<&str> = shown.split("\x1b[H").skip(1).collect();
+    assert!(screens.len() >= 3, "{shown:?}");
+    for screen in &screens[..screens.len() - 1] {
+        assert!(screen.starts_with("NAME ") && screen.ends_with("\x1b[J"), "{shown:?}");
+        let lines: Vec<&str> = screen.split("\x1b[K").collect();
+        assert!(lines.len() == 3 && lines[1].contains(&unit.name), "{shown:?}");
+        assert!(lines.iter().all(|l| l.trim().chars().count() <= 40), "{shown:?}");
+    }
     unit.stop()?;
     Ok(())
 }

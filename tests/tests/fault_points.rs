@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use ftrun_tests::binaries::is_bare;
 use ftrun_tests::load::Load;
+use ftrun_tests::process::Process;
 use ftrun_tests::scenarios::{descriptors_of, echo_server, exec_chain_launch, guest_launch, rounds};
-use ftrun_tests::unit::Launch;
+use ftrun_tests::unit::{Launch, Ready};
 use ftrun_tests::{Error, error};
 
 /// The names between the brackets of `POINTS` in the supervisor's source.
@@ -20,10 +21,11 @@ fn points() -> Vec<&'static str> {
 }
 
 /// Which of the groups below walks a point: by its name's first word.
-const GROUPS: [&str; 11] = [
+const GROUPS: [&str; 12] = [
     "call-",
     "hands-",
     "signal-",
+    "fatal-",
     "checkpoint-",
     "restore-",
     "replay-",
@@ -175,6 +177,48 @@ fn killed_inside_an_exec() -> Result<(), Error> {
 #[test]
 fn killed_around_a_signal() -> Result<(), Error> {
     walk("signal-", &[1, 4], 0, alone)
+}
+
+/// A signal that ends the program has been taken from the kernel when the supervisor is killed: the unit ends by it, and
+/// does not go on without it.
+///
+/// Break it: leave `fatal` out of what is kept (`Outside::to_bytes`).
+#[test]
+fn the_supervisor_is_killed_when_a_signal_ends_the_program() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    for (signal, point) in
+        [libc::SIGTERM, libc::SIGUSR1].into_iter().flat_map(|s| of("fatal-").into_iter().map(move |p| (s, p)))
+    {
+        let mut launch = guest_launch("epoll_echo")?;
+        launch.env("FTRUN_FAULT", format!("supervisor@{point}")).options(["--durability", "supervisor"]);
+        launch.ready(Ready::Line);
+        let unit = launch.start()?;
+        Process::open(unit.pid()?)?.signal(signal)?;
+        let status = unit.wait()?;
+        assert_eq!(status.code(), Some(128 + signal), "{}", unit.stderr()?);
+        assert_eq!(unit.status_number("supervisors")?, 2, "the first one was killed");
+    }
+    Ok(())
+}
+
+/// A blocking connect is made with the socket's O_NONBLOCK set for a moment: a supervisor that is killed in that moment
+/// does not leave it set, nor does the program see its call end before there is a connection. A blocking accept or read
+/// is tried when there is something: one that has been made gives what it took, although there is nothing any more.
+///
+/// Break it: do not keep the flags (`Begun::mode`, in `Unit::connect`), or have `hands::was_made` say no.
+#[test]
+fn the_supervisor_is_killed_around_calls_in_blocking_mode() -> Result<(), Error> {
+    // All calls of a round, which come after those of the start.
+    let passes: Vec<u64> = (40..64).collect();
+    let program = || guest_launch("connects");
+    walk_on(program, "hands-", &passes, 0, |_, mut launch| {
+        launch.ready(Ready::Line);
+        let unit = launch.start()?;
+        unit.await_recoveries(1)?;
+        unit.finish_rounds().map(drop)
+    })
 }
 
 #[test]

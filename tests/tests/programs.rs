@@ -5,21 +5,10 @@
 //! descriptor to another number; each is a lost, doubled or wrong reply here.
 
 use ftrun_tests::load::Load;
-use ftrun_tests::scenarios;
-
-macro_rules! survives {
-    ($($(#[$note:meta])* $name:ident;)*) => {$(
-        $(#[$note])*
-        #[test]
-        fn $name() -> Result<(), ftrun_tests::Error> {
-            let report = scenarios::$name(&Load::from_env())?;
-            println!("{report}");
-            Ok(())
-        }
-    )*};
-}
+use ftrun_tests::{scenarios, survives};
 
 survives! {
+    Load::from_env();
     redis;
     redis_aof;
     redis_bgsave;

@@ -7,23 +7,19 @@ use ftrun_tests::Error;
 use ftrun_tests::binaries::is_bare;
 use ftrun_tests::load::Load;
 use ftrun_tests::process::Process;
-use ftrun_tests::scenarios::{self, guest_launch};
+use ftrun_tests::scenarios::guest_launch;
+use ftrun_tests::survives;
 use ftrun_tests::unit::{Ready, start_all_with};
 
-macro_rules! survives {
-    ($($(#[$note:meta])* $name:ident;)*) => {$(
-        $(#[$note])*
-        #[test]
-        fn $name() -> Result<(), Error> {
-            start_all_with("--durability supervisor");
-            let report = scenarios::$name(&Load::from_env().any_victim())?;
-            println!("{report}");
-            Ok(())
-        }
-    )*};
+const LEVEL: &str = "--durability supervisor";
+
+fn load() -> Load {
+    start_all_with(LEVEL);
+    Load::from_env().any_victim()
 }
 
 survives! {
+    load();
     redis;
     redis_aof;
     memcached_t1;
@@ -56,7 +52,7 @@ survives! {
 #[test]
 fn a_signal_waits_for_the_next_supervisor() -> Result<(), Error> {
     const SIGTERM: i32 = 15;
-    start_all_with("--durability supervisor");
+    start_all_with(LEVEL);
     if is_bare() {
         return Ok(());
     }
@@ -79,7 +75,7 @@ fn a_signal_waits_for_the_next_supervisor() -> Result<(), Error> {
 #[test]
 fn the_keeper_is_killed() -> Result<(), Error> {
     const SIGKILL: i32 = 9;
-    start_all_with("--durability supervisor");
+    start_all_with(LEVEL);
     if is_bare() {
         return Ok(());
     }

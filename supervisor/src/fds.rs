@@ -1,0 +1,45 @@
+//! Descriptors in the tables of this process's threads, which are not all the same (ARCHITECTURE.md, "One descriptor
+//! table").
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use crate::marshal::raw_call;
+
+/// A copy, in the calling thread's table, of a descriptor in that of the process's first thread.
+///
+/// # Errors
+/// There is no such descriptor, or no room for two.
+pub fn take(fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no arguments.
+    let pid = unsafe { libc::getpid() };
+    let process = owned(raw_call(libc::SYS_pidfd_open as u64, &[pid as u64, 0, 0, 0, 0, 0]))?;
+    let args = [process.as_raw_fd() as u64, fd as u64, 0, 0, 0, 0];
+    owned(raw_call(libc::SYS_pidfd_getfd as u64, &args))
+}
+
+/// The descriptor that a call has returned.
+fn owned(result: i64) -> io::Result<OwnedFd> {
+    if result < 0 {
+        return Err(io::Error::from_raw_os_error(-result as i32));
+    }
+    // SAFETY: a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
+}
+
+/// Every descriptor in the table of a thread of this process.
+///
+/// # Errors
+/// The thread has ended, or /proc is not there.
+pub fn list(tid: i32) -> io::Result<Vec<i32>> {
+    let listed = std::fs::read_dir(format!("/proc/self/task/{tid}/fd"))?;
+    let mut fds: Vec<i32> = listed.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+    // SAFETY: no arguments, and queries about numbers.
+    unsafe {
+        if tid == libc::gettid() {
+            // The one by which they were listed is closed.
+            fds.retain(|fd| libc::fcntl(*fd, libc::F_GETFD) >= 0);
+        }
+    }
+    Ok(fds)
+}
