@@ -137,7 +137,7 @@ impl Engine {
     /// Opens the store in a directory, which is made if it is missing.
     ///
     /// # Errors
-    /// [`Error::InUse`], [`Error::Version`]; the directory cannot be read or written.
+    /// [`Error::InUse`], [`Error::Version`], [`Error::Contradiction`]; the directory cannot be read or written.
     pub fn open(path: &Path, options: Options) -> Result<Self, Error> {
         Self::on(Arc::new(RealDisk::open(path)?), options)
     }
@@ -150,6 +150,9 @@ impl Engine {
         let name = disk.name();
         let io = |e: io::Error| Error::io("open", &name, &e);
         let mut loaded = load(&*disk, None, Bodies::Keys)?;
+        if let Some(Finding { file, offset, what, .. }) = loaded.refused {
+            return Err(Error::Contradiction { store: name, file, offset, what });
+        }
         let spares = Spares::new(Arc::clone(&disk), options.segment_bytes_first, options.segment_bytes_max);
         let spares = Arc::new(spares);
         // From here on the files change, so what a clean close has noted no longer holds.
