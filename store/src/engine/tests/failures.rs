@@ -302,9 +302,12 @@ fn held_back(engine: &Engine, steps: u64, fills: Fills, step: impl Fn(u64) -> Re
             let inner = shared.queue.lock();
             inner.crowded && inner.waiting_for_room > 0 && inner.done == inner.group
         };
-        while !waits() {
+        // One that waits only for the queue is soon further on.
+        let mut seen = None;
+        while !waits() || seen != Some(done.load(Ordering::SeqCst)) {
             assert!(!ended.load(Ordering::SeqCst), "nothing held the writer back: {:?}", fills(engine));
-            std::thread::sleep(Duration::from_millis(1));
+            seen = Some(done.load(Ordering::SeqCst));
+            std::thread::sleep(Duration::from_millis(20));
         }
         let (there, before) = (fills(engine), done.load(Ordering::SeqCst));
         assert!(before < steps);
