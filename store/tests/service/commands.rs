@@ -182,3 +182,16 @@ fn wrong_input_is_an_error_that_names_it() {
     assert!(text(&out).contains("in use by another process"), "{}", text(&out));
     drop(engine);
 }
+
+#[test]
+fn what_is_logged_into_a_file_is_plain() {
+    let service = Service::start("");
+    let dir = service.path("");
+    // It says where it listens, and ends since the port for HTTP is taken.
+    let config = format!("dir = '{0}/b'\ntcp = '127.0.0.1:0'\nhttp = '127.0.0.1:{1}'\n", dir.display(), service.http);
+    std::fs::write(service.path("b.toml"), config).unwrap();
+    let out = ftstore(&["serve", "--config", &service.path("b.toml").display().to_string()]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out).contains("listening") && text(&out).contains(&format!("127.0.0.1:{}", service.http)));
+    assert!(!text(&out).contains('\x1b'), "{}", text(&out));
+}
