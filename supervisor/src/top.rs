@@ -62,7 +62,7 @@ struct Metric {
     of: fn(&Status) -> Option<f64>,
 }
 
-const METRICS: [Metric; 13] = [
+const METRICS: [Metric; 15] = [
     Metric {
         name: "events",
         kind: Kind::Counter,

@@ -1,0 +1,240 @@
+//! Durability `node`: nothing leaves a unit before what led to it is in the store, and the store may stand still, be killed
+//! and come back.
+//!
+//! To break it on purpose: let `table::is_seen` pass a write, or say that events are committed before the store has
+//! acknowledged them (`recorder.rs`).
+
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ftrun_store::{Location, UnitName, each_record};
+use ftrun_tests::binaries::{is_bare, own_release};
+use ftrun_tests::load::Load;
+use ftrun_tests::process::Process;
+use ftrun_tests::scenarios::{echo_server, guest_launch};
+use ftrun_tests::unit::{LIMIT, Launch, Ready, start_all_with};
+use ftrun_tests::{Error, error, survives};
+
+const SIGSTOP: i32 = 19;
+const SIGCONT: i32 = 18;
+
+/// Where an event counts as stable here: a disk takes milliseconds, and what is killed is no machine.
+const LEVEL: &str = "--durability node --stable cache";
+
+fn load() -> Load {
+    start_all_with(LEVEL);
+    Load::from_env().any_victim()
+}
+
+survives! {
+    load();
+    redis;
+    redis_aof;
+    memcached_t4;
+    nginx;
+    python_threads;
+    epoll_echo;
+    thread_echo;
+    waits_echo;
+    exec_chain;
+    tokio_echo;
+    udp_echo;
+    signals;
+    timers;
+    files;
+    descriptors;
+    spin;
+}
+
+/// An `ftstore serve` with a directory of its own.
+struct Service {
+    dir: tempfile::TempDir,
+    child: Child,
+}
+
+impl Service {
+    fn new() -> Result<Self, Error> {
+        let dir = tempfile::Builder::new().prefix("ftrun-store-").tempdir()?;
+        let config = format!("dir = {:?}\nunix = {:?}\n", dir.path().join("store"), dir.path().join("socket"));
+        std::fs::write(dir.path().join("config"), config)?;
+        let child = Self::serve(dir.path())?;
+        Ok(Self { dir, child })
+    }
+
+    fn serve(dir: &Path) -> Result<Child, Error> {
+        let mut command = Command::new(own_release("ftstore")?);
+        command.arg("serve").arg("--config").arg(dir.join("config"));
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        let begin = Instant::now();
+        while std::os::unix::net::UnixStream::connect(dir.join("socket")).is_err() {
+            if let Some(status) = child.try_wait()? {
+                return Err(error!("ftstore serve: {status}"));
+            }
+            if begin.elapsed() > LIMIT {
+                return Err(error!("ftstore serves nobody after {} s", LIMIT.as_secs()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(child)
+    }
+
+    fn signal(&self, signal: i32) -> Result<(), Error> {
+        Ok(Process::open(i32::try_from(self.child.id())?)?.signal(signal)?)
+    }
+
+    fn kill_and_restart(&mut self) -> Result<(), Error> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.child = Self::serve(self.dir.path())?;
+        Ok(())
+    }
+
+    fn url(&self) -> String {
+        format!("unix:{}", self.dir.path().join("socket").display())
+    }
+
+    fn store(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ended = self.child.kill().and_then(|()| self.child.wait());
+    }
+}
+
+fn echo_launch(service: &Service) -> Result<Launch, Error> {
+    start_all_with(LEVEL);
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.options(["--store", &service.url()]).ready(Ready::Line);
+    Ok(launch)
+}
+
+/// A client that says something and hears it again.
+struct Talk {
+    reader: BufReader<TcpStream>,
+}
+
+impl Talk {
+    fn to(port: u16) -> Result<Self, Error> {
+        Ok(Self { reader: BufReader::new(TcpStream::connect(("127.0.0.1", port))?) })
+    }
+
+    fn say(&mut self, text: &str) -> Result<(), Error> {
+        Ok(self.reader.get_mut().write_all(format!("{text}\n").as_bytes())?)
+    }
+
+    /// The answer, if it comes in time.
+    fn hear(&mut self, limit: Duration) -> Result<Option<String>, Error> {
+        self.reader.get_mut().set_read_timeout(Some(limit))?;
+        let mut line = String::new();
+        match self.reader.read_line(&mut line) {
+            Ok(0) => Err(error!("the connection was closed")),
+            Ok(_) => Ok(Some(line.trim().to_owned())),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+/// Invariant 1. While the store stands still nothing that came in since can have an answer.
+///
+/// Break it: have the shim make sends without waiting (`stable::serve`).
+#[test]
+fn an_answer_waits_for_the_store() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    let service = Service::new()?;
+    for options in [&[][..], &["--no-shim"]] {
+        let mut launch = echo_launch(&service)?;
+        launch.options(options);
+        let unit = launch.start()?;
+        let mut talk = Talk::to(unit.port)?;
+        for n in 0..20 {
+            talk.say(&format!("before {n}"))?;
+            assert!(talk.hear(LIMIT)?.is_some_and(|a| a.ends_with(&format!("before {n}"))));
+        }
+        for n in 0..5 {
+            service.signal(SIGSTOP)?;
+            talk.say(&format!("meanwhile {n}"))?;
+            let early = talk.hear(Duration::from_millis(200))?;
+            service.signal(SIGCONT)?;
+            assert_eq!(early, None, "an answer that the store does not know of");
+            assert!(talk.hear(LIMIT)?.is_some_and(|a| a.ends_with(&format!("meanwhile {n}"))));
+        }
+        unit.stop()?;
+    }
+    Ok(())
+}
+
+/// Eight checking clients go on while the service is killed and started again, five times.
+#[test]
+fn the_store_service_is_killed() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    let mut service = Service::new()?;
+    let launch = echo_launch(&service)?;
+    let load = Load { at_least: Duration::from_secs(4), ..load() };
+    let report = std::thread::scope(|scope| {
+        let clients = scope.spawn(|| echo_server(&load, launch));
+        for _ in 0..5 {
+            std::thread::sleep(Duration::from_millis(600));
+            service.kill_and_restart()?;
+        }
+        clients.join().map_err(|_| error!("the clients panicked"))?
+    })?;
+    println!("{report}");
+    assert!(report.requests > 0);
+    Ok(())
+}
+
+/// Everything is killed at once, the service too: whatever had an answer is in the log that the store gives back.
+///
+/// Break it: have the recorder say that events are committed when it has only appended them, and not synced
+/// (`--stable memory`).
+#[test]
+fn what_was_answered_is_in_the_store() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    for round in 0..4u64 {
+        let service = Service::new()?;
+        let mut launch = echo_launch(&service)?;
+        launch.options(["--checkpoint-every", "1h", "--recover-within", "1h"]);
+        let unit = launch.start()?;
+        let mut talk = Talk::to(unit.port)?;
+        let mut answered = Vec::new();
+        for n in 0..40 + 37 * round {
+            let text = format!("request {round} {n} ends");
+            talk.say(&text)?;
+            assert!(talk.hear(LIMIT)?.is_some_and(|a| a.ends_with(&text)), "{text}");
+            answered.push(text);
+        }
+        let (store, name) = (service.store(), unit.name.clone());
+        unit.kill9_all(round)?;
+        let mut service = service;
+        service.child.kill()?;
+        service.child.wait()?;
+        let opened = Location::File(store).open().map_err(|e| error!("{e}"))?;
+        let name = UnitName::new(name).map_err(|e| error!("{e}"))?;
+        let unit = opened.view(&name).map_err(|e| error!("{e}"))?;
+        let mut stored = Vec::new();
+        let first = unit.log().map_err(|e| error!("{e}"))?.start;
+        each_record(&*unit, first, &mut |_, record| {
+            stored.extend_from_slice(record);
+            Ok(())
+        })
+        .map_err(|e| error!("{e}"))?;
+        let text = String::from_utf8_lossy(&stored);
+        for request in answered {
+            assert!(text.contains(&request), "`{request}` had an answer and is not stored");
+        }
+    }
+    Ok(())
+}
