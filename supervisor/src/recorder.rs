@@ -59,10 +59,10 @@ pub struct Place {
 /// What the threads and the tracer share.
 #[derive(Debug)]
 struct Common {
-    store: Box<dyn StableStore>,
+    place: Place,
     name: UnitName,
-    unit: Arc<dyn UnitStore>,
-    url: String,
+    /// `None` after a failure that a new one may not have.
+    link: Mutex<Option<Link>>,
     /// Events up to this one may be stored, whatever they are: a checkpoint stands for them.
     allowed: AtomicU64,
     /// The newest checkpoint there.
@@ -79,6 +79,13 @@ struct Common {
     fenced: AtomicBool,
     /// What keeps events from being stored.
     error: Mutex<Option<String>>,
+}
+
+/// The unit, opened.
+#[derive(Clone, Debug)]
+struct Link {
+    store: Arc<dyn StableStore>,
+    unit: Arc<dyn UnitStore>,
 }
 
 /// Handle of the tracer.
@@ -111,22 +118,19 @@ impl Recorder {
     /// The store cannot be reached, another holder has the unit, or it holds the state of a unit that was lost.
     pub fn open(place: &Place, fresh: bool) -> Result<Self, Error> {
         let refused = |e: StoreError| refused(&place.url, &e);
-        let store = open_store(&place.url)?;
         let name = UnitName::new(place.unit.clone()).map_err(refused)?;
-        if fresh && store.units().map_err(refused)?.iter().any(|u| u.name == name) {
+        if fresh && open_store(&place.url)?.units().map_err(refused)?.iter().any(|u| u.name == name) {
             return Err(Error::environment(
                 format!("the store {} has the state of a unit {name} that was lost", place.url),
                 "bring it back with `ftrun resume`, or remove it with `ftrun rm`",
             ));
         }
-        let options = OpenOptions { holder: place.holder.clone(), ttl: LEASE, durability: place.durability };
-        let unit = store.open(&name, &options).map_err(refused)?;
-        let newest = unit.checkpoints().map_err(refused)?.last().map(|c| c.sii);
+        let link = place.open(&name).map_err(refused)?;
+        let newest = link.unit.checkpoints().map_err(refused)?.last().map(|c| c.sii);
         let common = Common {
-            store,
+            place: place.clone(),
             name,
-            unit,
-            url: place.url.clone(),
+            link: Mutex::new(Some(link)),
             allowed: AtomicU64::new(newest.unwrap_or(0)),
             newest: AtomicU64::new(newest.unwrap_or(0)),
             stable: AtomicU64::new(0),
@@ -136,8 +140,28 @@ impl Recorder {
             fenced: AtomicBool::new(false),
             error: Mutex::new(None),
         };
-        let worker = Service::start(Vec::new()).map_err(|e| Error::bug(format!("the recorder's thread: {e}")))?;
+        // Either thread may have to open the unit again, for both.
+        let worker = Service::beside().map_err(|e| Error::bug(format!("the recorder's thread: {e}")))?;
         Ok(Self { common: Arc::new(common), worker, last: newest })
+    }
+
+    /// The same; a store that does not answer is waited for if the unit `runs` already.
+    ///
+    /// # Errors
+    /// As for [`Recorder::open`].
+    pub fn open_until(place: &Place, fresh: bool, runs: bool) -> Result<Self, Error> {
+        let mut told = false;
+        loop {
+            match Self::open(place, fresh) {
+                Err(e) if runs => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!("{e}; the unit waits for it");
+                    }
+                    std::thread::sleep(AGAIN);
+                }
+                other => return other,
+            }
+        }
     }
 
     /// Begins to follow the log. `from` is the newest checkpoint that recovery can begin with, and all its pages: it is
@@ -147,7 +171,7 @@ impl Recorder {
     /// No thread, or the store does not take the checkpoint.
     pub fn follow(&mut self, log: &EventLog, from: Option<(&Snapshot, &dyn PageSource)>) -> Result<(), Error> {
         if let Some((snapshot, pages)) = from.filter(|(snapshot, _)| self.last.is_none_or(|last| last < snapshot.sii)) {
-            self.common.put(snapshot, None, pages, &[]).map_err(|e| refused(&self.common.url, &e))?;
+            self.common.put(snapshot, None, pages, &[]).map_err(|e| refused(&self.common.place.url, &e))?;
             self.last = Some(snapshot.sii);
         }
         let tail = log.tail(Reader::Recorder);
@@ -191,7 +215,10 @@ impl Recorder {
 
     /// Why the unit must not go on here, if it must not.
     pub fn lost(&self) -> Option<String> {
-        self.common.fenced.load(SeqCst).then(|| format!("the unit has been taken over through {}", self.common.url))
+        self.common
+            .fenced
+            .load(SeqCst)
+            .then(|| format!("the unit has been taken over through {}", self.common.place.url))
     }
 
     /// The log is full: waits until everything that may be stored has been.
@@ -213,9 +240,13 @@ impl Recorder {
     /// The program has ended: nothing of it is needed any more.
     pub fn forget(&self) {
         let common = &self.common;
-        let gone = self.worker.run(|| common.unit.release().and_then(|()| common.store.remove(&common.name)));
+        let gone = self.worker.run(|| {
+            let Link { store, unit } = common.link()?;
+            unit.release()?;
+            store.remove(&common.name)
+        });
         if let Err(e) = gone {
-            tracing::warn!("the unit's state stays in {}: {e}", common.url);
+            tracing::warn!("the unit's state stays in {}: {e}", common.place.url);
         }
     }
 }
@@ -227,10 +258,10 @@ pub struct Watch(Arc<Common>);
 impl Watch {
     /// For the status of a unit with so many events.
     pub fn info(&self, events: u64) -> StoreInfo {
-        let Common { url, newest, stable, commit_us, error, .. } = &*self.0;
+        let Common { place, newest, stable, commit_us, error, .. } = &*self.0;
         let committed = stable.load(SeqCst).max(newest.load(SeqCst));
         StoreInfo {
-            url: url.clone(),
+            url: place.url.clone(),
             committed,
             lag: events.saturating_sub(committed),
             commit_us: commit_us.load(SeqCst),
@@ -240,7 +271,25 @@ impl Watch {
     }
 }
 
+impl Place {
+    fn open(&self, name: &UnitName) -> Result<Link, StoreError> {
+        let store: Arc<dyn StableStore> = self.url.parse::<Location>()?.open()?.into();
+        let options = OpenOptions { holder: self.holder.clone(), ttl: LEASE, durability: self.durability };
+        let unit = store.open(name, &options)?;
+        Ok(Link { store, unit })
+    }
+}
+
 impl Common {
+    /// The unit in its store, opened again if that has to be.
+    fn link(&self) -> Result<Link, StoreError> {
+        let mut link = lock(&self.link);
+        if let Some(link) = &*link {
+            return Ok(link.clone());
+        }
+        Ok(link.insert(self.place.open(&self.name)?).clone())
+    }
+
     /// Puts a checkpoint, and lets go of what it makes needless.
     fn put(
         &self,
@@ -253,13 +302,14 @@ impl Common {
         let gone: Vec<_> = gone.iter().map(|run| run.start..run.end()).collect();
         let pages = Source(pages);
         let new = NewCheckpoint { sii: snapshot.sii, parent, manifest: &manifest, gone: &gone, pages: &pages };
-        self.unit.put_checkpoint(&new)?;
+        let unit = self.link()?.unit;
+        unit.put_checkpoint(&new)?;
         self.newest.store(snapshot.sii, SeqCst);
         self.allowed.fetch_max(snapshot.sii, SeqCst);
         // Everything up to here can be recovered: that is the recovery state of a unit alone.
         let mut end = lock(&self.end);
         *end = None;
-        self.unit.collect(snapshot.sii, 0).map(drop)
+        unit.collect(snapshot.sii, 0).map(drop)
     }
 
     /// The same, tried until it is there.
@@ -273,7 +323,7 @@ impl Common {
         loop {
             let result = self.put(snapshot, parent, pages, gone);
             if self.told(result.as_ref().err()) {
-                return Err(format!("{} does not take checkpoints of this unit any more", self.url));
+                return Err(format!("{} does not take checkpoints of this unit any more", self.place.url));
             }
             if result.is_ok() {
                 return Ok(());
@@ -284,14 +334,20 @@ impl Common {
 
     /// Tells the user of a failure, and of its end; true when there is no use in trying again.
     fn told(&self, e: Option<&StoreError>) -> bool {
+        if let Some(e) = e
+            && !matches!(e, StoreError::Full { .. } | StoreError::Quota { .. } | StoreError::Timeout { .. })
+        {
+            // A connection that is lost, or an engine that takes nothing more, is no use any more.
+            *lock(&self.link) = None;
+        }
         let mut known = lock(&self.error);
         match e {
             Some(e) if known.is_none() => {
-                tracing::warn!("{}: {e}; what the unit gives out waits", self.url);
+                tracing::warn!("{}: {e}; what the unit gives out waits", self.place.url);
                 *known = Some(e.to_string());
             }
             Some(_) => {}
-            None if known.take().is_some() => tracing::warn!("{}: events are stored again", self.url),
+            None if known.take().is_some() => tracing::warn!("{}: events are stored again", self.place.url),
             None => {}
         }
         if e.is_some_and(StoreError::is_fenced) {
@@ -315,7 +371,7 @@ impl Common {
                 since = None;
                 self.group(&mut tail)
             } else if heard.elapsed() >= RENEW {
-                self.unit.renew()
+                self.link().and_then(|link| link.unit.renew())
             } else {
                 wait(&control.want_word, word, if there { LAG / 5 } else { LAG });
                 continue;
@@ -352,12 +408,13 @@ impl Common {
     fn group(&self, tail: &mut LogTail) -> Result<(), StoreError> {
         let begin = Instant::now();
         let mut ahead = tail.ahead();
+        let unit = self.link()?.unit;
         {
             // No checkpoint lets go of events meanwhile.
             let mut end = lock(&self.end);
             let mut next = match *end {
                 Some(end) => end,
-                None => self.unit.log()?.end,
+                None => unit.log()?.end,
             };
             let mut batch = None::<Batch>;
             let mut bytes = 0;
@@ -371,17 +428,17 @@ impl Common {
                 ahead.take();
             }
             if let Some(batch) = batch {
-                if end.is_none() && batch.first() > self.unit.log()?.end {
+                if end.is_none() && batch.first() > unit.log()?.end {
                     // An event that the checkpoint stands for is not in the log.
-                    self.unit.truncate_below(batch.first())?;
+                    unit.truncate_below(batch.first())?;
                 }
-                self.unit.append(batch)?;
+                unit.append(batch)?;
             }
             *end = Some(next);
         }
         let last = lock(&self.end).unwrap_or(0).saturating_sub(1);
         if last > self.newest.load(SeqCst) {
-            self.unit.wait(last, PATIENCE)?;
+            unit.wait(last, PATIENCE)?;
         }
         self.stable.fetch_max(last, SeqCst);
         self.publish(tail.control());

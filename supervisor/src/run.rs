@@ -117,7 +117,7 @@ impl crate::control::Handler for Control {
     }
 }
 
-fn supervisor(options: &RunOptions, dir: &UnitDir, program: &Program, start: Start, desk: &'static Desk) -> i32 {
+fn supervisor(options: &RunOptions, dir: &Arc<UnitDir>, program: &Program, start: Start, desk: &'static Desk) -> i32 {
     match try_supervisor(options, dir, program, start, desk) {
         Ok(code) => code,
         Err(e) => {
@@ -132,7 +132,7 @@ fn supervisor(options: &RunOptions, dir: &UnitDir, program: &Program, start: Sta
 
 fn try_supervisor(
     options: &RunOptions,
-    dir: &UnitDir,
+    dir: &Arc<UnitDir>,
     program: &Program,
     start: Start,
     desk: &'static Desk,
@@ -184,8 +184,8 @@ fn try_supervisor(
             let log = log.map_err(no_memory)?;
             let standby = standby.follow(&log);
             if let Some(store) = &options.store {
-                let fresh = last.is_none() && desk.generation.load(Ordering::SeqCst) == 1;
-                let mut opened = Recorder::open(&place(store, dir, desk), fresh)?;
+                let fresh = last.is_none() && !takes_over;
+                let mut opened = Recorder::open_until(&place(store, dir, desk), fresh, takes_over)?;
                 log.control().commits.store(1, Ordering::SeqCst);
                 let from = last.as_ref().map(|(snapshot, pages)| (snapshot, pages as &dyn PageSource));
                 opened.follow(&log, from)?;
@@ -195,14 +195,25 @@ fn try_supervisor(
         } else {
             (EventLog::new(options.checkpoint_log_bytes + LOG_SLACK).map_err(no_memory)?, None, None)
         };
-        dir.write_status(&lock(&status))?;
         let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir(), &log, options.journal)?;
-        let listener = dir.bind_control()?;
         let (writer, stored) = journal.progress();
         let store = recorder.as_ref().map(Recorder::watch);
         let (shared, log_file) = (Arc::clone(&shared), log.share().map_err(no_memory)?);
         let handler = Control { writer, stored, shared, status: Arc::clone(&status), store, log: log_file };
-        crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
+        let (ours, first) = (Arc::clone(dir), lock(&status).clone());
+        let answer = move || -> Result<(), Error> {
+            ours.write_status(&first)?;
+            crate::control::serve(ours.bind_control()?, Arc::new(handler))
+                .map_err(|e| Error::bug(format!("control socket: {e}")))
+        };
+        if takes_over {
+            // A disk that is busy with others may take long to make a file: nobody is to wait for that.
+            let thread = std::thread::Builder::new().name("ftrun-answer".into());
+            let later = move || answer().unwrap_or_else(|e| tracing::warn!("nobody can ask the unit: {e}"));
+            thread.spawn(later).map_err(|e| os("a thread", e))?;
+        } else {
+            answer()?;
+        }
         Ok((log, standby, last, journal))
     })?;
     // SAFETY: no arguments.

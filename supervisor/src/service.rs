@@ -33,9 +33,7 @@ impl Service {
     ///
     /// `unit_fds` are the descriptors that belong to the unit: they are closed in the private copy.
     pub fn start(unit_fds: Vec<i32>) -> std::io::Result<Self> {
-        let (jobs, queue): (Sender<Job>, Receiver<Job>) = channel();
-        let (ready, wait) = channel();
-        std::thread::Builder::new().name("ftrun-service".into()).spawn(move || {
+        Self::thread(move || {
             // SAFETY: unshare concerns this thread alone.
             let r = unsafe { libc::unshare(libc::CLONE_FILES | libc::CLONE_FS) };
             let result = if r == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) };
@@ -43,6 +41,20 @@ impl Service {
                 // SAFETY: nothing in the supervisor owns these numbers; they are the unit's.
                 unsafe { libc::close(fd) };
             }
+            result
+        })
+    }
+
+    /// Starts a further thread that shares the descriptor table of the calling one.
+    pub fn beside() -> std::io::Result<Self> {
+        Self::thread(|| Ok(()))
+    }
+
+    fn thread(enter: impl FnOnce() -> std::io::Result<()> + Send + 'static) -> std::io::Result<Self> {
+        let (jobs, queue): (Sender<Job>, Receiver<Job>) = channel();
+        let (ready, wait) = channel();
+        std::thread::Builder::new().name("ftrun-service".into()).spawn(move || {
+            let result = enter();
             if ready.send(result).is_err() {
                 return;
             }

@@ -82,7 +82,28 @@ impl Service {
     }
 
     fn signal(&self, signal: i32) -> Result<(), Error> {
-        Ok(Process::open(i32::try_from(self.child.id())?)?.signal(signal)?)
+        let pid = i32::try_from(self.child.id()).map_err(|e| error!("{e}"))?;
+        Ok(Process::open(pid)?.signal(signal)?)
+    }
+
+    /// Stops every thread; when this returns none of them does anything.
+    fn stop(&self) -> Result<(), Error> {
+        self.signal(SIGSTOP)?;
+        let begin = Instant::now();
+        loop {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id()))?;
+            let stopped = |task: std::fs::DirEntry| {
+                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+            };
+            if tasks.flatten().all(stopped) {
+                return Ok(());
+            }
+            if begin.elapsed() > LIMIT {
+                return Err(error!("ftstore does not stop"));
+            }
+            std::thread::yield_now();
+        }
     }
 
     fn kill_and_restart(&mut self) -> Result<(), Error> {
@@ -160,7 +181,7 @@ fn an_answer_waits_for_the_store() -> Result<(), Error> {
             assert!(talk.hear(LIMIT)?.is_some_and(|a| a.ends_with(&format!("before {n}"))));
         }
         for n in 0..5 {
-            service.signal(SIGSTOP)?;
+            service.stop()?;
             talk.say(&format!("meanwhile {n}"))?;
             let early = talk.hear(Duration::from_millis(200))?;
             service.signal(SIGCONT)?;
