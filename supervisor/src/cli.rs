@@ -16,6 +16,7 @@ use ftrun_store::LogReader;
 
 use crate::report::{EXIT_FAILURE, Error};
 use crate::status::{LIST_HEADING, Status};
+use crate::systemd::Ready;
 use crate::unitdir::{NAME_BYTES_MAX, UnitDir, check_name};
 use crate::{control, doctor, logging};
 
@@ -49,6 +50,8 @@ pub struct RunOptions {
     pub cwd: Option<PathBuf>,
     /// Whether the fast path may be used.
     pub shim: bool,
+    /// When the service manager is told that the unit is ready.
+    pub ready: Ready,
     /// The program as given.
     pub program: OsString,
     /// Its arguments, without the program.
@@ -166,6 +169,10 @@ struct RunArgs {
     /// Serve no call inside the program: slower, and as right
     #[arg(long)]
     no_shim: bool,
+    /// When a service manager (NOTIFY_SOCKET) is told that the unit is ready: when the program has been started, or when
+    /// the program says so itself
+    #[arg(long, value_name = "WHEN", default_value = "started")]
+    ready: Ready,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     command: Vec<OsString>,
@@ -388,6 +395,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
         env: args.env,
         cwd: args.cwd,
         shim: !args.no_shim,
+        ready: args.ready,
         program,
         args: command.collect(),
         verbose: global.verbose,

@@ -129,6 +129,12 @@ pub struct Desk {
     pub recoveries: AtomicU64,
     /// Not 0: there may be descriptors in the unit's table that are not its own.
     entered: AtomicU32,
+    /// Signs of life of the supervisor and the unit ([`crate::pulse`]).
+    pub beats: AtomicU64,
+    /// Not 0: the supervisor's death would not be survived now.
+    pub degraded: AtomicU32,
+    /// Not 0: the run comes to its end.
+    pub ending: AtomicU32,
     /// Whose files the calls access.
     pub owner: Owner,
     /// State of the hands: a futex.
