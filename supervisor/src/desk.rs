@@ -121,6 +121,8 @@ pub struct Desk {
     pub pid: AtomicI32,
     /// Not 0: it lives, as far as is known, and takes signals.
     pub runs: AtomicU32,
+    /// Not 0: it has lived.
+    pub has_run: AtomicU32,
     /// The unit's process as the program knows it.
     pub vpid: AtomicI32,
     /// Incarnation of the unit.

@@ -46,6 +46,7 @@ impl Unit {
     pub fn live(&mut self) -> Result<std::convert::Infallible> {
         if let Some(desk) = self.desk {
             desk.leave_table();
+            desk.has_run.store(1, SeqCst);
             desk.runs.store(1, SeqCst);
         }
         self.log.control().mode.store(RECORD, SeqCst);

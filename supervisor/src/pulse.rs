@@ -15,10 +15,11 @@ const LOOK_NS: u64 = 100_000_000;
 
 static DESK: OnceLock<&'static Desk> = OnceLock::new();
 
-/// Beats are told on this desk from now on.
+/// A supervisor has begun: its beats are told on this desk.
 pub fn tell(desk: &'static Desk) {
-    // A supervisor has one desk.
+    // It has one desk.
     let _the_same = DESK.set(desk);
+    beat();
 }
 
 /// The supervisor gets on with its work.

@@ -193,6 +193,7 @@ fn try_supervisor(
         crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
         Ok((log, standby, last, journal))
     })?;
+    crate::pulse::beat();
     // SAFETY: no arguments.
     let tracer = unsafe { libc::syscall(libc::SYS_gettid) };
     start_ticks(&service, tracer)?;
@@ -386,7 +387,7 @@ fn set_id_text(path: &Path) -> String {
 }
 
 /// The file that `execvp` would take.
-fn find(program: &OsStr) -> Result<PathBuf, Error> {
+pub(crate) fn find(program: &OsStr) -> Result<PathBuf, Error> {
     if program.as_bytes().contains(&b'/') {
         return Ok(program.into());
     }

@@ -8,7 +8,9 @@
 //! to it.
 
 pub mod environment;
+pub mod install;
 mod socket;
+pub mod unit_file;
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -100,6 +102,7 @@ impl Notifier {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Seen {
     runs: bool,
+    has_run: bool,
     ending: bool,
     degraded: bool,
     beats: u64,
@@ -111,6 +114,7 @@ impl Seen {
     fn on(desk: &Desk) -> Self {
         Self {
             runs: desk.runs.load(SeqCst) != 0,
+            has_run: desk.has_run.load(SeqCst) != 0,
             ending: desk.ending.load(SeqCst) != 0,
             degraded: desk.degraded.load(SeqCst) != 0,
             beats: desk.beats.load(SeqCst),
@@ -130,7 +134,6 @@ struct Talk {
     is_ready: bool,
     /// `STOPPING=1` has been said.
     stops: bool,
-    has_run: bool,
     /// What the program says of its state.
     program_status: String,
     /// What was last said of the unit's.
@@ -146,19 +149,22 @@ struct Watchdog {
     beats: u64,
     /// When the program last did, if it has ever done so; or has been brought back since.
     program: Option<Instant>,
-    /// The supervisor that was found to hang.
-    hung: u32,
+    /// The supervisor that is there, since when, and whether it was found to hang.
+    supervisor: (u32, Instant),
+    hung: bool,
 }
 
 impl Talk {
     fn new(ready: Ready, watchdog: Option<Duration>, now: Instant) -> Self {
-        let watchdog = watchdog.map(|allows| Watchdog { allows, told: now, beats: 0, program: None, hung: 0 });
+        let watchdog = watchdog.map(|allows| {
+            let (program, supervisor) = (None, (0, now));
+            Watchdog { allows, told: now, beats: 0, program, supervisor, hung: false }
+        });
         Self {
             ready,
             program_ready: false,
             is_ready: false,
             stops: false,
-            has_run: false,
             program_status: String::new(),
             status: String::new(),
             watchdog,
@@ -195,8 +201,7 @@ impl Talk {
     /// What is to be said now, and whether the supervisor hangs.
     fn say(&mut self, seen: &Seen, now: Instant) -> (String, bool) {
         let mut lines = String::new();
-        self.has_run |= seen.runs;
-        if self.has_run && !self.is_ready && (self.ready == Ready::Started || self.program_ready) {
+        if seen.has_run && !self.is_ready && (self.ready == Ready::Started || self.program_ready) {
             self.is_ready = true;
             let _infallible = write!(lines, "READY=1\nMAINPID={}\n", std::process::id());
         }
@@ -221,17 +226,20 @@ impl Talk {
             (watchdog.told, watchdog.beats) = (now, seen.beats);
             lines.push_str("WATCHDOG=1\n");
         }
-        let hangs = half && !lives && !seen.ending && watchdog.hung != seen.supervisors;
-        if hangs {
-            watchdog.hung = seen.supervisors;
+        if watchdog.supervisor.0 != seen.supervisors {
+            // It has a time of its own.
+            (watchdog.supervisor, watchdog.hung) = ((seen.supervisors, now), false);
         }
+        let quiet = now.duration_since(watchdog.told.max(watchdog.supervisor.1)) * 2 >= watchdog.allows;
+        let hangs = quiet && !lives && !seen.ending && !watchdog.hung;
+        watchdog.hung |= hangs;
         (lines, hangs)
     }
 
     fn status(&self, seen: &Seen) -> String {
         let mut text = String::from(match *seen {
             _ if self.stops => "stopping",
-            Seen { runs: false, .. } if !self.has_run => "starting",
+            Seen { has_run: false, .. } => "starting",
             Seen { runs: false, .. } => "recovering",
             Seen { degraded: true, .. } => {
                 "degraded: memory that outlives the supervisor is full, its death may not be survived"
@@ -261,7 +269,8 @@ pub fn place(unit: &std::path::Path) -> OsString {
 mod tests {
     use super::*;
 
-    const RUNS: Seen = Seen { runs: true, ending: false, degraded: false, beats: 1, recoveries: 0, supervisors: 1 };
+    const RUNS: Seen =
+        Seen { runs: true, has_run: true, ending: false, degraded: false, beats: 1, recoveries: 0, supervisors: 1 };
 
     fn said(talk: &mut Talk, seen: Seen, now: Instant) -> Vec<String> {
         talk.say(&seen, now).0.lines().map(str::to_owned).collect()
@@ -321,10 +330,15 @@ mod tests {
         assert_eq!(step(beats(5), 1000), (false, true), "it has not beaten for half of the time");
         assert_eq!(step(beats(5), 1020), (false, false), "said once");
         let next = |beats| Seen { beats, supervisors: 2, ..RUNS };
-        assert_eq!(step(next(6), 1100), (true, false), "the next one lives");
+        assert_eq!(step(next(5), 1040), (false, false), "the next one has only begun");
+        assert_eq!(step(next(6), 1100), (true, false), "and lives");
         assert_eq!(step(next(6), 1700), (false, true));
-        let ending = Seen { ending: true, supervisors: 3, beats: 6, ..RUNS };
-        assert_eq!(step(ending, 1720), (false, false), "what is written at the end takes its time");
+        let third = Seen { supervisors: 3, ..beats(6) };
+        assert_eq!(step(third, 1720), (false, false));
+        assert_eq!(step(third, 2300), (false, true), "without ever having lived");
+        let ending = Seen { ending: true, supervisors: 4, beats: 6, ..RUNS };
+        assert_eq!(step(ending, 2320), (false, false), "the last one");
+        assert_eq!(step(ending, 9000), (false, false), "what is written at the end takes its time");
     }
 
     #[test]
