@@ -8,7 +8,7 @@ use ftrun_tests::binaries::installed;
 use ftrun_tests::process::is_root;
 
 /// Everything that the tests run.
-pub(crate) const SERVERS: &[&str] = &["redis-server", "memcached", "nginx", "python3", "cc"];
+pub(crate) const SERVERS: &[&str] = &["redis-server", "memcached", "nginx", "python3", "cc", "systemctl", "ip"];
 
 /// The Debian package with a program, and the service that its installation may start.
 fn package(program: &str) -> (&str, Option<&str>) {
@@ -18,6 +18,8 @@ fn package(program: &str) -> (&str, Option<&str>) {
         "nginx" => ("nginx-light", Some("nginx")),
         "redis-benchmark" => ("redis-tools", None),
         "cc" => ("gcc", None),
+        "systemctl" => ("systemd", None),
+        "ip" => ("iproute2", None),
         "qemu-system-x86_64" => ("qemu-system-x86", None),
         other => (other, None),
     }

@@ -1,0 +1,243 @@
+//! `ftrun install-unit` and what comes of it, under a real systemd (`ftrun_tests::machine`).
+//!
+//! To break it on purpose: `KillMode=control-group` or `NotifyAccess=none` in the template, no `$$` for `$` in a command line,
+//! `RestrictNamespaces=yes` in the sandbox.
+
+use std::path::PathBuf;
+
+use ftrun_tests::binaries::guest;
+use ftrun_tests::clients::Echo;
+use ftrun_tests::machine::Machine;
+use ftrun_tests::rng::Rng;
+use ftrun_tests::{Error, error};
+
+const PORT: u16 = 7000;
+const FTRUN: &str = "/mnt/share/ftrun";
+
+/// A service on a machine of its own.
+struct Service {
+    machine: Machine,
+    name: &'static str,
+    unit: String,
+}
+
+impl Service {
+    /// Installs the echo server as a service, with `more` in a drop-in; does not start it.
+    fn install(name: &'static str, options: &[&str], more: &str) -> Result<Option<Self>, Error> {
+        let Some(machine) = Machine::start()? else { return Ok(None) };
+        let program = machine.give(&guest("epoll_echo")?)?;
+        let port = PORT.to_string();
+        let words = [&[FTRUN, "install-unit", name], options, &["--", &program, &port]].concat();
+        println!("{}", machine.ok(words)?);
+        let unit = format!("ftrun@{name}.service");
+        // What it prints; there is no journal.
+        let text =
+            format!("[Service]\nStandardOutput=append:/mnt/share/out\nStandardError=append:/mnt/share/err\n{more}");
+        std::fs::write(machine.share().join("more.conf"), text)?;
+        machine.ok(["cp", "/mnt/share/more.conf", &format!("/etc/systemd/system/{unit}.d/more.conf")])?;
+        machine.ok(["systemctl", "daemon-reload"])?;
+        machine.enter_network()?;
+        Ok(Some(Self { machine, name, unit }))
+    }
+
+    fn systemctl(&self, verb: &str) -> Result<(), Error> {
+        self.machine.ok(["systemctl", verb, &self.unit]).map(drop)
+    }
+
+    fn get(&self, property: &str) -> Result<String, Error> {
+        self.machine.property(&self.unit, property)
+    }
+
+    /// A process of the unit, as the machine numbers it.
+    fn pid(&self, key: &str) -> Result<String, Error> {
+        let state = self.get("StateDirectory")?;
+        let dir = format!("/var/lib/{state}");
+        let status = self.machine.ok([FTRUN, "status", self.name, "--json", "--state-dir", &dir])?;
+        let status: serde_json::Value = serde_json::from_str(&status).map_err(|e| error!("{e}: {status}"))?;
+        Ok(status[key].as_i64().ok_or_else(|| error!("no {key} in {status}"))?.to_string())
+    }
+
+    fn client(&self) -> Result<Echo, Error> {
+        Ok(Echo::connect(PORT, Rng::new(7), true)?)
+    }
+
+    fn done(self) {
+        self.machine.done();
+    }
+}
+
+fn text(path: PathBuf) -> Result<String, Error> {
+    Ok(String::from_utf8_lossy(&std::fs::read(path)?).into_owned())
+}
+
+macro_rules! service {
+    ($($argument:expr),*) => {
+        match Service::install($($argument),*)? {
+            Some(service) => service,
+            None => return Ok(()),
+        }
+    };
+}
+
+/// The kills that cost nothing, of the program and of the supervisor.
+fn survives(service: &Service) -> Result<(), Error> {
+    let main = service.get("MainPID")?;
+    assert_eq!(main, service.pid("keeper_pid")?);
+    let mut echo = service.client()?;
+    let pid = echo.ask(b"pid")?;
+    for round in 1..=3 {
+        for (victim, times) in [("pid", 2 * round - 1), ("supervisor_pid", 2 * round)] {
+            service.machine.ok(["kill", "-KILL", &service.pid(victim)?])?;
+            assert_eq!(echo.ask(b"pid")?, pid);
+            let wanted = format!("brought back {times} time");
+            service.machine.await_property(&service.unit, "StatusText", |s| s.contains(&wanted))?;
+        }
+    }
+    service.client()?.ask(b"another")?;
+    assert_eq!((service.get("MainPID")?, service.get("NRestarts")?), (main, "0".into()));
+    assert_eq!(service.get("ActiveState")?, "active");
+    Ok(())
+}
+
+#[test]
+fn a_service_lives_through_what_kills_it() -> Result<(), Error> {
+    let service = service!("shop", &["--durability", "supervisor"], "");
+    let machine = &service.machine;
+    println!("{}", machine.ok(["systemd-analyze", "verify", "--man=no", &service.unit])?);
+    service.systemctl("enable")?;
+    service.systemctl("start")?;
+    assert_eq!(service.get("StatusText")?, "running");
+    survives(&service)?;
+
+    // Who kills the keeper kills the service, which is started again.
+    for (times, whom) in [(1, "main"), (2, "all")] {
+        machine.ok(["systemctl", "kill", "--signal=KILL", &format!("--kill-whom={whom}"), &service.unit])?;
+        machine.await_property(&service.unit, "NRestarts", |n| n == times.to_string())?;
+        machine.await_property(&service.unit, "ActiveState", |s| s == "active")?;
+        service.client()?.ask(b"served again")?;
+    }
+
+    let before = service.get("MainPID")?;
+    service.systemctl("restart")?;
+    assert_ne!(service.get("MainPID")?, before);
+    survives(&service)?;
+
+    service.systemctl("stop")?;
+    assert_eq!((service.get("ActiveState")?.as_str(), service.get("Result")?.as_str()), ("inactive", "success"));
+    let status = machine.ok([FTRUN, "status", "shop"])?;
+    assert!(status.starts_with("shop: stopped\n") && status.contains("exit status  143"), "{status}");
+
+    // `ftrun stop` ends it for good, too.
+    service.systemctl("start")?;
+    service.client()?.ask(b"again")?;
+    machine.ok([FTRUN, "stop", "shop"])?;
+    machine.await_property(&service.unit, "ActiveState", |s| s == "inactive")?;
+    assert_eq!((service.get("Result")?.as_str(), service.get("NRestarts")?.as_str()), ("success", "0"));
+    assert_eq!(text(machine.share().join("err"))?, "");
+    service.done();
+    Ok(())
+}
+
+#[test]
+fn a_service_runs_as_an_ordinary_user() -> Result<(), Error> {
+    let service = service!("plain", &["--as", "nobody", "--durability", "supervisor"], "");
+    service.systemctl("start")?;
+    let user = service.machine.ok(["stat", "--format=%U", &format!("/proc/{}", service.pid("pid")?)])?;
+    assert_eq!(user.trim(), "nobody");
+    survives(&service)?;
+    service.systemctl("stop")?;
+    assert_eq!(service.get("Result")?, "success");
+    service.done();
+    Ok(())
+}
+
+#[test]
+fn a_service_is_started_by_its_socket() -> Result<(), Error> {
+    let service = service!("web", &["--listen", "127.0.0.1:7000", "--durability", "supervisor"], "");
+    let machine = &service.machine;
+    machine.ok(["systemctl", "start", "ftrun@web.socket"])?;
+    assert_eq!(service.get("ActiveState")?, "inactive");
+    // The program would complain if it were not meant by LISTEN_PID, and could not bind to the port again.
+    service.client()?.ask(b"first")?;
+    survives(&service)?;
+    assert_eq!(text(machine.share().join("out"))?, format!("ready {PORT}\n"));
+    // Who connects while it is started again waits.
+    machine.ok(["systemctl", "kill", "--signal=KILL", "--kill-whom=all", &service.unit])?;
+    service.client()?.ask(b"waited")?;
+    service.done();
+    Ok(())
+}
+
+#[test]
+fn the_watchdog_finds_who_hangs() -> Result<(), Error> {
+    let service = service!("dog", &["--durability", "supervisor"], "WatchdogSec=4s\nTimeoutAbortSec=500ms\n");
+    let machine = &service.machine;
+    service.systemctl("start")?;
+    let mut echo = service.client()?;
+    echo.ask(b"before")?;
+    machine.ok(["kill", "-STOP", &service.pid("supervisor_pid")?])?;
+    machine.await_property(&service.unit, "StatusText", |s| s.contains("supervisor replaced 1 time"))?;
+    echo.ask(b"after")?;
+    assert_eq!(service.get("NRestarts")?, "0");
+    // A keeper that hangs is for systemd itself.
+    machine.ok(["kill", "-STOP", &service.get("MainPID")?])?;
+    machine.await_property(&service.unit, "NRestarts", |n| n == "1")?;
+    machine.await_property(&service.unit, "ActiveState", |s| s == "active")?;
+    service.client()?.ask(b"new")?;
+    // So is a program that has a watchdog of its own and forgets it.
+    let mut echo = service.client()?;
+    echo.ask(b"notify WATCHDOG=1")?;
+    machine.await_property(&service.unit, "NRestarts", |n| n == "2")?;
+    service.done();
+    Ok(())
+}
+
+/// Every word of a command line arrives as it was given.
+#[test]
+fn command_lines_arrive_word_by_word() -> Result<(), Error> {
+    let Some(machine) = Machine::start()? else { return Ok(()) };
+    let script = r#"for word; do printf '<%s>\n' "$word"; done > /mnt/share/words; echo "$VAR" >> /mnt/share/words"#;
+    let all: String = (1..=127u8).map(char::from).collect();
+    let words = [
+        "",
+        " ",
+        "plain",
+        "two words",
+        "a\ttab",
+        "a\nline",
+        "%i %n %% %",
+        "$HOME ${HOME} $$ $",
+        "'single'",
+        "\"double\"",
+        ";",
+        "\\;",
+        "\\",
+        "\\n",
+        "a\\",
+        "#",
+        "ü ☃",
+        "--",
+        "-",
+        "*",
+        "~",
+        "{a,b}",
+        "`id`",
+        "\u{7f}\u{1}",
+        "|",
+        "&&",
+        all.as_str(),
+    ];
+    let variable = "a \"b\" $c %d 'e' \\";
+    let head =
+        [FTRUN, "install-unit", "words", "--env", &format!("VAR={variable}"), "--", "/bin/sh", "-c", script, "sh"];
+    println!("{}", machine.ok(head.iter().copied().chain(words))?);
+    machine.ok(["systemctl", "daemon-reload"])?;
+    println!("{}", machine.ok(["systemd-analyze", "verify", "--man=no", "ftrun@words.service"])?);
+    machine.ok(["systemctl", "start", "ftrun@words.service"])?;
+    machine.await_property("ftrun@words.service", "ActiveState", |s| s == "inactive")?;
+    assert_eq!(machine.property("ftrun@words.service", "Result")?, "success");
+    let wanted: String = words.iter().map(|word| format!("<{word}>\n")).collect();
+    assert_eq!(text(machine.share().join("words"))?, format!("{wanted}{variable}\n"));
+    machine.done();
+    Ok(())
+}
