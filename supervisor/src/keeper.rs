@@ -8,7 +8,7 @@
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 
-use crate::desk::{CALL, Desk, SPAWN};
+use crate::desk::{CALL, Desk, SPAWN, STARTED};
 use crate::hands;
 use crate::marshal::raw_call;
 use crate::report::Error;
@@ -157,6 +157,11 @@ fn watch(desk: &Desk, survives: bool, mut hangs: impl FnMut() -> bool) -> Result
         // before anybody looks at what became of it.
         desk.runs.store(0, SeqCst);
         while bury_one(-1, 0).is_some() {}
+        // What they do may be to wait for us to read what the program has said. When they start a supervisor, we stand still.
+        while matches!(desk.call_state(), CALL | STARTED) {
+            hangs();
+            desk.wait_hands(desk.hands.load(SeqCst));
+        }
         start(desk)?;
     }
 }

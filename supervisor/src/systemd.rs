@@ -77,10 +77,8 @@ impl Notifier {
                 self.send();
             }
         }
-        let (text, hangs) = self.talk.say(&Seen::on(desk), now);
-        if !text.is_empty() {
-            self.waiting.push_back(text.into());
-        }
+        let (messages, hangs) = self.talk.say(&Seen::on(desk), now);
+        self.waiting.extend(messages.into_iter().filter(|text| !text.is_empty()).map(Message::from));
         self.send();
         hangs
     }
@@ -198,12 +196,13 @@ impl Talk {
         pass
     }
 
-    /// What is to be said now, and whether the supervisor hangs.
-    fn say(&mut self, seen: &Seen, now: Instant) -> (String, bool) {
-        let mut lines = String::new();
+    /// What is to be said now, and whether the supervisor hangs. Of `READY=1` and `STOPPING=1` in one message only the last
+    /// would be taken.
+    fn say(&mut self, seen: &Seen, now: Instant) -> ([String; 2], bool) {
+        let (mut ready, mut lines) = (String::new(), String::new());
         if seen.has_run && !self.is_ready && (self.ready == Ready::Started || self.program_ready) {
             self.is_ready = true;
-            let _infallible = write!(lines, "READY=1\nMAINPID={}\n", std::process::id());
+            let _infallible = write!(ready, "READY=1\nMAINPID={}\n", std::process::id());
         }
         if seen.ending && !self.stops {
             self.stops = true;
@@ -214,7 +213,7 @@ impl Talk {
             let _infallible = writeln!(lines, "STATUS={status}");
             self.status = status;
         }
-        let Some(watchdog) = &mut self.watchdog else { return (lines, false) };
+        let Some(watchdog) = &mut self.watchdog else { return ([ready, lines], false) };
         if !seen.runs {
             // Who is being brought back says nothing.
             watchdog.program = watchdog.program.map(|_| now);
@@ -233,7 +232,7 @@ impl Talk {
         let quiet = now.duration_since(watchdog.told.max(watchdog.supervisor.1)) * 2 >= watchdog.allows;
         let hangs = quiet && !lives && !seen.ending && !watchdog.hung;
         watchdog.hung |= hangs;
-        (lines, hangs)
+        ([ready, lines], hangs)
     }
 
     fn status(&self, seen: &Seen) -> String {
@@ -273,7 +272,7 @@ mod tests {
         Seen { runs: true, has_run: true, ending: false, degraded: false, beats: 1, recoveries: 0, supervisors: 1 };
 
     fn said(talk: &mut Talk, seen: Seen, now: Instant) -> Vec<String> {
-        talk.say(&seen, now).0.lines().map(str::to_owned).collect()
+        talk.say(&seen, now).0.iter().flat_map(|m| m.lines()).map(str::to_owned).collect()
     }
 
     #[test]
@@ -294,6 +293,17 @@ mod tests {
         // From then on it is what ends a reload.
         assert_eq!(talk.hear("RELOADING=1\nMONOTONIC_USEC=5", now), "RELOADING=1\nMONOTONIC_USEC=5\n");
         assert_eq!(talk.hear("READY=1", now), "READY=1\n");
+    }
+
+    /// Break it: put everything into one message.
+    #[test]
+    fn who_has_run_and_ended_meanwhile_was_ready() {
+        let now = Instant::now();
+        let mut talk = Talk::new(Ready::Started, None, now);
+        let ended = Seen { runs: false, ending: true, ..RUNS };
+        let ([ready, rest], _) = talk.say(&ended, now);
+        assert!(ready.starts_with("READY=1\nMAINPID="), "{ready}");
+        assert_eq!(rest, "STOPPING=1\nSTATUS=stopping\n");
     }
 
     #[test]
@@ -321,8 +331,8 @@ mod tests {
         let mut talk = Talk::new(Ready::Started, Some(Duration::from_secs(1)), begin);
         let beats = |beats| Seen { beats, ..RUNS };
         let mut step = |seen, ms| {
-            let (text, hangs) = talk.say(&seen, at(ms));
-            (text.contains("WATCHDOG=1\n"), hangs)
+            let (messages, hangs) = talk.say(&seen, at(ms));
+            (messages[1].contains("WATCHDOG=1\n"), hangs)
         };
         assert_eq!(step(beats(1), 10), (false, false));
         assert_eq!(step(beats(5), 500), (true, false));
@@ -346,7 +356,7 @@ mod tests {
         let begin = Instant::now();
         let at = |ms| begin + Duration::from_millis(ms);
         let mut talk = Talk::new(Ready::Started, Some(Duration::from_secs(1)), begin);
-        let answers = |talk: &mut Talk, seen: Seen, ms| talk.say(&seen, at(ms)).0.contains("WATCHDOG=1\n");
+        let answers = |talk: &mut Talk, seen: Seen, ms| talk.say(&seen, at(ms)).0[1].contains("WATCHDOG=1\n");
         let beats = |beats| Seen { beats, ..RUNS };
         assert!(answers(&mut talk, beats(2), 600), "one that has none need not");
         assert_eq!(talk.hear("WATCHDOG=1", at(900)), "");
