@@ -1,10 +1,10 @@
 /* Line echo server, one thread, epoll.
  *
- * usage: epoll_echo [PORT]
+ * usage: epoll_echo [PORT [WORD]]
  * Each line `TEXT` is answered with `COUNT TOTAL TEXT`: how many lines this connection has sent, how many
  * the server has answered in all. `pid` is answered with the process id appended, `crash` is answered by a
  * store through a null pointer, `notify WORD` says WORD to the service manager.
- * Where a listening socket has been handed over, it is used.
+ * Where a listening socket has been handed over, it is used. WORD is said to the service manager when it listens.
  */
 #include "guest.h"
 #include <sys/epoll.h>
@@ -125,6 +125,7 @@ int main(int argc, char **argv) {
     int listener = handed_socket();
     if (listener < 0) listener = listen_tcp(argc > 1 ? atoi(argv[1]) : 0);
     CHECK(fcntl(listener, F_SETFL, O_NONBLOCK) == 0);
+    if (argc > 2) notify(argv[2]);
     CHECK((epoll_fd = epoll_create1(EPOLL_CLOEXEC)) >= 0);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
     CHECK(epoll_ctl(epoll_fd, EPOLL_CTL_ADD, listener, &event) == 0);

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use ftrun_tests::binaries::guest;
+use ftrun_tests::binaries::{guest, program_source};
 use ftrun_tests::clients::Echo;
 use ftrun_tests::machine::Machine;
 use ftrun_tests::rng::Rng;
@@ -27,7 +27,9 @@ impl Service {
         let Some(machine) = Machine::start()? else { return Ok(None) };
         let program = machine.give(&guest("epoll_echo")?)?;
         let port = PORT.to_string();
-        let words = [&[FTRUN, "install-unit", name], options, &["--", &program, &port]].concat();
+        let words =
+            [&[FTRUN, "install-unit", name], options, &["--ready", "program", "--", &program, &port, "READY=1"]]
+                .concat();
         println!("{}", machine.ok(words)?);
         let unit = format!("ftrun@{name}.service");
         // What it prints; there is no journal.
@@ -238,6 +240,104 @@ fn command_lines_arrive_word_by_word() -> Result<(), Error> {
     assert_eq!(machine.property("ftrun@words.service", "Result")?, "success");
     let wanted: String = words.iter().map(|word| format!("<{word}>\n")).collect();
     assert_eq!(text(machine.share().join("words"))?, format!("{wanted}{variable}\n"));
+    machine.done();
+    Ok(())
+}
+
+/// What the program gives into the service manager's keeping goes there, and comes back to its next start.
+///
+/// Break it: pass messages on without their descriptors.
+#[test]
+fn what_the_program_leaves_in_safe_keeping_comes_back() -> Result<(), Error> {
+    let service = service!("shop", &[], "");
+    let machine = &service.machine;
+    let script = machine.give(&program_source("safekeeping.py"))?;
+    let words = [FTRUN, "install-unit", "shop", "--ready", "program", "--", "/usr/bin/python3", &script, "treasure"];
+    println!("{}", machine.ok(words)?);
+    machine.ok(["systemctl", "daemon-reload"])?;
+    service.systemctl("start")?;
+    assert_eq!(service.get("NFileDescriptorStore")?, "1");
+    assert_eq!(text(machine.share().join("out"))?, "first\n");
+    machine.ok(["systemctl", "kill", "--signal=KILL", "--kill-whom=all", &service.unit])?;
+    machine.await_property(&service.unit, "NRestarts", |n| n == "1")?;
+    machine.await_property(&service.unit, "ActiveState", |s| s == "active")?;
+    assert_eq!(text(machine.share().join("out"))?, "first\nagain treasure\n");
+    service.done();
+    Ok(())
+}
+
+/// A user's own service manager runs a unit with nobody's help.
+#[test]
+fn a_user_has_services_of_their_own() -> Result<(), Error> {
+    let Some(machine) = Machine::start()? else { return Ok(()) };
+    let program = machine.give(&guest("epoll_echo")?)?;
+    let (home, runtime) = ("HOME=/tmp/home", "XDG_RUNTIME_DIR=/tmp/home/run");
+    let units = "SYSTEMD_UNIT_PATH=/tmp/home/.config/systemd/user";
+    let user = [
+        "setpriv",
+        "--reuid=nobody",
+        "--regid=nogroup",
+        "--clear-groups",
+        "env",
+        "-u",
+        "XDG_CONFIG_HOME",
+        home,
+        runtime,
+        units,
+    ];
+    let as_user = |words: &[&str]| machine.ok(user.iter().chain(words));
+    as_user(&["mkdir", "-p", "--mode=700", "/tmp/home/run", "/tmp/home/.config/systemd/user"])?;
+    for target in ["basic", "default", "shutdown", "network"] {
+        let text = format!("[Unit]\nDescription={target}\nDefaultDependencies=no\n");
+        std::fs::write(machine.share().join("target"), text)?;
+        as_user(&["cp", "/mnt/share/target", &format!("/tmp/home/.config/systemd/user/{target}.target")])?;
+    }
+    let manager = format!(
+        "[Service]\nUser=nobody\nType=notify\nDelegate=yes\nEnvironment={home} {runtime} {units} SYSTEMD_GENERATOR_PATH=/mnt/none\n\
+         ExecStart=/lib/systemd/systemd --user\n"
+    );
+    std::fs::write(machine.share().join("manager.service"), manager)?;
+    machine.ok(["cp", "/mnt/share/manager.service", "/etc/systemd/system/"])?;
+    machine.ok(["systemctl", "daemon-reload"])?;
+    machine.ok(["systemctl", "start", "manager.service"])?;
+
+    let port = PORT.to_string();
+    println!(
+        "{}",
+        as_user(&[
+            FTRUN,
+            "install-unit",
+            "mine",
+            "--user",
+            "--durability",
+            "supervisor",
+            "--ready",
+            "program",
+            "--",
+            &program,
+            &port,
+            "READY=1"
+        ])?
+    );
+    as_user(&["systemctl", "--user", "daemon-reload"])?;
+    as_user(&["systemctl", "--user", "enable", "ftrun@mine.service"])?;
+    as_user(&["systemctl", "--user", "start", "ftrun@mine.service"])?;
+    let get = |name| as_user(&["systemctl", "--user", "show", "--value", "--property", name, "ftrun@mine.service"]);
+    assert_eq!(get("StatusText")?.trim(), "running");
+    machine.enter_network()?;
+    let mut echo = Echo::connect(PORT, Rng::new(7), true)?;
+    let pid = echo.ask(b"pid")?;
+    for key in ["pid", "supervisor_pid", "pid"] {
+        let status = as_user(&[FTRUN, "status", "mine", "--json"])?;
+        let status: serde_json::Value = serde_json::from_str(&status).map_err(|e| error!("{e}: {status}"))?;
+        as_user(&["kill", "-KILL", &status[key].to_string()])?;
+        assert_eq!(echo.ask(b"pid")?, pid);
+        let before = status["recoveries"].as_u64().unwrap_or_default() + 1;
+        let wanted = format!("brought back {before} time");
+        machine.await_true("the recovery", || Ok(get("StatusText")?.contains(&wanted)))?;
+    }
+    as_user(&["systemctl", "--user", "stop", "ftrun@mine.service"])?;
+    assert_eq!((get("ActiveState")?.trim(), get("Result")?.trim()), ("inactive", "success"));
     machine.done();
     Ok(())
 }
