@@ -95,6 +95,10 @@ fn start(desk: &Desk) -> Result<(), Error> {
         desk.wait_hands(desk.hands.load(SeqCst));
     }
     match desk.supervisor.load(SeqCst) {
+        pid if pid == -libc::ENOSYS => Err(Error::environment(
+            "clone3(2), by which processes are made and brought back, is not allowed here",
+            "take RestrictNamespaces= and what else filters it out of the service",
+        )),
         pid if pid < 0 => Err(Error::bug(format!("the supervisor: {}", io::Error::from_raw_os_error(-pid)))),
         _ => Ok(()),
     }

@@ -1,6 +1,6 @@
 //! `ftrun install-unit` and what comes of it, under a real systemd (`ftrun_tests::machine`).
 //!
-//! To break it on purpose: `KillMode=control-group` or `NotifyAccess=none` in the template, no `$$` for `$` in a command line,
+//! To break it on purpose: `NotifyAccess=none` or a filter for system calls in the template, no `$$` for `$` in a command line,
 //! `RestrictNamespaces=yes` in the sandbox.
 
 use std::path::PathBuf;
@@ -109,6 +109,9 @@ fn a_service_lives_through_what_kills_it() -> Result<(), Error> {
     service.systemctl("enable")?;
     service.systemctl("start")?;
     assert_eq!(service.get("StatusText")?, "running");
+    // The sandbox is there, and costs no call of the program a filter.
+    let keeper = machine.ok(["cat", &format!("/proc/{}/status", service.get("MainPID")?)])?;
+    assert!(keeper.contains("NoNewPrivs:\t1\n") && keeper.contains("Seccomp:\t0\n"), "{keeper}");
     survives(&service)?;
 
     // Who kills the keeper kills the service, which is started again.
@@ -136,6 +139,32 @@ fn a_service_lives_through_what_kills_it() -> Result<(), Error> {
     machine.await_property(&service.unit, "ActiveState", |s| s == "inactive")?;
     assert_eq!((service.get("Result")?.as_str(), service.get("NRestarts")?.as_str()), ("success", "0"));
     assert_eq!(text(machine.share().join("err"))?, "");
+    service.done();
+    Ok(())
+}
+
+/// What the template leaves out for the sake of speed works, too; what cannot work is named.
+#[test]
+fn more_can_be_forbidden() -> Result<(), Error> {
+    let strict = "LockPersonality=yes\nRestrictSUIDSGID=yes\nRestrictRealtime=yes\nProtectKernelModules=yes\nProtectKernelLogs=yes\n\
+                  ProtectClock=yes\nProtectHostname=yes\nProtectKernelTunables=yes\nPrivateDevices=yes\nProtectProc=invisible\n\
+                  SystemCallArchitectures=native\nProtectSystem=strict\nProtectHome=yes\n\
+                  SystemCallFilter=~@clock @cpu-emulation @module @mount @obsolete @raw-io @reboot @swap\n";
+    let service = service!("shop", &["--durability", "supervisor"], strict);
+    service.systemctl("start")?;
+    survives(&service)?;
+    let machine = &service.machine;
+    service.systemctl("stop")?;
+    let file = machine.share().join("more.conf");
+    std::fs::write(&file, format!("{}RestrictNamespaces=yes\n", text(file.clone())?))?;
+    machine.ok(["cp", "/mnt/share/more.conf", &format!("/etc/systemd/system/{}.d/more.conf", service.unit)])?;
+    machine.ok(["systemctl", "daemon-reload"])?;
+    assert!(service.systemctl("start").is_err());
+    assert!(
+        text(machine.share().join("err"))?.contains("RestrictNamespaces="),
+        "{}",
+        text(machine.share().join("err"))?
+    );
     service.done();
     Ok(())
 }
