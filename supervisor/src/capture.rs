@@ -350,6 +350,10 @@ impl Unit {
             t.kernel_id = None;
         }
         self.new_tracker()?;
+        if snapshot.threads.first().is_some_and(|t| t.tid == 0) {
+            // Behind the tracker's back the next checkpoint would not have it.
+            crate::systemd::environment::name_process(pid, &snapshot.mm, self.vpid)?;
+        }
         let main = self.vpid;
         if !self.model.sites.judged {
             self.model.sites.judged = true;

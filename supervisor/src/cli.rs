@@ -16,6 +16,8 @@ use ftrun_store::LogReader;
 
 use crate::report::{EXIT_FAILURE, Error};
 use crate::status::LIST_HEADING;
+use crate::systemd::Ready;
+use crate::systemd::install::{Request, install};
 use crate::unitdir::{NAME_BYTES_MAX, UnitDir, check_name};
 use crate::{control, doctor, logging, top};
 
@@ -51,6 +53,8 @@ pub struct RunOptions {
     pub cwd: Option<PathBuf>,
     /// Whether the fast path may be used.
     pub shim: bool,
+    /// When the service manager is told that the unit is ready.
+    pub ready: Ready,
     /// The program as given.
     pub program: OsString,
     /// Its arguments, without the program.
@@ -208,9 +212,44 @@ struct RunArgs {
     /// Serve no call inside the program: slower, and as right
     #[arg(long)]
     no_shim: bool,
+    /// When a service manager (NOTIFY_SOCKET) is told that the unit is ready: when the program has been started, or when
+    /// the program says so itself
+    #[arg(long, value_name = "WHEN", default_value = "started")]
+    ready: Ready,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
     command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[command(mut_arg("name", |arg| arg.hide(true)))]
+struct InstallArgs {
+    /// Name of the unit, and of the service's instance: ftrun@NAME.service
+    #[arg(value_name = "NAME", value_parser = parse_name)]
+    unit: String,
+    /// Write it for your own service manager instead of the system's
+    #[arg(long)]
+    user: bool,
+    /// Run it as another user than root
+    #[arg(long = "as", value_name = "USER")]
+    as_user: Option<String>,
+    /// Have a socket opened by the service manager and handed to the program (a port, HOST:PORT or a path); may be repeated
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Vec<String>,
+    /// Print the files and write none
+    #[arg(long)]
+    print: bool,
+    /// Replace the template ftrun@.service even if it is not this ftrun's
+    #[arg(long)]
+    force: bool,
+    /// Directory of unit files [default: /etc/systemd/system, or with --user ~/.config/systemd/user]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    #[command(flatten)]
+    run: RunArgs,
+    /// The options for `run` among what was given.
+    #[arg(skip)]
+    options: Vec<OsString>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -278,6 +317,9 @@ enum Command {
         /// Name of the unit
         name: String,
     },
+    /// Write a systemd service that runs a program as a unit, and say what to do next
+    #[command(override_usage = "ftrun install-unit [OPTIONS] NAME -- PROGRAM [ARGS]...")]
+    InstallUnit(InstallArgs),
     /// Say what this kernel and this user can do; fails if `run` would not work
     Doctor {
         /// Print JSON
@@ -333,7 +375,39 @@ fn parse<T: Into<OsString>>(args: impl IntoIterator<Item = T>) -> Result<Cli, cl
     if matches.subcommand_name().is_some() {
         refuse_run_options(&matches)?;
     }
-    Cli::from_arg_matches(&matches)
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    if let (Some(Command::InstallUnit(install)), Some((_, given))) = (&mut cli.command, matches.subcommand()) {
+        if install.run.name.is_some() {
+            let text = "the name of the unit is the word after install-unit, not --name";
+            return Err(Cli::command().error(ErrorKind::ArgumentConflict, text));
+        }
+        install.options = run_options(given);
+    }
+    Ok(cli)
+}
+
+/// The options for `ftrun run` that were given, but for the name and what depends on the directory that we stand in.
+fn run_options(given: &ArgMatches) -> Vec<OsString> {
+    let all = Global::augment_args(RunArgs::augment_args(clap::Command::new("run")));
+    let mut options = Vec::new();
+    for arg in all.get_arguments().filter(|a| !matches!(a.get_id().as_str(), "name" | "cwd" | "state_dir")) {
+        let (id, Some(long)) = (arg.get_id().as_str(), arg.get_long()) else { continue };
+        if given.value_source(id) != Some(ValueSource::CommandLine) {
+            continue;
+        }
+        match arg.get_action() {
+            clap::ArgAction::Count => {
+                options.extend(std::iter::repeat_n(format!("--{long}").into(), usize::from(given.get_count(id))));
+            }
+            clap::ArgAction::SetTrue => options.push(format!("--{long}").into()),
+            _ => options.extend(given.get_raw(id).into_iter().flatten().map(|value| {
+                let mut option = OsString::from(format!("--{long}="));
+                option.push(value);
+                option
+            })),
+        }
+    }
+    options
 }
 
 /// `ftrun redis-server` is most likely meant as `ftrun -- redis-server`.
@@ -401,6 +475,7 @@ fn dispatch(cli: Cli) -> Result<u8, Error> {
             print(out, &format!("{outcome}\n"))?;
             return finish(out, outcome.is_ok());
         }
+        Some(Command::InstallUnit(args)) => install_unit(out, args, cli.global.state_dir)?,
         Some(Command::Doctor { json }) => {
             let report = doctor::examine(&state_dir()?);
             if json {
@@ -454,6 +529,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
         env: args.env,
         cwd: args.cwd,
         shim: !args.no_shim,
+        ready: args.ready,
         program,
         args: command.collect(),
         verbose: global.verbose,
@@ -463,6 +539,28 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
     let code = crate::run::run(options, dir)?;
     // As the kernel does it: the low eight bits.
     Ok(code.to_le_bytes()[0])
+}
+
+fn install_unit(out: &mut impl Write, args: InstallArgs, state_dir: Option<PathBuf>) -> Result<(), Error> {
+    let mut options = args.options;
+    if let Some(cwd) = args.run.cwd {
+        let mut option = OsString::from("--cwd=");
+        option.push(std::path::absolute(&cwd).map_err(Error::state("find", &cwd))?);
+        options.push(option);
+    }
+    let request = Request {
+        name: args.unit,
+        user_manager: args.user,
+        user: args.as_user,
+        listen: args.listen,
+        print: args.print,
+        force: args.force,
+        dir: args.dir,
+        state_dir: state_dir.or_else(|| variable(STATE_DIR_VAR)),
+        options,
+        command: args.run.command,
+    };
+    install(request, out)
 }
 
 fn list(out: &mut impl Write, state_dir: &Path, json: bool) -> Result<(), Error> {
@@ -507,7 +605,7 @@ fn print_event(out: &mut impl Write, sii: u64, bytes: &[u8]) -> Result<(), Error
 
 /// The state directory: the option, the variable or the default; absolute, since the directory that
 /// we stand in is the program's.
-fn state_dir(option: Option<PathBuf>) -> Result<PathBuf, Error> {
+pub(crate) fn state_dir(option: Option<PathBuf>) -> Result<PathBuf, Error> {
     let dir = option
         .or_else(|| variable(STATE_DIR_VAR))
         .or_else(default_state_dir)

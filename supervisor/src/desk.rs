@@ -121,6 +121,8 @@ pub struct Desk {
     pub pid: AtomicI32,
     /// Not 0: it lives, as far as is known, and takes signals.
     pub runs: AtomicU32,
+    /// Not 0: it has lived.
+    pub has_run: AtomicU32,
     /// The unit's process as the program knows it.
     pub vpid: AtomicI32,
     /// Incarnation of the unit.
@@ -129,6 +131,12 @@ pub struct Desk {
     pub recoveries: AtomicU64,
     /// Not 0: there may be descriptors in the unit's table that are not its own.
     entered: AtomicU32,
+    /// Signs of life of the supervisor and the unit ([`crate::pulse`]).
+    pub beats: AtomicU64,
+    /// Not 0: the supervisor's death would not be survived now.
+    pub degraded: AtomicU32,
+    /// Not 0: the run comes to its end.
+    pub ending: AtomicU32,
     /// Whose files the calls access.
     pub owner: Owner,
     /// State of the hands: a futex.

@@ -197,6 +197,8 @@ impl Hired {
             match seen & !SPAWN {
                 DONE => break,
                 state => {
+                    // A call may wait as long as it likes.
+                    crate::pulse::beat();
                     self.desk.wait_hands(seen);
                     if self.desk.hands.load(SeqCst) == seen && self.keeper_is_gone() {
                         // Nobody can tell any more whether a call that was being made took effect.

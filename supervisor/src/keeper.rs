@@ -9,9 +9,10 @@ use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::sync::atomic::Ordering::SeqCst;
 
-use crate::desk::{CALL, Desk, SPAWN};
+use crate::desk::{CALL, Desk, SPAWN, STARTED};
 use crate::marshal::raw_call;
 use crate::report::Error;
+use crate::systemd::Notifier;
 use crate::{fds, hands};
 
 /// Supervisors in a row that may fail by themselves before the unit runs.
@@ -33,10 +34,12 @@ pub struct Start {
 
 /// Keeps a unit. `supervisor` is the life of a supervisor, in a process of its own: it returns that process's
 /// exit status. With a file for the event log (a descriptor, as the lock) another one takes over when it is killed.
+/// The `notifier` tells the service manager, if there is one.
 pub fn keep(
     desk: &'static Desk,
     lock: Option<i32>,
     log: Option<i32>,
+    notifier: Option<Notifier>,
     supervisor: impl Fn(Start) -> i32 + Send + 'static,
 ) -> Result<i32, Error> {
     let os = |what: &'static str| move |e: io::Error| Error::bug(format!("{what}: {e}"));
@@ -77,7 +80,11 @@ pub fn keep(
         return Err(Error::bug("the keeper's hands have ended"));
     }
     start(desk)?;
-    watch(desk, log.is_some())
+    let mut tell = notifier.map(|mut notifier| move || notifier.tell(desk));
+    let code = watch(desk, log.is_some(), || tell.as_mut().is_some_and(|tell| tell()));
+    // The last words.
+    tell.map(|mut tell| tell());
+    code
 }
 
 /// Has the hands start a supervisor.
@@ -89,13 +96,17 @@ fn start(desk: &Desk) -> Result<(), Error> {
         desk.wait_hands(desk.hands.load(SeqCst));
     }
     match desk.supervisor.load(SeqCst) {
+        pid if pid == -libc::ENOSYS => Err(Error::environment(
+            "clone3(2), by which processes are made and brought back, is not allowed here",
+            "take RestrictNamespaces= and what else filters it out of the service",
+        )),
         pid if pid < 0 => Err(Error::bug(format!("the supervisor: {}", io::Error::from_raw_os_error(-pid)))),
         _ => Ok(()),
     }
 }
 
-/// Passes signals on until the run is over; its exit status.
-fn watch(desk: &Desk, survives: bool) -> Result<i32, Error> {
+/// Passes signals on until the run is over; its exit status. `hangs` is asked again and again whether the supervisor does.
+fn watch(desk: &Desk, survives: bool, mut hangs: impl FnMut() -> bool) -> Result<i32, Error> {
     let mut failures = 0;
     // Signals that have come, by bits.
     let mut kept = 0u64;
@@ -116,6 +127,11 @@ fn watch(desk: &Desk, survives: bool) -> Result<i32, Error> {
             kept |= 1 << (signal - 1);
         }
         let supervisor = desk.supervisor.load(SeqCst);
+        if hangs() && survives {
+            crate::logging::line(b"ftrun: the supervisor gives no sign of life and is replaced\n".to_vec());
+            // SAFETY: our child, which has not been waited for.
+            unsafe { libc::kill(supervisor, libc::SIGKILL) };
+        }
         let Some(status) = bury_one(supervisor, libc::WNOHANG) else {
             pass_on(desk, &mut kept);
             continue;
@@ -146,6 +162,11 @@ fn watch(desk: &Desk, survives: bool) -> Result<i32, Error> {
         // before anybody looks at what became of it.
         desk.runs.store(0, SeqCst);
         while bury_one(-1, 0).is_some() {}
+        // What they do may be to wait for us to read what the program has said. When they start a supervisor, we stand still.
+        while matches!(desk.call_state(), CALL | STARTED) {
+            hangs();
+            desk.wait_hands(desk.hands.load(SeqCst));
+        }
         start(desk)?;
     }
 }

@@ -29,6 +29,7 @@ use crate::launch::{self, LaunchError, Program};
 use crate::report::Error;
 use crate::run::lock;
 use crate::status::{RecoveryInfo, State as UnitState};
+use crate::systemd::environment;
 use crate::tracee::{self, Event};
 use crate::unit::{Halt, Model, Unit, now};
 
@@ -129,6 +130,9 @@ impl Unit {
         let scratch = launch::exec_scratch(program).map_err(|e| launch_error(&e))?;
         if self.set_tid {
             self.vpid = scratch;
+            let mm = self.service.run(|| launch::read_mm(scratch, None));
+            let mm = mm.map_err(|e| Error::bug(format!("the program's image: {e}")))?;
+            environment::name_process(scratch, &mm, scratch).map_err(|e| Error::bug(e.to_string()))?;
         }
         let stored = self.adopt_image(scratch).map_err(|e| Error::bug(format!("the program was not started: {e}")))?;
         stored.map_err(|why| {

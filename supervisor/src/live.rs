@@ -46,6 +46,7 @@ impl Unit {
     pub fn live(&mut self) -> Result<std::convert::Infallible> {
         if let Some(desk) = self.desk {
             desk.leave_table();
+            desk.has_run.store(1, SeqCst);
             desk.runs.store(1, SeqCst);
         }
         self.log.control().mode.store(RECORD, SeqCst);
@@ -220,8 +221,14 @@ impl Unit {
                 self.attempt(vtid)
             }
             Event::Signal(signal) => self.on_signal(vtid, signal),
-            Event::Stop(signal) if signal != libc::SIGTRAP && signal != 0 => Ok(tracee::listen(tid)?),
-            Event::Stop(_) => self.go_on(tid),
+            Event::Stop(signal) if signal != libc::SIGTRAP && signal != 0 => {
+                self.pulse.stopped = true;
+                Ok(tracee::listen(tid)?)
+            }
+            Event::Stop(_) => {
+                self.pulse.stopped = false;
+                self.go_on(tid)
+            }
             Event::Other(_) => Ok(tracee::cont(tid, 0)?),
             Event::Ended(status) => {
                 if tid != self.pid {
@@ -460,6 +467,7 @@ impl Unit {
         use std::sync::atomic::Ordering::Relaxed;
         if self.shared.stop.swap(false, Relaxed) {
             self.ending = true;
+            crate::pulse::ending();
             // SAFETY: our own child.
             unsafe { libc::kill(self.pid, libc::SIGTERM) };
             if self.model.actions.get(libc::SIGTERM as usize - 1).is_none_or(|a| a[0] == 0) {
@@ -473,6 +481,7 @@ impl Unit {
             // It makes calls that we do not see.
             self.last_entry = time;
         }
+        self.feel_pulse(time);
         let due = self.checkpoint_due();
         let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
         let starving = self.current.is_some_and(|c| !self.ready.is_empty() || self.has_signals(c) || others);

@@ -62,6 +62,7 @@ impl Unit {
                 self.shared.events.store(sii, SeqCst);
             }
             crate::fault::point("replay-event", self.pid);
+            crate::pulse::beat();
             self.current = Some(vtid);
             let runs = self.apply(&record, sii)?;
             n += 1;

@@ -28,6 +28,7 @@ use crate::report::Error;
 use crate::service::Service;
 use crate::standby::Standby;
 use crate::status::{State, Status, Timestamp};
+use crate::systemd::Notifier;
 use crate::unit::{Shared, Unit};
 use crate::unitdir::UnitDir;
 
@@ -41,7 +42,11 @@ pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Runs a program as a unit; returns the exit status for the user.
 pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
-    let program = program(&options)?;
+    let notifier = Notifier::from_env(&crate::systemd::place(dir.path()), options.ready).unwrap_or_else(|e| {
+        tracing::warn!("the service manager's NOTIFY_SOCKET cannot be used: {e}");
+        None
+    });
+    let program = program(&options, notifier.as_ref())?;
     dir.begin()?;
     let desk = Desk::map().map_err(|e| Error::bug(format!("the desk: {e}")))?;
     // Who started us may ignore SIGCHLD; ignored, it would reap our children before we have their status.
@@ -61,7 +66,8 @@ pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
     let (lock, log_fd) = (dir.lock_fd(), log.as_ref().map(AsRawFd::as_raw_fd));
     let dir = Arc::new(dir);
     let ours = Arc::clone(&dir);
-    let code = keeper::keep(desk, lock, log_fd, move |start| supervisor(&options, &ours, &program, start, desk))?;
+    let code =
+        keeper::keep(desk, lock, log_fd, notifier, move |start| supervisor(&options, &ours, &program, start, desk))?;
     if log.is_some() {
         dir.forget_memory();
     }
@@ -140,6 +146,7 @@ fn try_supervisor(
     let os = |what: &str, e: io::Error| Error::bug(format!("{what}: {e}"));
     // SAFETY: changes an attribute of this process.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+    crate::pulse::tell(desk);
     let takes_over = desk.generation.load(Ordering::SeqCst) > 1;
     if takes_over {
         crate::fault::disarm();
@@ -216,6 +223,7 @@ fn try_supervisor(
         }
         Ok((log, standby, last, journal))
     })?;
+    crate::pulse::beat();
     // SAFETY: no arguments.
     let tracer = unsafe { libc::syscall(libc::SYS_gettid) };
     start_ticks(&service, tracer)?;
@@ -244,6 +252,7 @@ fn try_supervisor(
         crate::hands::hire(desk);
     }
     let end = unit.supervise(program, last);
+    crate::pulse::ending();
     let unit = &mut *unit;
     if let Some(journal) = &mut unit.journal {
         journal.finish(unit.snapshot.as_ref(), &unit.pages);
@@ -370,7 +379,7 @@ pub fn exec_error(program: &str, e: &io::Error) -> Error {
 }
 
 /// Finds the program and refuses what cannot be run.
-fn program(options: &RunOptions) -> Result<Program, Error> {
+fn program(options: &RunOptions, notifier: Option<&Notifier>) -> Result<Program, Error> {
     let path = find(&options.program)?;
     let not = |reason: &str, hint: &str| Error::NotExecutable {
         program: options.program.clone(),
@@ -406,6 +415,7 @@ fn program(options: &RunOptions) -> Result<Program, Error> {
     }
     let mut env: Vec<(std::ffi::OsString, std::ffi::OsString)> = std::env::vars_os().collect();
     env.retain(|(k, _)| k != "FTRUN_FAULT" && options.env.iter().all(|(o, _)| o != k));
+    crate::systemd::environment::for_program(&mut env, std::process::id(), notifier.map(Notifier::program_socket));
     env.extend(options.env.iter().cloned());
     let mut envp = Vec::new();
     for (k, v) in env {
@@ -423,7 +433,7 @@ fn set_id_text(path: &Path) -> String {
 }
 
 /// The file that `execvp` would take.
-fn find(program: &OsStr) -> Result<PathBuf, Error> {
+pub(crate) fn find(program: &OsStr) -> Result<PathBuf, Error> {
     if program.as_bytes().contains(&b'/') {
         return Ok(program.into());
     }

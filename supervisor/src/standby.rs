@@ -138,8 +138,12 @@ const BEHIND: &str = "memory that outlives the supervisor does not take a checkp
 /// Warns of the first failure, and says when it is over.
 fn tell(warned: &AtomicBool, result: Result<(), String>) -> Result<(), String> {
     match &result {
-        Err(why) if !warned.swap(true, SeqCst) => tracing::warn!(why, "{BEHIND}"),
+        Err(why) if !warned.swap(true, SeqCst) => {
+            crate::pulse::degraded(true);
+            tracing::warn!(why, "{BEHIND}");
+        }
         Ok(()) if warned.swap(false, SeqCst) => {
+            crate::pulse::degraded(false);
             tracing::warn!("checkpoints outlive the supervisor again");
         }
         _ => {}

@@ -245,6 +245,7 @@ fn decode(status: c_int) -> Event {
 pub fn wait_one(tid: i32) -> Result<Event> {
     loop {
         if let Some(event) = wait_tick(tid)? {
+            crate::pulse::beat();
             return Ok(event);
         }
     }

@@ -26,6 +26,11 @@ impl Unit {
         self.slot(vtid).is_some_and(|slot| slot.state.load(SeqCst) == state)
     }
 
+    /// The thread waits in the process.
+    pub(crate) fn waits_inside(&self, vtid: i32) -> bool {
+        self.slot_is(vtid, WAITS)
+    }
+
     /// Follows what threads did with the turn without the supervisor.
     pub(crate) fn sync_turn(&mut self) {
         if !self.shim || self.replaying {

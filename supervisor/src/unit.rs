@@ -299,6 +299,8 @@ pub struct Unit {
     pub(crate) kept_outside: Vec<u8>,
     /// The signal of a fault that made the unit fail.
     pub(crate) failed_signal: Option<i32>,
+    /// Signs of life.
+    pub(crate) pulse: crate::pulse::Pulse,
     /// When the running thread was last asked to pass the turn.
     pub(crate) last_tick: u64,
     /// Every thread has looked at the signals kept for any of them.
@@ -377,6 +379,7 @@ impl Unit {
             expected: None,
             kept_outside: Vec::new(),
             failed_signal: None,
+            pulse: crate::pulse::Pulse::default(),
             last_tick: 0,
             offered: false,
             shim: false,

@@ -1,9 +1,10 @@
 /* Line echo server, one thread, epoll.
  *
- * usage: epoll_echo [PORT]
+ * usage: epoll_echo [PORT [WORD]]
  * Each line `TEXT` is answered with `COUNT TOTAL TEXT`: how many lines this connection has sent, how many
  * the server has answered in all. `pid` is answered with the process id appended, `crash` is answered by a
- * store through a null pointer.
+ * store through a null pointer, `notify WORD` says WORD to the service manager.
+ * Where a listening socket has been handed over, it is used. WORD is said to the service manager when it listens.
  */
 #include "guest.h"
 #include <sys/epoll.h>
@@ -36,6 +37,11 @@ static void answer(struct connection *c, const char *line, size_t length) {
     c->count++;
     total++;
     if (length == 5 && memcmp(line, "crash", 5) == 0) *(volatile int *)(uintptr_t)(c->count * 0) = 1;
+    if (length > 7 && length < 2048 && memcmp(line, "notify ", 7) == 0) {
+        char text[2048] = "";
+        memcpy(text, line + 7, length - 7);
+        notify(text);
+    }
     int n = snprintf(head, sizeof head, "%lu %lu ", c->count, total);
     append(&c->out, &c->out_length, &c->out_room, head, (size_t)n);
     append(&c->out, &c->out_length, &c->out_room, line, length);
@@ -116,8 +122,10 @@ static void take_new(int listener) {
 }
 
 int main(int argc, char **argv) {
-    int listener = listen_tcp(argc > 1 ? atoi(argv[1]) : 0);
+    int listener = handed_socket();
+    if (listener < 0) listener = listen_tcp(argc > 1 ? atoi(argv[1]) : 0);
     CHECK(fcntl(listener, F_SETFL, O_NONBLOCK) == 0);
+    if (argc > 2) notify(argv[2]);
     CHECK((epoll_fd = epoll_create1(EPOLL_CLOEXEC)) >= 0);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
     CHECK(epoll_ctl(epoll_fd, EPOLL_CTL_ADD, listener, &event) == 0);

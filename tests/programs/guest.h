@@ -21,7 +21,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <stddef.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -79,6 +81,37 @@ static inline void say(const char *format, ...) {
 }
 
 static inline int stop_requested(void) { return access("stop", F_OK) == 0; }
+
+/* Says so to who listens at NOTIFY_SOCKET, if anybody does (sd_notify(3)). */
+static inline void notify(const char *text) {
+    const char *name = getenv("NOTIFY_SOCKET");
+    if (!name) return;
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    CHECK(strlen(name) < sizeof to.sun_path);
+    strcpy(to.sun_path, name);
+    if (name[0] == '@') to.sun_path[0] = '\0';
+    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    CHECK(fd >= 0);
+    socklen_t length = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + strlen(name));
+    CHECK(sendto(fd, text, strlen(text), MSG_NOSIGNAL, (struct sockaddr *)&to, length) == (ssize_t)strlen(text));
+    CHECK(close(fd) == 0);
+}
+
+/* The one listening socket that was handed to this process (sd_listen_fds(3)), or -1; says `ready PORT`. */
+static inline int handed_socket(void) {
+    const char *pid = getenv("LISTEN_PID"), *count = getenv("LISTEN_FDS");
+    if (!pid || !count) return -1;
+    char own[16];
+    snprintf(own, sizeof own, "%d", (int)getpid());
+    if (strcmp(pid, own) != 0) fail("LISTEN_PID is %s in process %s", pid, own);
+    CHECK(strcmp(count, "1") == 0);
+    CHECK(fcntl(3, F_SETFD, FD_CLOEXEC) == 0);
+    struct sockaddr_in address;
+    socklen_t length = sizeof address;
+    CHECK(getsockname(3, (struct sockaddr *)&address, &length) == 0);
+    say("ready %d\n", ntohs(address.sin_port));
+    return 3;
+}
 
 /* A listening TCP socket on the loopback; says `ready PORT`. */
 static inline int listen_tcp(int port) {

@@ -51,14 +51,36 @@ fn commands() {
         ok(&[one, "n"]);
         assert!(refused(&[one]).contains("<NAME>"));
     }
+    ok(&["install-unit", "n", "--", "p"]);
     ok(&["doctor", "--json"]);
     ok(&["completions", "zsh"]);
     ok(&["man"]);
 }
 
+/// What `install-unit` writes into the service is what `run` would have been given.
+#[test]
+fn options_of_a_service_are_those_of_run() {
+    let options = |args: &[&str]| match ok(&[&["install-unit", "n"], args, &["--", "p", "--no-shim"]].concat()).command
+    {
+        Some(Command::InstallUnit(install)) => install.options,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(options(&[]), [""; 0]);
+    let given =
+        ["--print", "--durability", "supervisor", "--env", "A=b=c", "--no-shim", "--env", "D= %", "-vv", "--user"];
+    let wanted = ["--durability=supervisor", "--env=A=b=c", "--env=D= %", "--no-shim", "--verbose", "--verbose"];
+    assert_eq!(options(&given), wanted);
+    assert_eq!(options(&["--cwd", "x", "--state-dir", "y", "--log-format=json"]), ["--log-format=json"]);
+    assert!(refused(&["install-unit", "n", "--name", "m", "--", "p"]).contains("install-unit"));
+    assert!(refused(&["install-unit", "a/b", "--", "p"]).contains("letters, digits"));
+    assert!(refused(&["install-unit", "--", "p"]).contains("<NAME>"));
+    assert!(refused(&["install-unit", "n"]).contains("PROGRAM"));
+}
+
 #[test]
 fn refusals_say_why() {
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 16] = [
+        (&["--ready", "never", "--", "p"], "program"),
         (&["--name", "a/b", "--", "p"], "letters, digits"),
         (&["--name", "x", "ls"], "--name"),
         (&["--name", "x"], "PROGRAM"),

@@ -8,7 +8,7 @@ use ftrun_tests::process::is_root;
 use ftrun_tests::{Error, error};
 
 /// Everything that the tests run.
-pub(crate) const SERVERS: &[&str] = &["redis-server", "memcached", "nginx", "python3", "cc"];
+pub(crate) const SERVERS: &[&str] = &["redis-server", "memcached", "nginx", "python3", "cc", "systemctl", "ip"];
 
 /// The Debian package with a program, and the service that its installation may start.
 fn package(program: &str) -> (&str, Option<&str>) {
@@ -19,6 +19,8 @@ fn package(program: &str) -> (&str, Option<&str>) {
         "redis-benchmark" => ("redis-tools", None),
         "cc" => ("gcc", None),
         "pip3" => ("python3-pip", None),
+        "systemctl" => ("systemd", None),
+        "ip" => ("iproute2", None),
         "qemu-system-x86_64" => ("qemu-system-x86", None),
         other => (other, None),
     }
