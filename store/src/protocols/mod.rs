@@ -1,0 +1,18 @@
+//! Recovery protocols between units.
+//!
+//! | module | what | source |
+//! |---|---|---|
+//! | [`model`] | process and system states, consistent, stable, recoverable | Johnson, ch. 2 |
+//! | [`recovery_state`] | the current recovery state: batch, incremental, streaming | Johnson, ch. 4 |
+//!
+//! Citations name the paper and its section, lemma, theorem or figure: *Publishing* is Powell and
+//! Presotto (1983), *Johnson* the thesis of D. B. Johnson (1989), *Elnozahy* the paper of 1995 on
+//! family-based logging, *ISIS* Birman and Joseph (SOSP 1987), *CBCAST* Birman and Joseph (TOCS
+//! 1987).
+//!
+//! Invariant: nothing here does input or output, reads a clock, or draws randomness that does not
+//! come from a seed; no result depends on the order of a hash table.
+
+pub mod model;
+pub mod recovery_state;
+pub mod rng;
