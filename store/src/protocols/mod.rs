@@ -4,6 +4,10 @@
 //! |---|---|---|
 //! | [`model`] | process and system states, consistent, stable, recoverable | Johnson, ch. 2 |
 //! | [`recovery_state`] | the current recovery state: batch, incremental, streaming | Johnson, ch. 4 |
+//! | [`process`] | the processes that are carried, and their messages | |
+//! | [`machine`] | what a protocol is: a state machine for each node | |
+//! | [`local`] | messages are stored before their receiver gets them | Publishing |
+//! | [`sim`] | the simulator and its checks | |
 //!
 //! Citations name the paper and its section, lemma, theorem or figure: *Publishing* is Powell and
 //! Presotto (1983), *Johnson* the thesis of D. B. Johnson (1989), *Elnozahy* the paper of 1995 on
@@ -13,6 +17,10 @@
 //! Invariant: nothing here does input or output, reads a clock, or draws randomness that does not
 //! come from a seed; no result depends on the order of a hash table.
 
+pub mod local;
+pub mod machine;
 pub mod model;
+pub mod process;
 pub mod recovery_state;
 pub mod rng;
+pub mod sim;

@@ -1,0 +1,73 @@
+//! Publishing through failures.
+
+use super::*;
+use crate::protocols::sim::{Crash, Plan, Violation, explore, run, sweep};
+
+fn plan(seed: u64) -> Plan<Options> {
+    let mut plan: Plan<Options> = Plan::random(seed, 4, true);
+    plan.options.checkpoint_every = [0, 2, 8][(seed % 3) as usize];
+    plan
+}
+
+/// Any number of failures, of units and of the recorder, with loss, repetition and reordering.
+#[test]
+fn survives_any_failures() {
+    let report = sweep::<Node>(0..1_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
+    assert!(report.crashes > 1_000 && report.messages > 10_000, "{report:?}");
+}
+
+/// A plan with a bug must break an invariant within so many seeds.
+fn caught(bug: Bug) -> Violation {
+    let buggy = |seed| {
+        let mut plan = plan(seed);
+        plan.options.bug = Some(bug);
+        if bug == Bug::DiscardEarly {
+            // The recorder and a unit, while a checkpoint is being written.
+            plan.options.checkpoint_every = 2;
+            plan.costs.disk = 20_000;
+            let after_step = 40 + seed % 200;
+            plan.crashes = [plan.workload.units, 0, 1].map(|node| Crash { after_step, node }).to_vec();
+        }
+        plan
+    };
+    sweep::<Node>(0..400, buggy).expect_err("the checks see it").violation
+}
+
+#[test]
+fn forwarding_before_storing_is_caught() {
+    caught(Bug::ForwardBeforeStoring);
+}
+
+#[test]
+fn showing_again_is_caught() {
+    assert!(matches!(caught(Bug::ShowAgain), Violation::ShownTwice(_)));
+}
+
+#[test]
+fn discarding_before_the_checkpoint_is_stored_is_caught() {
+    caught(Bug::DiscardEarly);
+}
+
+#[test]
+fn replaying_one_less_is_caught() {
+    caught(Bug::ReplayOneLess);
+}
+
+/// The same plan gives the same run.
+#[test]
+fn runs_are_reproducible() {
+    for seed in 0..20 {
+        assert_eq!(run::<Node>(&plan(seed)), run::<Node>(&plan(seed)));
+    }
+}
+
+/// Three processes, four messages, two crashes.
+#[test]
+fn every_order_of_a_small_system() {
+    let mut plan = plan(0);
+    plan.options.checkpoint_every = 0;
+    plan.workload = crate::protocols::sim::small(3, 4);
+    let explored = explore::<Node>(&plan, 1, 3, 60_000).expect("no violation");
+    eprintln!("{explored:?}");
+    assert!(explored.states > 1_000 && explored.ends > 0, "{explored:?}");
+}

@@ -1,0 +1,207 @@
+//! What must hold of every system at every step, whatever the protocol.
+
+use std::fmt;
+
+use crate::protocols::machine::{Machine, Phase};
+use crate::protocols::model::Sii;
+use crate::protocols::process::{Interval, Output, Process};
+
+/// An invariant that a run broke.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Violation {
+    /// A process has received a message that its sender, live, never sent in its present history.
+    Orphan {
+        /// The process.
+        unit: usize,
+        /// Its interval that began with the message.
+        sii: Sii,
+        /// The sender.
+        from: usize,
+    },
+    /// Something was shown to the world outside that had been shown before, or out of order.
+    ShownTwice(Output),
+    /// A process came back with a history in which something shown was not made.
+    ShownUndone(Output),
+    /// The recovery state went back.
+    WentBack {
+        /// Whose part of it.
+        unit: usize,
+        /// From where.
+        from: Sii,
+        /// To where.
+        to: Sii,
+    },
+    /// Not everybody got live again with everything delivered and shown.
+    Stuck(String),
+    /// A protocol's own invariant.
+    Broken(String),
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Orphan { unit, sii, from } => {
+                write!(f, "orphan: unit {unit} began interval {sii} with a message that unit {from} has not sent")
+            }
+            Self::ShownTwice(output) => {
+                write!(
+                    f,
+                    "shown twice: output {} of unit {}, made in interval {}",
+                    output.number, output.unit, output.made_in
+                )
+            }
+            Self::ShownUndone(output) => {
+                let Output { unit, number, made_in, .. } = output;
+                write!(f, "shown but undone: output {number} of unit {unit}, made in interval {made_in}")
+            }
+            Self::WentBack { unit, from, to } => {
+                write!(f, "recovery state of unit {unit} went back from {from} to {to}")
+            }
+            Self::Stuck(why) => write!(f, "stuck: {why}"),
+            Self::Broken(what) => f.write_str(what),
+        }
+    }
+}
+
+/// What has been seen of a run.
+#[derive(Clone, Debug)]
+pub(super) struct Checks {
+    /// Up to where each process's history has been checked while it is live; `None` when it is not.
+    checked: Vec<Option<Sii>>,
+    /// What the world outside has been shown by each process.
+    shown: Vec<Vec<Output>>,
+    recovery_state: Vec<Sii>,
+}
+
+impl Checks {
+    pub(super) fn new(units: usize) -> Self {
+        Self { checked: vec![Some(0); units], shown: vec![Vec::new(); units], recovery_state: vec![0; units] }
+    }
+
+    /// How many outputs of a process the world has taken.
+    pub(super) fn shown(&self, unit: usize) -> u64 {
+        self.shown.get(unit).map_or(0, |shown| shown.len() as u64)
+    }
+
+    pub(super) fn show(&mut self, output: &Output, by: Option<&Process>) -> Result<(), Violation> {
+        if output.number != self.shown(output.unit) {
+            return Err(Violation::ShownTwice(output.clone()));
+        }
+        if by.is_some_and(|process| process.digest_in(output.made_in) != Some(output.data)) {
+            return Err(Violation::ShownUndone(output.clone()));
+        }
+        self.shown[output.unit].push(output.clone());
+        Ok(())
+    }
+
+    /// After a step of `node`.
+    pub(super) fn stepped<M: Machine>(&mut self, node: usize, machines: &[M], up: &[bool]) -> Result<(), Violation> {
+        if let Some(state) = machines[node].recovery_state() {
+            for (unit, (&from, &to)) in self.recovery_state.iter().zip(&state).enumerate() {
+                if to < from {
+                    return Err(Violation::WentBack { unit, from, to });
+                }
+            }
+            self.recovery_state = state;
+        }
+        let Some(process) = live(node, machines, up) else {
+            if let Some(checked) = self.checked.get_mut(node) {
+                *checked = None;
+            }
+            return Ok(());
+        };
+        match self.checked[node] {
+            Some(sii) if sii == process.sii() => Ok(()),
+            Some(sii) if sii < process.sii() => {
+                self.checked[node] = Some(process.sii());
+                self.check_received(node, sii, machines, up)
+            }
+            Some(_) => Err(Violation::Broken(format!("unit {node} lost history without having failed"))),
+            None => {
+                self.checked[node] = Some(process.sii());
+                self.became_live(node, machines, up)
+            }
+        }
+    }
+
+    /// A process is back: against all that is live, both ways, and against what was shown.
+    fn became_live<M: Machine>(&self, node: usize, machines: &[M], up: &[bool]) -> Result<(), Violation> {
+        let process = machines[node].process().expect("it is live");
+        for output in &self.shown[node] {
+            if process.digest_in(output.made_in) != Some(output.data) {
+                return Err(Violation::ShownUndone(output.clone()));
+            }
+        }
+        self.check_received(node, 0, machines, up)?;
+        for other in (0..self.checked.len()).filter(|&other| other != node) {
+            if let Some(peer) = live(other, machines, up) {
+                check(other, peer.history.iter().zip(1..).filter(|(interval, _)| interval.from == node), process)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a live process received after `sii` was sent by its sender, as far as that is live.
+    fn check_received<M: Machine>(&self, node: usize, sii: Sii, machines: &[M], up: &[bool]) -> Result<(), Violation> {
+        let process = machines[node].process().expect("it is live");
+        for from in (0..self.checked.len()).filter(|&from| from != node) {
+            if let Some(sender) = live(from, machines, up) {
+                let received = process.history.iter().zip(1..).skip(sii as usize);
+                check(node, received.filter(|(interval, _)| interval.from == from), sender)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A node failed.
+    pub(super) fn crashed(&mut self, node: usize) {
+        if let Some(checked) = self.checked.get_mut(node) {
+            *checked = None;
+        }
+    }
+
+    /// Why the run is not at its end; `None` when everybody is live, everything sent was received and
+    /// everything made was shown.
+    pub(super) fn missing<M: Machine>(&self, machines: &[M], up: &[bool]) -> Option<String> {
+        let units = self.checked.len();
+        for unit in 0..units {
+            if !live(unit, machines, up).is_some_and(Process::has_started) {
+                return Some(format!("unit {unit} is not live"));
+            }
+        }
+        let process = |unit: usize| machines[unit].process().expect("it is live");
+        for from in 0..units {
+            if process(from).outputs != self.shown(from) {
+                return Some(format!(
+                    "{} of {} outputs of unit {from} were shown",
+                    self.shown(from),
+                    process(from).outputs
+                ));
+            }
+            for to in 0..units {
+                let (sent, received) = (process(from).sent[to], process(to).received[from]);
+                if sent != received {
+                    return Some(format!("unit {to} received {received} of {sent} messages from unit {from}"));
+                }
+            }
+        }
+        None
+    }
+}
+
+fn live<'a, M: Machine>(node: usize, machines: &'a [M], up: &[bool]) -> Option<&'a Process> {
+    machines[node].process().filter(|_| up[node] && machines[node].phase() == Phase::Live)
+}
+
+fn check<'a>(
+    unit: usize,
+    received: impl Iterator<Item = (&'a Interval, Sii)>,
+    sender: &Process,
+) -> Result<(), Violation> {
+    for (interval, sii) in received {
+        if sender.digest_in(interval.sent_in) != Some(interval.sender) {
+            return Err(Violation::Orphan { unit, sii, from: interval.from });
+        }
+    }
+    Ok(())
+}

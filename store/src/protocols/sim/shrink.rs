@@ -1,0 +1,97 @@
+//! Making a failing plan small enough to read.
+
+use super::{Plan, Violation, run};
+use crate::protocols::machine::Machine;
+
+/// A plan that breaks an invariant, and which.
+#[derive(Clone, Debug)]
+pub struct Failing<O> {
+    /// The plan, shrunk.
+    pub plan: Plan<O>,
+    /// What it breaks.
+    pub violation: Violation,
+}
+
+impl<O: Clone + std::fmt::Debug> Failing<O> {
+    /// The plan and what happens in it, to read.
+    pub fn explain<M: Machine<Options = O>>(&self) -> String {
+        let (lines, _) = super::timeline::<M>(&self.plan);
+        format!("{}\n{:#?}\n{}\n", self.violation, self.plan, lines.join("\n"))
+    }
+}
+
+/// A smaller plan that still breaks an invariant (not necessarily the same one).
+pub fn shrink<M: Machine>(plan: &Plan<M::Options>) -> Plan<M::Options> {
+    let mut plan = plan.clone();
+    let fails = |candidate: &Plan<M::Options>| run::<M>(candidate).is_err();
+    loop {
+        let smaller = candidates(&plan).into_iter().find(fails);
+        match smaller {
+            Some(smaller) => plan = smaller,
+            None => return plan,
+        }
+    }
+}
+
+/// Plans with one thing less, the biggest things first.
+fn candidates<O: Clone>(plan: &Plan<O>) -> Vec<Plan<O>> {
+    let mut all = Vec::new();
+    let mut with = |change: &dyn Fn(&mut Plan<O>)| {
+        let mut candidate = plan.clone();
+        change(&mut candidate);
+        all.push(candidate);
+    };
+    for k in 0..plan.crashes.len() {
+        with(&|p| {
+            p.crashes.remove(k);
+        });
+    }
+    if plan.loss > 0 {
+        with(&|p| p.loss = 0);
+    }
+    if plan.repeat > 0 {
+        with(&|p| p.repeat = 0);
+    }
+    if plan.costs.jitter > 0 {
+        with(&|p| p.costs.jitter /= 2);
+    }
+    if plan.workload.units > 2 && plan.crashes.iter().all(|c| c.node + 1 < plan.workload.units) {
+        with(&|p| p.workload.units -= 1);
+    }
+    if plan.workload.first > 1 {
+        with(&|p| p.workload.first -= 1);
+    }
+    if plan.workload.hops > 0 {
+        with(&|p| p.workload.hops -= 1);
+    }
+    if plan.workload.forks > 0 {
+        with(&|p| p.workload.forks = 0);
+    }
+    for k in 0..plan.crashes.len() {
+        for less in [plan.crashes[k].after_step / 2, 1] {
+            if (1..plan.crashes[k].after_step).contains(&less) {
+                with(&|p| p.crashes[k].after_step -= less);
+            }
+        }
+    }
+    all
+}
+
+/// Runs the plans of many seeds. The first that fails is shrunk and returned with what it broke.
+pub fn sweep<M: Machine>(
+    seeds: std::ops::Range<u64>,
+    plan: impl Fn(u64) -> Plan<M::Options>,
+) -> Result<super::Report, Box<Failing<M::Options>>> {
+    let mut sum = super::Report::default();
+    for seed in seeds {
+        match run::<M>(&plan(seed)) {
+            Ok(report) => sum.add(&report),
+            Err(_) => {
+                let plan = shrink::<M>(&plan(seed));
+                let violation = run::<M>(&plan).expect_err("it was shrunk by failing");
+                return Err(Box::new(Failing { plan, violation }));
+            }
+        }
+    }
+    Ok(sum)
+}
