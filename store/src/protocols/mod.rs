@@ -7,6 +7,7 @@
 //! | [`process`] | the processes that are carried, and their messages | |
 //! | [`machine`] | what a protocol is: a state machine for each node | |
 //! | [`local`] | messages are stored before their receiver gets them | Publishing |
+//! | [`sender`] | messages are logged by their senders, in memory | Johnson, ch. 3 |
 //! | [`sim`] | the simulator and its checks | |
 //!
 //! Citations name the paper and its section, lemma, theorem or figure: *Publishing* is Powell and
@@ -23,4 +24,5 @@ pub mod model;
 pub mod process;
 pub mod recovery_state;
 pub mod rng;
+pub mod sender;
 pub mod sim;

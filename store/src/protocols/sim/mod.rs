@@ -73,6 +73,8 @@ pub struct Plan<O> {
     pub crashes: Vec<Crash>,
     /// A crash is left out if so many nodes are down or recovering already.
     pub down_at_most: usize,
+    /// The failures are within what the protocol tolerates: it must not give up.
+    pub must_recover: bool,
     /// In thousandths: packets lost.
     pub loss: u64,
     /// In thousandths: packets repeated.
@@ -114,6 +116,7 @@ impl<O: Default> Plan<O> {
             options: O::default(),
             crashes,
             down_at_most: usize::MAX,
+            must_recover: true,
             loss: if calm { 0 } else { rng.below(150) },
             repeat: if calm { 0 } else { rng.below(100) },
             costs: Costs { disk: [100, 500, 10_000][rng.index(3)], ..Costs::default() },

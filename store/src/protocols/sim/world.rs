@@ -202,6 +202,9 @@ impl<M: Machine> World<M> {
                     self.cause(self.plan.costs.restart, Coming::Restart { node: other });
                 }
             }
+            Action::Unrecoverable if self.plan.must_recover => {
+                return Err(Violation::Broken(format!("node {node} gave up on failures that should be tolerated")));
+            }
             Action::Unrecoverable => self.report.unrecoverable = true,
         }
         Ok(())

@@ -1,0 +1,513 @@
+//! One process under sender-based logging.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use super::log::Log;
+use super::{Body, Bug, Counters, Event, Message, Options, Packet, Phase, Process, Rsn, Sii};
+use crate::protocols::process::{Effect, Output};
+
+type Action = super::Action<Packet>;
+
+const RETRANSMIT: u64 = 0;
+const FLUSH: u64 = 1;
+/// Microseconds between retransmissions.
+const RETRANSMIT_EVERY: u64 = 4_000;
+/// Microseconds that RSNs and acknowledgements wait for a message to go with.
+const FLUSH_AFTER: u64 = 1_000;
+
+/// What a checkpoint holds: all of §3.2.2 but the RSN history list.
+#[derive(Clone, Debug, Hash)]
+struct Checkpoint {
+    process: Process,
+    log: Log,
+    /// Outputs that were held at the time. (Held messages are in the log.)
+    outputs: Vec<Output>,
+}
+
+#[derive(Clone, Debug, Hash)]
+enum Record {
+    Checkpoint(Box<Checkpoint>),
+    Received(Rsn, Message),
+    Spilled,
+}
+
+/// Stable storage.
+#[derive(Clone, Debug, Hash)]
+struct Disk {
+    checkpoint: Checkpoint,
+    /// Of the hybrid: what was received since.
+    received: BTreeMap<Rsn, Message>,
+    /// Counts failures.
+    life: u32,
+}
+
+/// While recovering: the answers to [`Body::WantLog`].
+#[derive(Clone, Debug, Default, Hash)]
+struct Replay {
+    answered: BTreeSet<usize>,
+    messages: BTreeMap<Rsn, Message>,
+    /// The newest interval of this process that another depends on.
+    depended_on: Sii,
+}
+
+/// A process, its message log and its protocol state.
+#[derive(Clone, Debug, Hash)]
+pub struct Unit {
+    options: Options,
+    id: usize,
+    disk: Disk,
+    writes: VecDeque<(u64, Record)>,
+    next_token: u64,
+    process: Process,
+    log: Log,
+    /// RSN history list: what RSN was returned for each message since the last checkpoint.
+    history: Vec<BTreeMap<u64, Rsn>>,
+    /// RSNs returned (or to be) and not acknowledged, by sender.
+    unacknowledged: Vec<BTreeMap<u64, Option<Rsn>>>,
+    /// Acknowledgements that wait for a packet, by receiver.
+    acks: Vec<Vec<(u64, Option<Rsn>)>>,
+    /// The last life of each other process that is known.
+    lives: Vec<u32>,
+    /// Held sends and outputs.
+    held: VecDeque<Effect>,
+    flushing: bool,
+    replay: Option<Replay>,
+    /// Messages sent during replay whose RSNs have not come back.
+    unrestored: BTreeSet<(usize, u64)>,
+    /// How many messages of each other process had been received when the replay was done.
+    replayed: Option<Vec<u64>>,
+    shown: u64,
+    since_checkpoint: u64,
+    returned: u64,
+    spilled: u64,
+    counters: Counters,
+}
+
+impl Unit {
+    pub(super) fn new(process: Process, options: Options) -> Self {
+        let log = Log::new(process.sent.len());
+        let checkpoint = Checkpoint { process, log, outputs: Vec::new() };
+        Self::restored(options, Disk { checkpoint, received: BTreeMap::new(), life: 0 }, 0)
+    }
+
+    fn restored(options: Options, disk: Disk, next_token: u64) -> Self {
+        let Checkpoint { process, log, .. } = disk.checkpoint.clone();
+        let n = process.sent.len();
+        Self {
+            options,
+            id: process.id,
+            disk,
+            writes: VecDeque::new(),
+            next_token,
+            process,
+            log,
+            history: vec![BTreeMap::new(); n],
+            unacknowledged: vec![BTreeMap::new(); n],
+            acks: vec![Vec::new(); n],
+            lives: vec![0; n],
+            held: VecDeque::new(),
+            flushing: false,
+            replay: None,
+            unrestored: BTreeSet::new(),
+            replayed: None,
+            shown: 0,
+            since_checkpoint: 0,
+            returned: 0,
+            spilled: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let id = self.id;
+        (0..self.process.sent.len()).filter(move |&other| other != id)
+    }
+
+    pub(super) fn happen(&mut self, event: Event<Packet>, actions: &mut Vec<Action>) {
+        match event {
+            Event::Start => {
+                actions.push(Action::Timer { timer: RETRANSMIT, after: RETRANSMIT_EVERY });
+                let effects = self.process.start();
+                self.carry_out(effects, actions);
+            }
+            Event::Restarted { shown } => {
+                self.shown = shown;
+                self.replay = Some(Replay::default());
+                actions.push(Action::Timer { timer: RETRANSMIT, after: RETRANSMIT_EVERY });
+                self.want_logs(actions);
+                self.maybe_replay(actions);
+            }
+            Event::Timer(RETRANSMIT) => {
+                self.retransmit(actions);
+                actions.push(Action::Timer { timer: RETRANSMIT, after: RETRANSMIT_EVERY });
+            }
+            Event::Timer(_) => {
+                self.flushing = false;
+                for other in self.others() {
+                    if !self.unacknowledged[other].is_empty() || !self.acks[other].is_empty() {
+                        self.send(other, Body::Nothing, actions);
+                    }
+                }
+            }
+            Event::Packet { from, packet } => {
+                // "The piggybacked RSNs and RSN acknowledgements must be handled before the message
+                // carried by the packet" (§3.2.5).
+                self.rsns(from, &packet);
+                if packet.acked_life == self.disk.life {
+                    for (ssn, rsn) in &packet.acks {
+                        if self.unacknowledged[from].get(ssn) == Some(rsn) {
+                            self.unacknowledged[from].remove(ssn);
+                        }
+                    }
+                }
+                self.body(from, packet.body, actions);
+                self.release(actions);
+                self.flush_soon(actions);
+            }
+            Event::Written(token) => self.written(token, actions),
+            Event::Down(_) => {}
+        }
+    }
+
+    /// RSNs come back: the messages are now fully logged, and that is acknowledged.
+    fn rsns(&mut self, from: usize, packet: &Packet) {
+        if packet.life < self.lives[from] {
+            return;
+        }
+        self.new_life(from, packet.life);
+        for &(ssn, rsn) in &packet.rsns {
+            // After a failure a message may be known to its receiver before it has been sent again here.
+            if ssn <= self.process.sent[from] {
+                self.returned += 1;
+                let dropped = self.options.bug == Some(Bug::DropRsn) && self.returned.is_multiple_of(3);
+                match rsn {
+                    Some(rsn) => self.log.returned(from, ssn, packet.life, if dropped { 0 } else { rsn }),
+                    None => self.log.remove(from, ssn),
+                }
+                if self.options.bug == Some(Bug::ForgetEarly) {
+                    self.log.remove_up_to(from, ssn);
+                }
+                self.unrestored.remove(&(from, ssn));
+                if !self.acks[from].contains(&(ssn, rsn)) {
+                    self.acks[from].push((ssn, rsn));
+                }
+            }
+        }
+    }
+
+    fn body(&mut self, from: usize, body: Body, actions: &mut Vec<Action>) {
+        match body {
+            Body::Nothing => {}
+            Body::Message(message) => self.message(message, actions),
+            Body::Checkpointed { received } => {
+                self.log.remove_up_to(from, received);
+                self.unrestored.retain(|&(to, ssn)| to != from || ssn > received);
+            }
+            Body::WantLog { life, sii } => {
+                if life < self.lives[from] {
+                    return;
+                }
+                let messages = self.log.fully_logged(from, sii);
+                let depends_on = self.process.depends_on.get(from);
+                self.send(from, Body::Log { life, messages, depends_on }, actions);
+                // Its log is that of its checkpoint, and may be older than what we replayed.
+                self.say_replayed(from, actions);
+            }
+            Body::Log { life, messages, depends_on } => {
+                if let Some(replay) = self.replay.as_mut().filter(|_| life == self.disk.life) {
+                    replay.answered.insert(from);
+                    replay.messages.extend(messages);
+                    replay.depended_on = replay.depended_on.max(depends_on.unwrap_or(0));
+                    self.maybe_replay(actions);
+                }
+            }
+            Body::Replayed { life, received } => {
+                if life == self.lives[from] && self.options.bug != Some(Bug::KeepBeyondGap) {
+                    self.log.replayed(from, life, received);
+                }
+                if self.replay.is_none() {
+                    let again: Vec<Message> = self.sendable(from);
+                    again.into_iter().for_each(|message| self.send(from, Body::Message(message), actions));
+                }
+            }
+        }
+    }
+
+    fn new_life(&mut self, of: usize, life: u32) {
+        if life > self.lives[of] {
+            self.lives[of] = life;
+            self.acks[of].clear();
+        }
+    }
+
+    /// A message arrives (§3.2.3, step 2, and duplicates).
+    fn message(&mut self, message: Message, actions: &mut Vec<Action>) {
+        let Message { from, ssn, .. } = message;
+        if self.replay.is_some() {
+            return; // "Not allowed to receive any other messages" (§3.2.4); it will be retransmitted.
+        }
+        if self.process.is_duplicate(&message) {
+            let known = self.history[from].get(&ssn).copied();
+            let rsn = match self.options.bug {
+                Some(Bug::NewRsnForDuplicate) => Some(self.process.sii()),
+                _ => known,
+            };
+            self.unacknowledged[from].insert(ssn, rsn);
+            if from == self.id {
+                self.unacknowledged[from].clear();
+            }
+            return;
+        }
+        if !self.process.is_next(&message) {
+            return;
+        }
+        let effects = self.process.receive(&message);
+        let rsn = self.process.sii();
+        self.history[from].insert(ssn, rsn);
+        if self.options.log_behind {
+            let bytes = 64 + u64::from(message.bytes);
+            self.write(Record::Received(rsn, message), bytes, actions);
+        }
+        self.unacknowledged[from].insert(ssn, Some(rsn));
+        self.since_checkpoint += 1;
+        if !self.options.piggyback {
+            self.send(from, Body::Nothing, actions);
+        }
+        self.carry_out(effects, actions);
+        if self.options.checkpoint_every > 0 && self.since_checkpoint >= self.options.checkpoint_every {
+            self.since_checkpoint = 0;
+            self.checkpoint(actions);
+        }
+    }
+
+    fn carry_out(&mut self, effects: Vec<Effect>, actions: &mut Vec<Action>) {
+        for effect in effects {
+            match &effect {
+                // "Copies message m into its local volatile message log before transmitting" (§3.2.3).
+                Effect::Send(message) => self.log.add(message.clone()),
+                Effect::Show(output) if output.number < self.shown => continue,
+                Effect::Show(_) => {}
+            }
+            self.held.push_back(effect);
+        }
+        self.spill(actions);
+        self.release(actions);
+        if !self.held.is_empty() {
+            self.counters.held += self.held.len() as u64;
+            // What is held waits for RSNs to be acknowledged, so they are returned at once (§3.2.5).
+            for other in self.others() {
+                if !self.unacknowledged[other].is_empty() {
+                    self.send(other, Body::Nothing, actions);
+                }
+            }
+        }
+    }
+
+    /// Lets out what need not be held (any more).
+    fn release(&mut self, actions: &mut Vec<Action>) {
+        while let Some(effect) = self.held.front() {
+            let outstanding: Vec<usize> =
+                self.others().filter(|&other| !self.unacknowledged[other].is_empty()).collect();
+            let free = outstanding.is_empty() || self.replay.is_some() || self.options.bug == Some(Bug::NoHold);
+            match effect {
+                Effect::Send(message) if free || self.options.piggyback && outstanding == [message.to] => {
+                    let message = message.clone();
+                    self.held.pop_front();
+                    let counter = if free { &mut self.counters.sent_free } else { &mut self.counters.sent_piggybacked };
+                    *counter += 1;
+                    self.send(message.to, Body::Message(message), actions);
+                }
+                Effect::Show(output) if free => {
+                    let output = output.clone();
+                    self.held.pop_front();
+                    self.shown = output.number + 1;
+                    actions.push(Action::Show(output));
+                }
+                _ => return,
+            }
+        }
+    }
+
+    /// Sends a packet with all RSNs and acknowledgements for that node.
+    fn send(&mut self, to: usize, body: Body, actions: &mut Vec<Action>) {
+        let packet = Packet {
+            life: self.disk.life,
+            rsns: self.unacknowledged[to].iter().map(|(&ssn, &rsn)| (ssn, rsn)).collect(),
+            acked_life: self.lives[to],
+            acks: std::mem::take(&mut self.acks[to]),
+            body,
+        };
+        actions.push(Action::Send { to, packet });
+    }
+
+    fn flush_soon(&mut self, actions: &mut Vec<Action>) {
+        let waiting =
+            |unit: &Self, other: usize| !unit.unacknowledged[other].is_empty() || !unit.acks[other].is_empty();
+        if self.others().any(|other| waiting(self, other)) && !self.flushing {
+            if !self.options.piggyback {
+                for other in self.others() {
+                    if !self.acks[other].is_empty() {
+                        self.send(other, Body::Nothing, actions);
+                    }
+                }
+                return;
+            }
+            self.flushing = true;
+            actions.push(Action::Timer { timer: FLUSH, after: FLUSH_AFTER });
+        }
+    }
+
+    /// Messages to a process that may not have arrived and are not held.
+    fn sendable(&self, to: usize) -> Vec<Message> {
+        let held = self.held.iter().find_map(|effect| match effect {
+            Effect::Send(message) if message.to == to => Some(message.ssn),
+            _ => None,
+        });
+        let upto = held.unwrap_or(u64::MAX);
+        self.log.partially_logged(to).filter(|message| message.ssn < upto).cloned().collect()
+    }
+
+    fn retransmit(&mut self, actions: &mut Vec<Action>) {
+        if self.replay.is_some() {
+            self.want_logs(actions);
+            return;
+        }
+        for other in self.others() {
+            let again = self.sendable(other);
+            if again.is_empty() && !self.unacknowledged[other].is_empty() {
+                self.send(other, Body::Nothing, actions);
+            }
+            again.into_iter().for_each(|message| self.send(other, Body::Message(message), actions));
+            if !self.unrestored.is_empty() {
+                self.say_replayed(other, actions);
+            }
+        }
+    }
+
+    fn want_logs(&mut self, actions: &mut Vec<Action>) {
+        let (life, sii) = (self.disk.life, self.process.sii());
+        for other in self.others() {
+            if self.replay.as_ref().is_some_and(|replay| !replay.answered.contains(&other)) {
+                self.send(other, Body::WantLog { life, sii }, actions);
+            }
+        }
+    }
+
+    /// When all logs are in: replays the sequence of fully logged messages (§3.2.4).
+    fn maybe_replay(&mut self, actions: &mut Vec<Action>) {
+        let Some(replay) = self.replay.clone() else { return };
+        if replay.answered.len() < self.others().count() {
+            return;
+        }
+        let outputs = self.disk.checkpoint.outputs.clone();
+        self.carry_out(outputs.into_iter().map(Effect::Show).collect(), actions);
+        let effects = self.process.start();
+        self.carry_out(effects, actions);
+        let mut messages = replay.messages;
+        messages.extend(self.disk.received.clone());
+        while let Some(message) = messages.get(&(self.process.sii() + 1)) {
+            if !self.process.is_next(message) {
+                break;
+            }
+            let effects = self.process.receive(message);
+            self.history[message.from].insert(message.ssn, self.process.sii());
+            self.carry_out(effects, actions);
+        }
+        self.replay = None;
+        if replay.depended_on > self.process.sii() {
+            // "Then the system cannot be recovered to a consistent state (Definition 2.4)" (§3.2.4).
+            actions.push(Action::Unrecoverable);
+            return;
+        }
+        let partially = |to: usize| self.log.partially_logged(to).map(move |message| (to, message.ssn));
+        self.unrestored = (0..self.lives.len()).flat_map(partially).collect();
+        self.replayed = Some(self.process.received.clone());
+        for other in self.others() {
+            self.say_replayed(other, actions);
+        }
+    }
+
+    fn say_replayed(&mut self, other: usize, actions: &mut Vec<Action>) {
+        if let Some(received) = &self.replayed {
+            let body = Body::Replayed { life: self.disk.life, received: received[other] };
+            self.send(other, body, actions);
+        }
+    }
+
+    fn checkpoint(&mut self, actions: &mut Vec<Action>) {
+        let outputs = self.held.iter().filter_map(|effect| match effect {
+            Effect::Show(output) => Some(output.clone()),
+            Effect::Send(_) => None,
+        });
+        let checkpoint =
+            Checkpoint { outputs: outputs.collect(), process: self.process.clone(), log: self.log.clone() };
+        let bytes = checkpoint.process.checkpoint_bytes() + checkpoint.log.bytes();
+        self.write(Record::Checkpoint(Box::new(checkpoint)), bytes, actions);
+    }
+
+    /// "When a block has been written from volatile memory to the file, that space in memory may be
+    /// reused" (§3.3.5). Nothing is recovered from that file: messages after the checkpoint are sent again.
+    fn spill(&mut self, actions: &mut Vec<Action>) {
+        let bytes = self.log.bytes();
+        self.spilled = self.spilled.min(bytes);
+        if bytes - self.spilled > self.options.memory_bytes {
+            self.write(Record::Spilled, bytes - self.spilled, actions);
+            self.spilled = bytes;
+        }
+    }
+
+    fn write(&mut self, record: Record, bytes: u64, actions: &mut Vec<Action>) {
+        let token = self.next_token;
+        self.next_token += 1;
+        self.writes.push_back((token, record));
+        actions.push(Action::Write { token, bytes });
+    }
+
+    pub(super) fn stored(&mut self, token: u64) {
+        match self.writes.iter().find(|(t, _)| *t == token) {
+            Some((_, Record::Checkpoint(checkpoint))) => {
+                self.disk.checkpoint = (**checkpoint).clone();
+                self.disk.received = self.disk.received.split_off(&(self.disk.checkpoint.process.sii() + 1));
+            }
+            Some((_, Record::Received(rsn, message))) => {
+                self.disk.received.insert(*rsn, message.clone());
+            }
+            _ => {}
+        }
+    }
+
+    fn written(&mut self, token: u64, actions: &mut Vec<Action>) {
+        let Some(at) = self.writes.iter().position(|(t, _)| *t == token) else { return };
+        if let Some((_, Record::Checkpoint(checkpoint))) = self.writes.remove(at) {
+            let Process { received, .. } = checkpoint.process;
+            for other in self.others() {
+                // "The RSN history list may be purged when the process is checkpointed" (§3.2.2).
+                self.history[other] = self.history[other].split_off(&(received[other] + 1));
+                self.send(other, Body::Checkpointed { received: received[other] }, actions);
+            }
+        }
+    }
+
+    pub(super) fn fail(&mut self) {
+        self.disk.life += 1;
+        let lives = std::mem::take(&mut self.lives);
+        let n = lives.len();
+        *self = Self::restored(self.options, self.disk.clone(), self.next_token);
+        self.lives = vec![0; n];
+    }
+
+    pub(super) fn the_process(&self) -> Option<&Process> {
+        Some(&self.process)
+    }
+
+    pub(super) fn the_phase(&self) -> Phase {
+        let recovered = self.disk.life == 0 || self.replayed.is_some() && self.unrestored.is_empty();
+        if self.replay.is_none() && recovered { Phase::Live } else { Phase::Recovering }
+    }
+
+    pub(super) fn figures(&self) -> Counters {
+        let bytes = self.log.bytes();
+        let log_bytes = bytes - self.spilled.min(bytes);
+        Counters { log_bytes, log_messages: self.log.len() as u64, ..self.counters }
+    }
+}
