@@ -8,6 +8,7 @@
 //! | [`machine`] | what a protocol is: a state machine for each node | |
 //! | [`local`] | messages are stored before their receiver gets them | Publishing |
 //! | [`sender`] | messages are logged by their senders, in memory | Johnson, ch. 3 |
+//! | [`optimistic`] | messages are logged later, orphans are rolled back | Johnson, ch. 4 |
 //! | [`sim`] | the simulator and its checks | |
 //!
 //! Citations name the paper and its section, lemma, theorem or figure: *Publishing* is Powell and
@@ -21,6 +22,7 @@
 pub mod local;
 pub mod machine;
 pub mod model;
+pub mod optimistic;
 pub mod process;
 pub mod recovery_state;
 pub mod rng;

@@ -27,7 +27,7 @@ use crate::protocols::model::Sii;
 type At = (usize, Sii);
 
 /// Why a search failed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 struct Obstacle {
     /// No interval of this process is stable at or above this one.
     missing: At,
@@ -36,7 +36,7 @@ struct Obstacle {
 }
 
 /// A stable interval beyond the recovery state.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 struct Pending {
     /// What it depends on: of a checkpoint, everything (that is not recoverable already); of a
     /// logged message, what the message added.
@@ -48,7 +48,7 @@ struct Pending {
 }
 
 /// One process as the recovery state sees it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Hash)]
 struct Unit {
     /// Its interval in the current recovery state.
     recovered: Sii,
@@ -72,7 +72,7 @@ impl Unit {
 }
 
 /// The current recovery state, kept up to date with what becomes stable (Johnson, §4.4).
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct RecoveryState {
     units: Vec<Unit>,
     /// Intervals of units changed by the search under way, with what they were.

@@ -1,0 +1,66 @@
+//! Optimistic logging through failures.
+
+use super::*;
+use crate::protocols::sim::{Plan, Violation, explore, small, sweep};
+
+fn plan(seed: u64) -> Plan<Options> {
+    let mut plan: Plan<Options> = Plan::random(seed, 4, true);
+    plan.options.checkpoint_every = [0, 3, 16][(seed % 3) as usize];
+    plan.options.log_every = [1, 4, 1000][(seed / 3 % 3) as usize];
+    plan
+}
+
+/// Any number of failures, of units and of the store.
+#[test]
+fn survives_any_failures() {
+    let report = sweep::<Node>(0..1_500, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
+    assert!(report.crashes > 1_000 && report.messages > 10_000 && report.held > 100, "{report:?}");
+}
+
+/// Three processes, four messages, every order with one failure.
+#[test]
+fn every_order_of_a_small_system() {
+    let mut plan = plan(0);
+    plan.workload = small(3, 4);
+    plan.options = Options { checkpoint_every: 0, log_every: 1, ..Options::default() };
+    let explored = explore::<Node>(&plan, 1, 3, 40_000).expect("no violation");
+    assert!(explored.states > 1_000 && explored.ends > 0, "{explored:?}");
+}
+
+fn caught(bug: Bug) -> Violation {
+    let buggy = |seed| {
+        let mut plan = plan(seed);
+        plan.options.bug = Some(bug);
+        if bug == Bug::OldRounds {
+            // Packets that are on their way for longer than a recovery takes.
+            plan.costs.jitter = 80_000;
+        }
+        plan
+    };
+    sweep::<Node>(0..600, buggy).expect_err("the checks see it").violation
+}
+
+#[test]
+fn output_before_it_is_recoverable_is_caught() {
+    assert!(matches!(caught(Bug::OutputAtOnce), Violation::ShownUndone(_) | Violation::ShownTwice(_)));
+}
+
+#[test]
+fn keeping_orphans_is_caught() {
+    caught(Bug::KeepOrphans);
+}
+
+#[test]
+fn receiving_what_was_sent_before_a_rollback_is_caught() {
+    caught(Bug::OldRounds);
+}
+
+#[test]
+fn acknowledging_before_storing_is_caught() {
+    caught(Bug::AcknowledgeEarly);
+}
+
+#[test]
+fn collecting_the_effective_checkpoint_is_caught() {
+    caught(Bug::CollectTooMuch);
+}
