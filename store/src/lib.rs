@@ -5,9 +5,11 @@
 //! know what they mean.
 //!
 //! [`protocols`] holds the recovery protocols between units as state machines without input,
-//! output, clock or randomness, and the simulator that drives them through failures.
+//! output, clock or randomness, and the simulator that drives them through failures. [`cli`] is the
+//! command `ftstore`.
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod log;
 pub mod protocols;
 

@@ -9,6 +9,7 @@
 //! | [`local`] | messages are stored before their receiver gets them | Publishing |
 //! | [`sender`] | messages are logged by their senders, in memory | Johnson, ch. 3 |
 //! | [`optimistic`] | messages are logged later, orphans are rolled back | Johnson, ch. 4 |
+//! | [`family`] | receipt orders are kept by f + 1 hosts | Elnozahy |
 //! | [`sim`] | the simulator and its checks | |
 //!
 //! Citations name the paper and its section, lemma, theorem or figure: *Publishing* is Powell and
@@ -19,6 +20,7 @@
 //! Invariant: nothing here does input or output, reads a clock, or draws randomness that does not
 //! come from a seed; no result depends on the order of a hash table.
 
+pub mod family;
 pub mod local;
 pub mod machine;
 pub mod model;

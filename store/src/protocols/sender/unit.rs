@@ -281,6 +281,7 @@ impl Unit {
     }
 
     fn carry_out(&mut self, effects: Vec<Effect>, actions: &mut Vec<Action>) {
+        let new = effects.len();
         for effect in effects {
             match &effect {
                 // "Copies message m into its local volatile message log before transmitting" (§3.2.3).
@@ -293,7 +294,7 @@ impl Unit {
         self.spill(actions);
         self.release(actions);
         if !self.held.is_empty() {
-            self.counters.held += self.held.len() as u64;
+            self.counters.held += self.held.len().min(new) as u64;
             // What is held waits for RSNs to be acknowledged, so they are returned at once (§3.2.5).
             for other in self.others() {
                 if !self.unacknowledged[other].is_empty() {

@@ -6,6 +6,7 @@
 
 mod checks;
 mod explore;
+pub mod recorder_load;
 mod shrink;
 mod world;
 

@@ -1,0 +1,91 @@
+//! The command `ftstore`.
+
+mod presets;
+mod recovery_state;
+mod simulate;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Exit status for what the user can put right.
+const USAGE: u8 = 2;
+
+/// Stable storage for ftrun, and plans for it.
+#[derive(Debug, Parser)]
+#[command(name = "ftstore", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Run a recovery protocol through failures and say what it costs
+    Simulate(Box<simulate::Simulate>),
+}
+
+/// What a command has to say: for people, for programs, and whether it is bad news.
+#[derive(Debug)]
+struct Answer {
+    text: String,
+    json: serde_json::Value,
+    bad: bool,
+}
+
+/// Carries out the command line of this process.
+pub fn main() -> ExitCode {
+    let Cli { command: Command::Simulate(simulate) } = Cli::parse();
+    match simulate.run() {
+        Ok(answer) => {
+            let text = if simulate.json { format!("{:#}\n", answer.json) } else { answer.text };
+            // A reader that has gone away is not our failure.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            if answer.bad { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+        }
+        Err(message) => {
+            let _ = writeln!(std::io::stderr(), "ftstore: {message}");
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(arguments: &str) -> Result<Answer, String> {
+        let cli =
+            Cli::try_parse_from(["ftstore"].into_iter().chain(arguments.split(' '))).map_err(|e| e.to_string())?;
+        let Command::Simulate(simulate) = cli.command;
+        simulate.run()
+    }
+
+    #[test]
+    fn every_protocol_and_preset_answers() {
+        for protocol in ["local", "sender", "optimistic", "family"] {
+            let answer =
+                answer(&format!("simulate --protocol {protocol} --units 4 --runs 3 --crashes 1")).expect("runs");
+            assert!(!answer.bad && answer.json["messages"].as_u64() > Some(0), "{protocol}: {}", answer.text);
+        }
+        for preset in ["publishing", "publishing-today", "johnson", "elnozahy"] {
+            let answer = answer(&format!("simulate --preset {preset}")).expect("runs");
+            assert!(!answer.bad && answer.text.lines().count() > 4, "{preset}: {}", answer.text);
+        }
+    }
+
+    #[test]
+    fn the_same_command_gives_the_same_answer() {
+        let twice =
+            [(); 2].map(|()| answer("simulate --protocol sender --runs 5 --seed 7 --crashes 2").expect("runs").text);
+        assert_eq!(twice[0], twice[1]);
+    }
+
+    #[test]
+    fn wrong_input_is_an_error_that_names_it() {
+        assert!(answer("simulate --workload nosuch").is_err_and(|e| e.contains("nosuch")));
+        assert!(answer("simulate --units 1").is_err_and(|e| e.contains("units")));
+        assert!(answer("simulate --protocol sender --failures 9").is_err_and(|e| e.contains("failures")));
+    }
+}

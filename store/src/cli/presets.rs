@@ -1,0 +1,191 @@
+//! The papers' experiments.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use super::Answer;
+use super::simulate::named_workload;
+use crate::protocols::family;
+use crate::protocols::process::Workload;
+use crate::protocols::sender;
+use crate::protocols::sim::recorder_load::{Hardware, Load, OPERATING_POINTS, utilisation};
+use crate::protocols::sim::{Costs, Crash, Plan, Report, run};
+
+/// Which experiment.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(super) enum Preset {
+    /// Publishing, §5: utilisation of network, recorder and disks at four operating points
+    Publishing,
+    /// The same with hardware of today: how many nodes one store carries
+    PublishingToday,
+    /// Johnson, tables 3.6 and 3.7: log sizes, and how messages were sent
+    Johnson,
+    /// Elnozahy, §5: one failure, and one during the recovery from another; both recoveries
+    Elnozahy,
+}
+
+impl Preset {
+    pub(super) fn run(self, seed: u64) -> Answer {
+        match self {
+            Self::Publishing => publishing(seed),
+            Self::PublishingToday => publishing_today(seed),
+            Self::Johnson => johnson(seed),
+            Self::Elnozahy => elnozahy(seed),
+        }
+    }
+}
+
+fn publishing(seed: u64) -> Answer {
+    let mut text = String::from("utilisation in percent; * is saturated\n");
+    let _ = writeln!(
+        text,
+        "{:<28} {:>5} {:>5} {:>6} {:>8} {:>9} {:>10} {:>9}",
+        "operating point", "nodes", "disks", "buffer", "network", "processor", "disk", "queued kB"
+    );
+    let mut rows = Vec::new();
+    for (name, load) in OPERATING_POINTS {
+        for nodes in 1..=5 {
+            for (disks, buffered) in [(1, false), (2, false), (3, false), (1, true)] {
+                let hardware = Hardware { disks, write_bytes: if buffered { 4096 } else { 0 }, ..Hardware::BERKELEY };
+                let used = utilisation(&hardware, &load, nodes, seed);
+                let show = |u: f64| if u >= 0.995 { format!("{:.0}*", 100.0 * u) } else { format!("{:.0}", 100.0 * u) };
+                let buffer = if buffered { "4k" } else { "none" };
+                let _ = writeln!(
+                    text,
+                    "{name:<28} {nodes:>5} {disks:>5} {buffer:>6} {:>8} {:>9} {:>10} {:>9.0}",
+                    show(used.network),
+                    show(used.processor),
+                    show(used.disk),
+                    used.queued_bytes / 1e3
+                );
+                rows.push(json!({ "point": name, "nodes": nodes, "disks": disks, "buffered": buffered, "network": used.network, "processor": used.processor, "disk": used.disk }));
+            }
+        }
+    }
+    Answer { text, json: Value::Array(rows), bad: false }
+}
+
+fn publishing_today(seed: u64) -> Answer {
+    let mut text = String::from("nodes that one store carries below 90 % of everything, with hardware of today\n");
+    let mut rows = Vec::new();
+    for (name, load) in OPERATING_POINTS {
+        let fits = |nodes: usize| utilisation(&Hardware::TODAY, &load, nodes, seed).most() < 0.9;
+        let (mut low, mut high) = (1, 2);
+        while fits(high) && high < 4096 {
+            (low, high) = (high, high * 2);
+        }
+        while high - low > 1 {
+            let middle = (low + high) / 2;
+            if fits(middle) { low = middle } else { high = middle }
+        }
+        let used = utilisation(&Hardware::TODAY, &load, low, seed);
+        let first = if used.network >= used.processor && used.network >= used.disk {
+            "network"
+        } else if used.processor >= used.disk {
+            "processor"
+        } else {
+            "disk"
+        };
+        let _ = writeln!(text, "{name:<28} {low:>6} nodes; the {first} is full first");
+        rows.push(json!({ "point": name, "nodes": low, "full_first": first }));
+    }
+    Answer { text, json: Value::Array(rows), bad: false }
+}
+
+fn plan<O>(workload: Workload, options: O, seed: u64, costs: Costs, crashes: Vec<Crash>) -> Plan<O> {
+    let down_at_most = crashes.len().max(1);
+    Plan {
+        seed,
+        workload,
+        options,
+        crashes,
+        down_at_most,
+        must_recover: true,
+        loss: 0,
+        repeat: 0,
+        costs,
+        steps_max: 10_000_000,
+    }
+}
+
+fn johnson(seed: u64) -> Answer {
+    let mut text = String::from(
+        "8 processes; messages sent: percent with no RSN pending, with RSNs piggybacked, delayed for RSNs\n",
+    );
+    let _ = writeln!(
+        text,
+        "{:<10} {:>9} {:>8} {:>6} {:>6} {:>6}   paper (table 3.7, largest problem)",
+        "program", "messages", "kB/node", "none", "piggy", "delay"
+    );
+    let mut rows = Vec::new();
+    for (name, paper) in [("nqueens", "41.3 46.0 12.7"), ("tsp", "33.0 58.3  8.7"), ("gauss", "29.0 31.0 40.0")] {
+        let workload = named_workload(name, 8).expect("a known name");
+        let options = sender::Options { checkpoint_every: 0, ..Default::default() };
+        // A request and its answer took 1.4 ms (table 3.2).
+        let costs = Costs { link: 300, jitter: 200, link_bytes_per_us: 1, ..Costs::default() };
+        let report = run::<sender::Unit>(&plan(workload, options, seed, costs, Vec::new())).unwrap_or_default();
+        let total = (report.sent_free + report.sent_piggybacked).max(1) as f64;
+        let percent = |n: u64| 100.0 * n as f64 / total;
+        let delayed = report.held.min(report.sent_free);
+        let (none, piggy, delay) =
+            (percent(report.sent_free - delayed), percent(report.sent_piggybacked), percent(delayed));
+        let kilobytes = report.log_bytes as f64 / 8e3;
+        let _ = writeln!(
+            text,
+            "{name:<10} {:>9} {kilobytes:>8.1} {none:>6.1} {piggy:>6.1} {delay:>6.1}   {paper}",
+            report.messages
+        );
+        rows.push(json!({ "program": name, "messages": report.messages, "kb_per_node": kilobytes, "none_pending": none, "piggybacked": piggy, "delayed": delay }));
+    }
+    Answer { text, json: Value::Array(rows), bad: false }
+}
+
+fn elnozahy(seed: u64) -> Answer {
+    let mut text = String::from(
+        "8 processes, f = 2; detection and restoring a state take 2.5 s (§5: about five seconds for two)\n",
+    );
+    let _ = writeln!(
+        text,
+        "{:<34} {:<12} {:>14} {:>18} {:>9}",
+        "experiment", "recovery", "recovering ms", "blocked ms/process", "packets"
+    );
+    let mut rows = Vec::new();
+    let workload =
+        Workload { first: 4, hops: 100, forks: 0, outputs: 20, ..named_workload("random", 8).expect("a known name") };
+    // On 155 Mb/s ATM a message took about a millisecond then.
+    let costs = Costs {
+        link: 800,
+        jitter: 400,
+        link_bytes_per_us: 19,
+        disk: 20_000,
+        restart: 2_500_000,
+        detect: 500_000,
+        ..Costs::default()
+    };
+    let first = Crash { after_step: 600, node: 0 };
+    // Recovery gathers soon after the restart; the second process fails while that is going on.
+    for (name, second) in [("one failure", None), ("one during the recovery of another", Some(1))] {
+        for blocking in [false, true] {
+            let options = family::Options { failures: 2, checkpoint_every: 50, blocking, bug: None };
+            let with = |crashes: Vec<Crash>| {
+                run::<family::Node>(&plan(workload, options, seed, costs, crashes)).unwrap_or_default()
+            };
+            let report: Report = match second {
+                None => with(vec![first]),
+                Some(node) => {
+                    let fails = |after_step| vec![first, Crash { after_step, node }];
+                    // The step at which the second failure makes the recovery longest.
+                    let candidates = (610..5_000).step_by(60).map(|after_step| with(fails(after_step)));
+                    candidates.max_by_key(|report| report.recovering).unwrap_or_default()
+                }
+            };
+            let kind = if blocking { "blocking" } else { "new" };
+            let live = 8 - report.crashes.max(1);
+            let (recovering, blocked) = (report.recovering as f64 / 1e3, report.blocked as f64 / 1e3 / live as f64);
+            let _ = writeln!(text, "{name:<34} {kind:<12} {recovering:>14.1} {blocked:>18.1} {:>9}", report.packets);
+            rows.push(json!({ "experiment": name, "recovery": kind, "recovering_ms": recovering, "blocked_ms_per_live_process": blocked, "packets": report.packets }));
+        }
+    }
+    Answer { text, json: Value::Array(rows), bad: false }
+}

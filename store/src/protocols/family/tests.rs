@@ -1,0 +1,85 @@
+//! Family-based logging through failures.
+
+use super::*;
+use crate::protocols::sim::{Plan, Violation, explore, run, small, sweep};
+
+fn plan(seed: u64) -> Plan<Options> {
+    let mut plan: Plan<Options> = Plan::random(seed, 5, false);
+    let failures = 1 + (seed / 2) as usize % plan.workload.units;
+    plan.options.failures = failures;
+    plan.options.checkpoint_every = [0, 3, 8][(seed % 3) as usize];
+    plan.options.blocking = seed.is_multiple_of(5);
+    plan.down_at_most = failures;
+    plan
+}
+
+/// As many failures at a time as the member of the family tolerates, with either recovery.
+#[test]
+fn survives_f_failures() {
+    let report = sweep::<Node>(0..2_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
+    assert!(report.crashes > 1_000 && report.messages > 10_000 && report.held > 100, "{report:?}");
+}
+
+/// Three processes, four messages, every order with one failure.
+#[test]
+fn every_order_of_a_small_system() {
+    let mut plan = plan(0);
+    plan.workload = small(3, 4);
+    plan.options = Options { checkpoint_every: 0, ..Options::default() };
+    plan.down_at_most = 1;
+    let explored = explore::<Node>(&plan, 1, 3, 40_000).expect("no violation");
+    assert!(explored.states > 1_000 && explored.ends > 0, "{explored:?}");
+}
+
+/// Elnozahy's recovery does not block live processes; the other one does (§5).
+#[test]
+fn only_the_blocking_recovery_blocks() {
+    let blocked = |blocking: bool| -> u64 {
+        let plan = |seed| {
+            let mut plan = plan(seed);
+            plan.options.blocking = blocking;
+            plan
+        };
+        (0..200).map(|seed| run::<Node>(&plan(seed)).expect("no violation").blocked).sum()
+    };
+    assert_eq!(blocked(false), 0);
+    assert!(blocked(true) > 100_000);
+}
+
+fn caught(bug: Bug) -> Violation {
+    let buggy = |seed| {
+        let mut plan = plan(seed);
+        plan.options.bug = Some(bug);
+        if matches!(bug, Bug::AcceptStale | Bug::IncarnationFromCheckpoint) {
+            // Packets that are on their way for longer than a recovery takes.
+            plan.costs.jitter = 60_000;
+        }
+        plan
+    };
+    sweep::<Node>(0..1_500, buggy).expect_err("the checks see it").violation
+}
+
+#[test]
+fn not_passing_receipt_orders_on_is_caught() {
+    caught(Bug::NoPiggyback);
+}
+
+#[test]
+fn output_at_once_is_caught() {
+    caught(Bug::OutputAtOnce);
+}
+
+#[test]
+fn accepting_stale_messages_is_caught() {
+    caught(Bug::AcceptStale);
+}
+
+#[test]
+fn missing_one_reply_is_caught() {
+    caught(Bug::MissOneReply);
+}
+
+#[test]
+fn an_incarnation_that_is_not_on_stable_storage_is_caught() {
+    caught(Bug::IncarnationFromCheckpoint);
+}
