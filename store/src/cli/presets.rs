@@ -9,7 +9,7 @@ use super::simulate::named_workload;
 use crate::protocols::family;
 use crate::protocols::process::Workload;
 use crate::protocols::sender;
-use crate::protocols::sim::recorder_load::{Hardware, Load, OPERATING_POINTS, utilisation};
+use crate::protocols::sim::recorder_load::{Hardware, OPERATING_POINTS, utilisation};
 use crate::protocols::sim::{Costs, Crash, Plan, Report, run};
 
 /// Which experiment.
