@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::hash::Hash;
 
+use super::group::Member;
 use super::model::Sii;
 use super::process::{Output, Process, Workload};
 
@@ -110,6 +111,11 @@ pub trait Machine: Clone + Debug + Hash {
 
     /// The process that it carries.
     fn process(&self) -> Option<&Process>;
+
+    /// The member of a group that it is.
+    fn member(&self) -> Option<&Member> {
+        None
+    }
 
     /// How it takes part.
     fn phase(&self) -> Phase;

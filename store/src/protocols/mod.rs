@@ -10,6 +10,7 @@
 //! | [`sender`] | messages are logged by their senders, in memory | Johnson, ch. 3 |
 //! | [`optimistic`] | messages are logged later, orphans are rolled back | Johnson, ch. 4 |
 //! | [`family`] | receipt orders are kept by f + 1 hosts | Elnozahy |
+//! | [`group`] | groups of processes that are virtually synchronous | CBCAST, ISIS |
 //! | [`sim`] | the simulator and its checks | |
 //!
 //! Citations name the paper and its section, lemma, theorem or figure: *Publishing* is Powell and
@@ -21,6 +22,7 @@
 //! come from a seed; no result depends on the order of a hash table.
 
 pub mod family;
+pub mod group;
 pub mod local;
 pub mod machine;
 pub mod model;

@@ -29,6 +29,16 @@ impl Links {
         Self { me, links: BTreeMap::new() }
     }
 
+    /// Those to whom there are channels.
+    pub(super) fn peers(&self) -> Vec<Site> {
+        self.links.values().map(|link| link.peer).collect()
+    }
+
+    /// It has been heard of a later incarnation.
+    pub(super) fn is_old(&self, peer: Site) -> bool {
+        self.links.get(&peer.node).is_some_and(|link| link.peer > peer)
+    }
+
     /// The channel to this incarnation; one to an earlier incarnation is closed.
     fn link(&mut self, peer: Site) -> &mut Link {
         let new =

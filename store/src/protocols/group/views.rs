@@ -118,6 +118,7 @@ impl Member {
         if self.options.quorum && !majority(left) {
             return; // "Prevented by requiring that sites cease to operate below a quorum" (§4.2, footnote).
         }
+        self.views_changed |= !changes.is_empty();
         self.views.changes.extend(changes);
         self.views.joiners.clear();
         let length = self.views.changes.len();
@@ -161,6 +162,7 @@ impl Member {
         for change in missing {
             if !self.views.changes.contains(&change) {
                 self.views.changes.push(change);
+                self.views_changed = true;
             }
         }
         if length == self.views.changes.len() && length == self.views.proposed {

@@ -6,6 +6,7 @@
 
 mod checks;
 mod explore;
+mod group_checks;
 pub mod recorder_load;
 mod shrink;
 mod world;

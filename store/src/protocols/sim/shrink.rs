@@ -56,7 +56,13 @@ fn candidates<O: Clone>(plan: &Plan<O>) -> Vec<Plan<O>> {
         with(&|p| p.costs.jitter /= 2);
     }
     if plan.workload.units > 2 && plan.crashes.iter().all(|c| c.node + 1 < plan.workload.units) {
-        with(&|p| p.workload.units -= 1);
+        with(&|p| {
+            p.workload.units -= 1;
+            // Where not all may be down, still not all may be.
+            if p.down_at_most == p.workload.units {
+                p.down_at_most -= 1;
+            }
+        });
     }
     if plan.workload.first > 1 {
         with(&|p| p.workload.first -= 1);

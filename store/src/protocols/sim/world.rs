@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::checks::Checks;
+use super::group_checks::GroupChecks;
 use super::{Crash, Plan, Report, Violation};
 use crate::protocols::machine::{Action, Event, Machine, Phase};
 use crate::protocols::rng::Rng;
@@ -38,6 +39,7 @@ pub struct World<M: Machine> {
     /// Left to happen, in order.
     crashes: Vec<Crash>,
     pub(super) checks: Checks,
+    groups: GroupChecks,
     report: Report,
     timeline: Option<Vec<String>>,
     actions: Vec<Action<M::Packet>>,
@@ -63,6 +65,7 @@ impl<M: Machine> World<M> {
             blocked_at: vec![None; nodes],
             crashes,
             checks: Checks::new(plan.workload.units),
+            groups: GroupChecks::new(plan.workload.units),
             report: Report::default(),
             timeline: keep_timeline.then(Vec::new),
             actions: Vec::new(),
@@ -105,7 +108,10 @@ impl<M: Machine> World<M> {
 
     /// What keeps the run from its end.
     pub fn missing(&self) -> Option<String> {
-        self.checks.missing(&self.machines, &self.up)
+        match self.machines[0].member() {
+            Some(_) => self.groups.missing(&self.machines, &self.up),
+            None => self.checks.missing(&self.machines, &self.up),
+        }
     }
 
     pub(super) fn unrecoverable(&self) -> bool {
@@ -152,6 +158,9 @@ impl<M: Machine> World<M> {
         }
         self.actions = actions;
         self.account(node);
+        if self.machines[node].member().is_some() {
+            return self.groups.stepped(node, &self.machines, &self.up);
+        }
         self.checks.stepped(node, &self.machines, &self.up)
     }
 
@@ -190,6 +199,9 @@ impl<M: Machine> World<M> {
             }
             Action::Show(output) => {
                 self.report.outputs += 1;
+                if self.machines[node].member().is_some() {
+                    return self.groups.show(&output);
+                }
                 let by = output.unit;
                 self.checks.show(&output, self.machines[by].process().filter(|_| by == node))?;
             }
@@ -243,6 +255,7 @@ impl<M: Machine> World<M> {
         self.life[node] += 1;
         self.disk_free[node] = 0;
         self.checks.crashed(node);
+        self.groups.crashed(node);
         self.failed_at[node].get_or_insert(self.now);
         self.blocked_at[node] = None;
     }
@@ -281,6 +294,8 @@ impl<M: Machine> World<M> {
         (0..self.machines.len()).for_each(|node| self.count(node));
         self.report.time = self.now;
         self.report.messages = self.machines.iter().filter_map(|m| m.process()).map(|p| p.sii()).sum();
+        let delivered = self.machines.iter().filter_map(|m| m.member()?.replica()).map(|r| r.log.len() as u64);
+        self.report.messages += delivered.sum::<u64>();
         std::mem::take(&mut self.report)
     }
 
