@@ -213,7 +213,7 @@ pub enum Frame {
     /// A CBCAST, and who else is to get it (REM_DESTS).
     Causal { message: Broadcast, remaining: BTreeSet<Site> },
     /// ABCAST, steps 1 and 2: a message that is to get a priority.
-    Ordered { message: Broadcast, dests: Vec<Site>, attempt: u64 },
+    Ordered { message: Broadcast, dests: Vec<Site>, attempt: u64, anew: bool },
     /// The priority that it was given, and whether that is final.
     Proposed { id: Id, attempt: u64, priority: Priority, is_final: bool },
     /// Step 3.

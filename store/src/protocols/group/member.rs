@@ -249,7 +249,9 @@ impl Member {
             Frame::ViewAcknowledged { length, missing } => self.view_acknowledged(from, length, missing),
             Frame::Commit { changes } => self.view_committed(changes),
             Frame::Causal { message, remaining } => self.causal_arrived(from, message, remaining),
-            Frame::Ordered { message, dests, attempt } => self.ordered_arrived(from, message, dests, attempt),
+            Frame::Ordered { message, dests, attempt, anew } => {
+                self.ordered_arrived(from, message, dests, attempt, anew);
+            }
             Frame::Proposed { id, attempt, priority, is_final } => {
                 self.priority_proposed(from, id, attempt, priority, is_final);
             }

@@ -50,6 +50,8 @@ struct Collecting {
     highest: Priority,
     found: Option<Priority>,
     is_final: bool,
+    /// Priorities are given anew.
+    anew: bool,
 }
 
 /// The priority queues.
@@ -110,31 +112,39 @@ impl Member {
         let (dests, clabel) = (replica.members.clone(), replica.causal.clone());
         self.ordered.number += 1;
         let id = Id { from: self.me, kind: Kind::Ordered(label), number: self.ordered.number };
-        self.collect_priorities(Broadcast { id, payload, clabel }, dests);
+        self.collect_priorities(Broadcast { id, payload, clabel }, dests, true);
     }
 
     pub(super) fn ordered_count(&self) -> u64 {
         self.ordered.number
     }
 
-    /// Step 1, also to take over: those that have the message answer with the priority and the tag.
-    fn collect_priorities(&mut self, message: Broadcast, dests: Vec<Site>) {
+    /// Step 1; not anew, also the interrogation of one that takes over: those that have the message answer
+    /// with the priority and the tag, and keep it at its place until all have.
+    fn collect_priorities(&mut self, message: Broadcast, dests: Vec<Site>, anew: bool) {
         self.attempts += 1;
         let attempt = self.attempts;
         let waiting: BTreeSet<Site> = dests.iter().copied().filter(|&site| !self.is_out(site)).collect();
         for &site in &waiting {
             // What causally precedes goes first (§3.4: a sender that fails must not leave a gap).
             self.transmit_to(site);
-            self.send(site, Frame::Ordered { message: message.clone(), dests: dests.clone(), attempt });
+            self.send(site, Frame::Ordered { message: message.clone(), dests: dests.clone(), attempt, anew });
         }
         let (highest, found, is_final) = ((0, 0), None, false);
         let id = message.id;
-        let collecting = Collecting { message, dests, attempt, waiting, highest, found, is_final };
+        let collecting = Collecting { message, dests, attempt, waiting, highest, found, is_final, anew };
         self.ordered.collecting.insert(id, collecting);
     }
 
     /// Step 2.
-    pub(super) fn ordered_arrived(&mut self, from: Site, message: Broadcast, dests: Vec<Site>, attempt: u64) {
+    pub(super) fn ordered_arrived(
+        &mut self,
+        from: Site,
+        message: Broadcast,
+        dests: Vec<Site>,
+        attempt: u64,
+        anew: bool,
+    ) {
         let id = message.id;
         if let Some(&Done { priority, .. }) = self.ordered.done.get(&id) {
             self.send(from, Frame::Proposed { id, attempt, priority, is_final: true });
@@ -143,7 +153,7 @@ impl Member {
         let node = self.me.node;
         let known = self.ordered.queue.get(&id).map(|queued| (queued.priority, queued.tag));
         let (priority, tag) = match known {
-            Some((_, Tag::Undeliverable)) if self.options.safe => (self.ordered.propose(node), Tag::Undeliverable),
+            Some((_, Tag::Undeliverable)) if self.options.safe && anew => (self.ordered.propose(node), Tag::Undeliverable),
             Some(known) => known,
             None => (self.ordered.propose(node), Tag::Undeliverable),
         };
@@ -178,6 +188,11 @@ impl Member {
     fn maybe_final(&mut self, id: Id) {
         let Some(collecting) = self.ordered.collecting.get(&id) else { return };
         if collecting.is_final || !collecting.waiting.is_empty() {
+            return;
+        }
+        if self.options.safe && !collecting.anew && collecting.found.is_none() {
+            let (message, dests) = (collecting.message.clone(), collecting.dests.clone());
+            self.collect_priorities(message, dests, true);
             return;
         }
         let priority = collecting.found.unwrap_or(collecting.highest);
@@ -262,11 +277,12 @@ impl Member {
             if out.is_empty() {
                 continue;
             }
+            let anew = collecting.anew;
             let (again, message, dests) =
                 (self.options.safe && !collecting.is_final, collecting.message.clone(), collecting.dests.clone());
             if again {
                 // Its proposal may be greater than those of the others, and it may have acted on it.
-                self.collect_priorities(message, dests);
+                self.collect_priorities(message, dests, anew);
             } else {
                 let collecting = self.ordered.collecting.get_mut(&id).expect("just listed");
                 collecting.waiting.retain(|site| !out.contains(site));
@@ -311,7 +327,7 @@ impl Member {
                     self.send(from, Frame::Deliver { id });
                 }
             }
-            None => self.collect_priorities(message, dests),
+            None => self.collect_priorities(message, dests, false),
         }
     }
 }
