@@ -232,9 +232,10 @@ impl Member {
         self.pay();
     }
 
-    /// A new member never had what is known now, and nobody will send it (the view was locked).
-    pub(super) fn causal_joined(&mut self, site: Site) {
-        for copy in self.causal.copies.values_mut() {
+    /// A new member never had what was before, and nobody will send it (the view was locked).
+    pub(super) fn causal_joined(&mut self, site: Site, after: &[Broadcast]) {
+        let before = |copy: &&mut Copy| after.iter().all(|message| message.id != copy.message.id);
+        for copy in self.causal.copies.values_mut().filter(before) {
             copy.dont_send.insert(site);
         }
     }

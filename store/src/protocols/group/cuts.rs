@@ -73,7 +73,7 @@ impl Member {
         if self.oldest() != Some(self.me) {
             return;
         }
-        if let Some(ids) = self.cuts.done.get(&cut) {
+        if let Some(ids) = self.cuts.done.get(&cut).filter(|_| !self.cuts.runs.contains_key(&cut)) {
             self.send(from, Frame::Before { cut, ids: ids.clone() });
             return;
         }
@@ -357,6 +357,9 @@ impl Member {
         self.cuts.done.insert(cut, ids);
         self.cuts.wanted.remove(&cut);
         self.cuts.locks.remove(&cut);
+        if let Cut::Joined(site) = cut {
+            self.causal_joined(site, &after);
+        }
         self.deliver(Entry::Cut(cut));
         after.into_iter().for_each(|message| self.deliver(Entry::Message(message)));
     }

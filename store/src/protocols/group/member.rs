@@ -325,7 +325,6 @@ impl Member {
             }
             Entry::Cut(Cut::Joined(site)) => {
                 self.snapshots.insert(site, replica.clone());
-                self.causal_joined(site);
                 self.cuts_joined();
             }
             _ => {}

@@ -262,9 +262,10 @@ impl Member {
         }
     }
 
-    /// ABCASTs whose coordinator is out of the view, and that are not final here.
+    /// ABCASTs from a site, or left by a coordinator, that is out of the view, not final here.
     pub(super) fn has_stranded(&self) -> bool {
-        let stranded = |queued: &Queued| self.is_out(queued.coordinator) && queued.tag == Tag::Undeliverable;
+        let left = |queued: &Queued| self.is_out(queued.coordinator) || self.is_out(queued.message.id.from);
+        let stranded = |queued: &Queued| left(queued) && queued.tag == Tag::Undeliverable;
         self.ordered.queue.values().any(stranded)
     }
 
