@@ -62,6 +62,7 @@ impl Member {
     pub(super) fn ask_for_cuts(&mut self) {
         let Some(oldest) = self.oldest() else { return };
         let wanted = self.cuts.wanted.iter().chain(self.ordered.cuts.keys()).chain(&self.cuts.locks);
+        let wanted = wanted.chain(self.cuts.done.keys());
         let cuts: BTreeSet<Cut> = wanted.copied().collect();
         for cut in cuts {
             let queued = self.ordered.cuts.contains_key(&cut);
@@ -75,6 +76,11 @@ impl Member {
         }
         if let Some(ids) = self.cuts.done.get(&cut).filter(|_| !self.cuts.runs.contains_key(&cut)) {
             self.send(from, Frame::Before { cut, ids: ids.clone() });
+            return;
+        }
+        if self.was_delivered(cut) && !self.cuts.done.contains_key(&cut) {
+            // An earlier coordinator has said here that everybody delivered it, but not there.
+            self.send(from, Frame::Over { cut });
             return;
         }
         let joins = |cut: &Cut| matches!(cut, Cut::Joined(_));

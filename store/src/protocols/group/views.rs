@@ -111,7 +111,9 @@ impl Member {
             changes.push(Change::Failed(site));
         }
         proposed.retain(|site| !self.views.suspected.contains(site));
-        for &site in self.views.joiners.iter().filter(|site| !proposed.contains(site)) {
+        // One that asked long ago may have been taken in by another manager, and failed since.
+        let known = |site: &&Site| self.views.failed(**site) || self.views.changes.contains(&Change::Recovered(**site));
+        for &site in self.views.joiners.iter().filter(|site| !known(site)) {
             changes.push(Change::Recovered(site));
         }
         let left = view.iter().filter(|site| proposed.contains(site)).count();
