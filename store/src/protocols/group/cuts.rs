@@ -305,6 +305,7 @@ impl Member {
                 }
                 Part::Closing => {
                     self.cuts.runs.remove(&cut);
+                    self.cut_over(cut);
                     for site in participants {
                         self.send(site, Frame::Over { cut });
                     }

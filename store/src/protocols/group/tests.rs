@@ -15,7 +15,7 @@ fn plan(seed: u64) -> Plan<Options> {
 /// Any number of failures as long as one member has the state.
 #[test]
 fn survives_any_failures_but_of_all() {
-    let report = sweep::<Member>(0..4_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Member>()));
+    let report = sweep::<Member>(0..8_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Member>()));
     assert!(report.crashes > 100 && report.messages > 5_000 && report.outputs > 100, "{report:?}");
 }
 
@@ -23,7 +23,89 @@ fn caught(bug: Bug) -> Violation {
     let buggy = |seed| {
         let mut plan = plan(seed);
         plan.options.bug = Some(bug);
+        plan.options.safe = bug != Bug::DeliverProposed;
+        plan.workload.first = 6;
         plan
     };
-    sweep::<Member>(0..600, buggy).expect_err("the checks see it").violation
+    sweep::<Member>(0..20_000, buggy).expect_err("the checks see it").violation
+}
+
+/// An ABCAST is delivered before its final priority.
+#[test]
+fn delivering_by_proposed_priority_is_caught() {
+    caught(Bug::DeliverProposed);
+}
+
+#[test]
+fn not_sending_what_came_before_is_caught() {
+    caught(Bug::NoPiggyback);
+}
+
+#[test]
+fn not_flushing_what_a_failed_site_sent_is_caught() {
+    caught(Bug::NoFlush);
+}
+
+#[test]
+fn a_gbcast_without_a_list_of_what_is_before_is_caught() {
+    caught(Bug::NoBeforeList);
+}
+
+#[test]
+fn accepting_frames_of_the_dead_is_caught() {
+    caught(Bug::AcceptDead);
+}
+
+#[test]
+fn committing_views_in_one_phase_is_caught() {
+    caught(Bug::OnePhaseViews);
+}
+
+#[test]
+fn forgetting_ids_without_asking_is_caught() {
+    caught(Bug::ForgetEarly);
+}
+
+#[test]
+fn forgetting_ids_that_wait_is_caught() {
+    caught(Bug::ForgetWhileWaiting);
+}
+
+#[test]
+fn output_before_the_flush_is_caught() {
+    caught(Bug::OutputBeforeFlush);
+}
+
+#[test]
+fn broadcasting_while_the_view_is_locked_is_caught() {
+    caught(Bug::NoLock);
+}
+
+/// CBCAST, §3.2: with ABCAST as printed, what a site has delivered, and shown, right before it fails may
+/// be ordered otherwise by those that remain.
+#[test]
+fn the_printed_abcast_shows_what_is_not_so() {
+    let printed = |seed| {
+        let mut plan = plan(seed);
+        plan.options.safe = false;
+        plan.workload.first = 6;
+        plan.workload.outputs = 800;
+        plan
+    };
+    let failing = sweep::<Member>(0..20_000, printed).expect_err("it happens");
+    assert!(failing.violation.to_string().contains("another state"), "{}", failing.violation);
+}
+
+/// A site that was wrongly taken for failed is killed and comes back (CBCAST, §4.2).
+#[test]
+fn a_wrongly_suspected_site_is_killed() {
+    let wrong = |seed| {
+        let mut plan = plan(seed);
+        plan.workload.units = plan.workload.units.max(3);
+        plan.crashes.clear();
+        plan.options.wrong_suspicion = 2;
+        plan
+    };
+    let report = sweep::<Member>(0..200, wrong).unwrap_or_else(|failing| panic!("{}", failing.explain::<Member>()));
+    assert!(report.crashes >= 200, "{report:?}");
 }
