@@ -197,6 +197,15 @@ pub enum Cut {
     Update(Id),
 }
 
+/// What a new member is sent: the group's state as of its joining.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct State {
+    /// The process's.
+    pub replica: Replica,
+    /// GBCASTs pending then, with their priorities, and whether these are final.
+    pub cuts: Vec<(Cut, Priority, bool)>,
+}
+
 /// A priority: a number with the node that gave it.
 pub type Priority = (u64, usize);
 
@@ -242,7 +251,7 @@ pub enum Frame {
     /// To the oldest site: a GBCAST that is wanted or not finished, and whether it is queued.
     Wanted { cut: Cut, queued: bool },
     /// State transfer to a site that was joined.
-    State(Box<Replica>),
+    State(Box<State>),
     /// These ids are disposable (§4.4).
     Disposable { ids: Vec<Id>, round: u64 },
     /// Noted.
@@ -303,7 +312,7 @@ impl Machine for Member {
         64 + match packet {
             Packet::Data { frame, .. } => match frame {
                 Frame::Causal { .. } | Frame::Ordered { .. } | Frame::Stranded { .. } => 100,
-                Frame::State(replica) => 64 * replica.log.len() as u64,
+                Frame::State(state) => 64 * state.replica.log.len() as u64,
                 Frame::AtHead { ids, .. } | Frame::Before { ids, .. } => 16 * ids.len() as u64,
                 Frame::Disposable { ids, .. } => 16 * ids.len() as u64,
                 Frame::Propose { changes, .. } | Frame::Commit { changes } => 12 * changes.len() as u64,

@@ -246,7 +246,7 @@ impl Member {
 
     /// Steps 2.4, 3.2 and 3.3.
     fn check_heads(&mut self) {
-        let Some(cut) = self.ordered.cut_at_heads() else { return };
+        let Some(cut) = self.ordered.cut_at_heads().filter(|_| self.replica.is_some()) else { return };
         if self.options.bug == Some(Bug::NoBeforeList) {
             self.cut_before(cut, BTreeSet::new());
             return;

@@ -8,7 +8,7 @@ use super::cuts::Cuts;
 use super::link::Links;
 use super::ordered::Ordered;
 use super::views::Views;
-use super::{Broadcast, Bug, Counters, Cut, Event, Frame, Id, Kind, LABELS, Options, Packet, Payload, Primitive, Site};
+use super::{Broadcast, Bug, Counters, Cut, Event, Frame, Id, Kind, LABELS, Options, Packet, Payload, Primitive, Site, State};
 use crate::protocols::process::Workload;
 use crate::protocols::rng::scatter;
 
@@ -45,7 +45,7 @@ pub struct Member {
     /// Deliveries that wait for that.
     delayed: Vec<Entry>,
     /// The states that members were joined at, until they have them; and to whom this site sent one.
-    snapshots: BTreeMap<Site, Replica>,
+    snapshots: BTreeMap<Site, State>,
     state_sent: BTreeSet<Site>,
     pub(super) attempts: u64,
     pub(super) rounds: u32,
@@ -270,7 +270,7 @@ impl Member {
             Frame::Before { cut, ids } => self.cut_before(cut, ids),
             Frame::Over { cut } => self.cut_over(cut),
             Frame::Wanted { cut, queued } => self.cut_wanted(from, cut, queued),
-            Frame::State(replica) => self.state_arrived(*replica),
+            Frame::State(state) => self.state_arrived(*state),
             Frame::Disposable { ids, round } => self.disposable(from, ids, round),
             Frame::Disposed { round } => self.disposed(from, round),
         }
@@ -325,7 +325,8 @@ impl Member {
                 self.snapshots.remove(&site);
             }
             Entry::Cut(Cut::Joined(site)) => {
-                self.snapshots.insert(site, replica.clone());
+                let cuts = self.ordered.pending_cuts();
+                self.snapshots.insert(site, State { replica: replica.clone(), cuts });
                 self.cuts_joined();
             }
             _ => {}
@@ -345,9 +346,10 @@ impl Member {
         }
     }
 
-    fn state_arrived(&mut self, replica: Replica) {
+    fn state_arrived(&mut self, state: State) {
         if self.replica.is_none() {
-            self.replica = Some(replica);
+            self.replica = Some(state.replica);
+            self.ordered.join(state.cuts);
             for entry in std::mem::take(&mut self.delayed) {
                 self.deliver(entry);
             }

@@ -95,6 +95,18 @@ impl Ordered {
         }
     }
 
+    /// GBCASTs that a new member has to know of: with their priorities, and whether these are final.
+    pub(super) fn pending_cuts(&self) -> Vec<(Cut, Priority, bool)> {
+        self.cuts.iter().map(|(&cut, queued)| (cut, queued.priority, queued.is_final)).collect()
+    }
+
+    pub(super) fn join(&mut self, pending: Vec<(Cut, Priority, bool)>) {
+        for (cut, priority, is_final) in pending {
+            self.see(priority);
+            self.cuts.entry(cut).or_insert(QueuedCut { priority, is_final, asked: None });
+        }
+    }
+
     /// No ABCAST is under way here.
     pub(super) fn is_quiet(&self) -> bool {
         self.queue.is_empty() && self.collecting.values().all(|collecting| collecting.is_final)
@@ -249,6 +261,9 @@ impl Member {
 
     /// Delivers from the heads of the queues while that is possible.
     pub(super) fn deliver_ordered(&mut self) {
+        if self.replica.is_none() {
+            return; // What is pending in the group comes with its state.
+        }
         for label in 0..LABELS {
             while let Some(Ok(id)) = self.ordered.head(label) {
                 if self.ordered.queue[&id].tag != Tag::Deliverable {

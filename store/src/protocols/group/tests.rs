@@ -24,10 +24,9 @@ fn caught(bug: Bug) -> Violation {
         let mut plan = plan(seed);
         plan.options.bug = Some(bug);
         plan.options.safe = bug != Bug::DeliverProposed;
-        plan.workload.first = 6;
         plan
     };
-    sweep::<Member>(0..20_000, buggy).expect_err("the checks see it").violation
+    sweep::<Member>(0..8_000, buggy).expect_err("the checks see it").violation
 }
 
 /// An ABCAST is delivered before its final priority.
@@ -88,11 +87,9 @@ fn the_printed_abcast_shows_what_is_not_so() {
     let printed = |seed| {
         let mut plan = plan(seed);
         plan.options.safe = false;
-        plan.workload.first = 6;
-        plan.workload.outputs = 800;
         plan
     };
-    let failing = sweep::<Member>(0..20_000, printed).expect_err("it happens");
+    let failing = sweep::<Member>(0..8_000, printed).expect_err("it happens");
     assert!(failing.violation.to_string().contains("another state"), "{}", failing.violation);
 }
 
