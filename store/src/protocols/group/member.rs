@@ -57,6 +57,8 @@ pub struct Member {
     left: u32,
     dead: bool,
     held: u64,
+    /// CBCASTs that had been delivered here when something was last shown.
+    told: BTreeMap<Site, u64>,
 }
 
 impl Member {
@@ -94,6 +96,7 @@ impl Member {
             left: 1,
             dead: false,
             held: 0,
+            told: BTreeMap::new(),
         }
     }
 
@@ -385,10 +388,17 @@ impl Member {
                 self.transmit_all();
                 return;
             }
-            let (_, output) = self.replica.as_ref().expect("checked").requests[&id].clone();
+            let replica = self.replica.as_ref().expect("checked");
+            let (_, output) = replica.requests[&id].clone();
+            self.told = replica.causal.clone();
             self.out.push(Action::Show(output));
             self.cbcast(Payload::Reply(id));
         }
+    }
+
+    /// How many CBCASTs of each site had been delivered here when something was last shown.
+    pub fn told(&self) -> &BTreeMap<Site, u64> {
+        &self.told
     }
 
     /// Why this member is not at rest; `None` when it is.

@@ -14,11 +14,13 @@ pub(super) struct GroupChecks {
     /// How much of each member's log has been checked.
     checked: Vec<usize>,
     shown: BTreeMap<(usize, u64), Output>,
+    /// How many CBCASTs of each site had been delivered to those that showed something.
+    told: BTreeMap<Site, u64>,
 }
 
 impl GroupChecks {
     pub(super) fn new(members: usize) -> Self {
-        Self { checked: vec![0; members], shown: BTreeMap::new() }
+        Self { checked: vec![0; members], shown: BTreeMap::new(), told: BTreeMap::new() }
     }
 
     pub(super) fn crashed(&mut self, node: usize) {
@@ -28,7 +30,11 @@ impl GroupChecks {
     }
 
     /// The world outside takes an output a second time for what it is, if it is the same.
-    pub(super) fn show(&mut self, output: &Output) -> Result<(), Violation> {
+    pub(super) fn show(&mut self, output: &Output, by: Option<&Member>) -> Result<(), Violation> {
+        for (&site, &count) in by.iter().flat_map(|member| member.told()) {
+            let told = self.told.entry(site).or_insert(0);
+            *told = count.max(*told);
+        }
         match self.shown.insert((output.unit, output.number), output.clone()) {
             Some(before) if before != *output => Err(Violation::ShownTwice(output.clone())),
             _ => Ok(()),
@@ -67,6 +73,9 @@ impl GroupChecks {
             let message = match entry {
                 Entry::Message(message) => message,
                 Entry::Cut(cut) if !cuts.insert(*cut) => return Err(format!("{cut:?} twice")),
+                Entry::Cut(Cut::Failed(site)) if self.told.get(site) > causal.get(site) => {
+                    return Err(format!("a CBCAST of {site:?} was delivered where something was shown, and is lost"));
+                }
                 Entry::Cut(_) => continue,
             };
             let id = message.id;

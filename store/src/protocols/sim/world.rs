@@ -200,7 +200,7 @@ impl<M: Machine> World<M> {
             Action::Show(output) => {
                 self.report.outputs += 1;
                 if self.machines[node].member().is_some() {
-                    return self.groups.show(&output);
+                    return self.groups.show(&output, self.machines[node].member());
                 }
                 let by = output.unit;
                 self.checks.show(&output, self.machines[by].process().filter(|_| by == node))?;
