@@ -64,12 +64,12 @@ mod tests {
 
     #[test]
     fn every_protocol_and_preset_answers() {
-        for protocol in ["local", "sender", "optimistic", "family"] {
+        for protocol in ["local", "sender", "optimistic", "family", "group"] {
             let answer =
                 answer(&format!("simulate --protocol {protocol} --units 4 --runs 3 --crashes 1")).expect("runs");
             assert!(!answer.bad && answer.json["messages"].as_u64() > Some(0), "{protocol}: {}", answer.text);
         }
-        for preset in ["publishing", "publishing-today", "johnson", "elnozahy"] {
+        for preset in ["publishing", "publishing-today", "johnson", "elnozahy", "isis"] {
             let answer = answer(&format!("simulate --preset {preset}")).expect("runs");
             assert!(!answer.bad && answer.text.lines().count() > 4, "{preset}: {}", answer.text);
         }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::Answer;
 use super::simulate::named_workload;
 use crate::protocols::family;
+use crate::protocols::group::{Primitive, cost};
 use crate::protocols::process::Workload;
 use crate::protocols::sender;
 use crate::protocols::sim::recorder_load::{Hardware, OPERATING_POINTS, utilisation};
@@ -23,6 +24,8 @@ pub(super) enum Preset {
     Johnson,
     /// Elnozahy, §5: one failure, and one during the recovery from another; both recoveries
     Elnozahy,
+    /// ISIS, figures 2 and 3: messages between sites for one broadcast of each primitive
+    Isis,
 }
 
 impl Preset {
@@ -32,6 +35,7 @@ impl Preset {
             Self::PublishingToday => publishing_today(seed),
             Self::Johnson => johnson(seed),
             Self::Elnozahy => elnozahy(seed),
+            Self::Isis => isis(),
         }
     }
 }
@@ -186,6 +190,27 @@ fn elnozahy(seed: u64) -> Answer {
             let _ = writeln!(text, "{name:<34} {kind:<12} {recovering:>14.1} {blocked:>18.1} {:>9}", report.packets);
             rows.push(json!({ "experiment": name, "recovery": kind, "recovering_ms": recovering, "blocked_ms_per_live_process": blocked, "packets": report.packets }));
         }
+    }
+    Answer { text, json: Value::Array(rows), bad: false }
+}
+
+fn isis() -> Answer {
+    let mut text = String::from(
+        "messages between sites: one after the other before a remote delivery, and altogether for 2, 4 and 8 sites\n",
+    );
+    let _ = writeln!(text, "{:<28} {:>10} {:>6} {:>6} {:>6}   paper (§7)", "primitive", "in a row", 2, 4, 8);
+    let mut rows = Vec::new();
+    for (name, primitive, safe, paper) in [
+        ("CBCAST", Primitive::Cbcast, false, "1"),
+        ("ABCAST as printed", Primitive::Abcast, false, "3"),
+        ("ABCAST, additional phase", Primitive::Abcast, true, "-"),
+        ("GBCAST", Primitive::Gbcast, false, "3 or 5"),
+    ] {
+        let costs = [2, 4, 8].map(|sites| cost(primitive, sites, safe));
+        let [two, four, eight] = costs.map(|cost| cost.messages);
+        let deep = costs[2].deep;
+        let _ = writeln!(text, "{name:<28} {deep:>10} {two:>6} {four:>6} {eight:>6}   {paper}");
+        rows.push(json!({ "primitive": name, "in_a_row": deep, "messages_2": two, "messages_4": four, "messages_8": eight }));
     }
     Answer { text, json: Value::Array(rows), bad: false }
 }

@@ -9,8 +9,9 @@ use super::{Answer, presets, recovery_state};
 use crate::protocols::machine::Machine;
 use crate::protocols::process::{Pattern, Workload};
 use crate::protocols::rng::{Rng, scatter};
-use crate::protocols::sim::{Costs, Crash, Failing, Plan, Report, Violation, run, shrink, timeline};
-use crate::protocols::{family, local, optimistic, sender};
+use crate::protocols::sim::{Costs, Crash, Explored, Failing, Plan, Report, Violation};
+use crate::protocols::sim::{explore, run, shrink, small, timeline};
+use crate::protocols::{family, group, local, optimistic, sender};
 
 /// Options of `ftstore simulate`.
 #[derive(Debug, clap::Args)]
@@ -30,6 +31,18 @@ pub(super) struct Simulate {
     /// For family: how many failures at a time are tolerated
     #[arg(long, default_value_t = 1)]
     failures: usize,
+    /// For family: the recovery in which live units block
+    #[arg(long)]
+    blocking: bool,
+    /// For sender: units also log what they receive in the store, waiting for nothing
+    #[arg(long)]
+    hybrid: bool,
+    /// For group: ABCAST and the forgetting of ids as the paper has them, to see what they don't do
+    #[arg(long)]
+    as_printed: bool,
+    /// Search every order of events of 3 units, 4 messages and so many failures, in up to this many states
+    #[arg(long, value_name = "STATES")]
+    exhaustive: Option<usize>,
     /// Checkpoint a unit after so many messages; 0 is never
     #[arg(long, default_value_t = 8)]
     checkpoint_every: u64,
@@ -85,6 +98,8 @@ enum Protocol {
     Optimistic,
     /// Receipt orders are kept by f + 1 hosts (Elnozahy)
     Family,
+    /// A virtually synchronous group (CBCAST, ISIS)
+    Group,
 }
 
 impl Simulate {
@@ -95,29 +110,45 @@ impl Simulate {
         if let Some(preset) = self.preset {
             return Ok(preset.run(self.seed));
         }
+        // With --vary, what varies in the tests varies here.
+        let often = |seed: u64, choices: [u64; 3]| match self.vary {
+            true => choices[(seed % 3) as usize],
+            false => self.checkpoint_every,
+        };
         match self.protocol {
-            Protocol::Local => {
-                let options = local::Options { checkpoint_every: self.checkpoint_every, ..Default::default() };
-                self.simulate::<local::Node>(options, usize::MAX, true)
-            }
-            Protocol::Sender => {
-                let options = sender::Options { checkpoint_every: self.checkpoint_every, ..Default::default() };
-                self.simulate::<sender::Unit>(options, 1, false)
-            }
-            Protocol::Optimistic => {
-                let options = optimistic::Options { checkpoint_every: self.checkpoint_every, ..Default::default() };
-                self.simulate::<optimistic::Node>(options, usize::MAX, true)
-            }
-            Protocol::Family => {
-                let (failures, checkpoint_every) = (self.failures, self.checkpoint_every);
-                let options = family::Options { failures, checkpoint_every, ..Default::default() };
-                self.simulate::<family::Node>(options, failures, false)
-            }
+            Protocol::Local => self.simulate::<local::Node>(true, |plan| {
+                plan.options.checkpoint_every = often(plan.seed, [0, 2, 8]);
+            }),
+            Protocol::Sender => self.simulate::<sender::Unit>(false, |plan| {
+                plan.options.checkpoint_every = often(plan.seed, [0, 2, 8]);
+                plan.options.log_behind = self.hybrid;
+                plan.down_at_most = 1;
+            }),
+            Protocol::Optimistic => self.simulate::<optimistic::Node>(true, |plan| {
+                plan.options.checkpoint_every = often(plan.seed, [0, 3, 16]);
+            }),
+            Protocol::Family => self.simulate::<family::Node>(false, |plan| {
+                let failures = if self.vary { 1 + (plan.seed / 3) as usize } else { self.failures };
+                plan.options.failures = failures.clamp(1, plan.workload.units);
+                plan.options.checkpoint_every = often(plan.seed, [0, 3, 8]);
+                plan.options.blocking = self.blocking;
+                plan.down_at_most = plan.options.failures;
+            }),
+            Protocol::Group => self.simulate::<group::Member>(false, |plan| {
+                plan.options.safe = !self.as_printed;
+                plan.options.bug = self.as_printed.then_some(group::Bug::ForgetWhileWaiting);
+                plan.down_at_most = plan.workload.units - 1;
+            }),
         }
     }
 
-    fn simulate<M: Machine>(&self, options: M::Options, down_at_most: usize, store: bool) -> Result<Answer, String> {
+    fn simulate<M: Machine>(&self, store: bool, choose: impl Fn(&mut Plan<M::Options>)) -> Result<Answer, String> {
         let workload = self.workload()?;
+        if let Some(states_max) = self.exhaustive {
+            let mut plan = self.plan::<M>(small(3, 4), store, 1);
+            choose(&mut plan);
+            return Ok(explored::<M>(&plan, self.crashes, 3 + usize::from(store), states_max));
+        }
         if !(1..=workload.units).contains(&self.failures) {
             return Err(format!(
                 "--failures is {}; it must be from 1 to the number of units ({})",
@@ -127,7 +158,10 @@ impl Simulate {
         let mut sum = Report::default();
         let mut slowest = 0;
         for index in 0..self.runs {
-            let plan = self.plan::<M>(workload, &options, down_at_most, store, scatter(self.seed).wrapping_add(index));
+            // A seed that --vary has reported is a seed that it takes.
+            let seed = if self.vary { self.seed + index } else { scatter(self.seed).wrapping_add(index) };
+            let mut plan = self.plan::<M>(workload, store, seed);
+            choose(&mut plan);
             if self.timeline && index == 0 {
                 let (lines, result) = timeline::<M>(&plan);
                 let end = result.map_or_else(|violation| violation.to_string(), |_| "everything delivered".to_owned());
@@ -145,18 +179,9 @@ impl Simulate {
         Ok(self.figures(&sum, slowest))
     }
 
-    fn plan<M: Machine>(
-        &self,
-        workload: Workload,
-        options: &M::Options,
-        down_at_most: usize,
-        store: bool,
-        seed: u64,
-    ) -> Plan<M::Options> {
+    fn plan<M: Machine>(&self, workload: Workload, store: bool, seed: u64) -> Plan<M::Options> {
         if self.vary {
-            let plan = Plan::random(seed, 4, store);
-            let down_at_most = down_at_most.min(plan.workload.units);
-            return Plan { options: options.clone(), down_at_most: down_at_most.max(1), ..plan };
+            return Plan::random(seed, 4, store);
         }
         let mut rng = Rng::new(seed);
         let nodes = workload.units + usize::from(store);
@@ -165,9 +190,9 @@ impl Simulate {
         Plan {
             seed,
             workload: Workload { seed, ..workload },
-            options: options.clone(),
+            options: M::Options::default(),
             crashes,
-            down_at_most,
+            down_at_most: usize::MAX,
             must_recover: true,
             loss: self.loss,
             repeat: self.repeat,
@@ -216,6 +241,20 @@ impl Simulate {
         json.insert("runs".to_owned(), json!(self.runs));
         json.insert("protocol".to_owned(), json!(format!("{:?}", self.protocol).to_lowercase()));
         Answer { text, json: Value::Object(json), bad: false }
+    }
+}
+
+fn explored<M: Machine>(plan: &Plan<M::Options>, crashes: usize, nodes: usize, states_max: usize) -> Answer {
+    match explore::<M>(plan, crashes, nodes, states_max) {
+        Ok(Explored { states, ends, complete }) => {
+            let all = if complete { "all there are" } else { "not all there are" };
+            let text = format!("{states} states ({all}), {ends} of them with everything delivered; no violation\n");
+            Answer { text, json: json!({ "states": states, "ends": ends, "complete": complete }), bad: false }
+        }
+        Err(violation) => {
+            let violation = violation.to_string();
+            Answer { text: format!("{violation}\n"), json: json!({ "violation": violation }), bad: true }
+        }
     }
 }
 

@@ -28,6 +28,7 @@
 
 mod app;
 mod causal;
+mod cost;
 mod cuts;
 mod link;
 mod member;
@@ -43,6 +44,7 @@ use super::machine::{Action, Counters, Event, Machine, Phase};
 use super::process::{Process, Workload};
 pub use app::{Entry, Replica};
 pub(in crate::protocols) use app::digest_of;
+pub use cost::{Cost, cost};
 pub use member::Member;
 
 /// Variants of the protocol.
