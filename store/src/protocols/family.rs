@@ -15,7 +15,9 @@
 //! What the paper leaves open and has to be so: `incarnation ← incarnation + 1` (§3.4, step 2) must
 //! reach stable storage before anything is sent. Restored with the checkpoint and incremented, it would be the same after a
 //! second failure as after the first, and messages of the failed incarnation would be taken for new
-//! ([`Bug::IncarnationFromCheckpoint`]). And a leader must give the lead away when it has gathered and
+//! ([`Bug::IncarnationFromCheckpoint`]). The recovering processes, too, have to answer, with the receipt
+//! orders in their checkpoints: a checkpoint may depend on the interval of another that fails at the
+//! same time, and nobody else may hold its receipt orders ([`Bug::OnlyLiveAnswer`]). And a leader must give the lead away when it has gathered and
 //! not when it is live again: if a process fails after it answered, the leader needs messages from it
 //! that only its recovery regenerates, and that recovery waits for the lead.
 
@@ -63,6 +65,8 @@ pub enum Bug {
     AcceptStale,
     /// The leader does not wait for one of the live processes.
     MissOneReply,
+    /// Recovering processes do not tell the leader what their checkpoints hold (as printed, §3.4).
+    OnlyLiveAnswer,
     /// The incarnation is what the checkpoint says, and one more.
     IncarnationFromCheckpoint,
 }

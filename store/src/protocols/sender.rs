@@ -118,6 +118,11 @@ pub enum Body {
         /// So many.
         received: u64,
     },
+    /// The answer to that life.
+    Noted {
+        /// Which.
+        life: u32,
+    },
 }
 
 impl Machine for Unit {

@@ -83,3 +83,15 @@ fn missing_one_reply_is_caught() {
 fn an_incarnation_that_is_not_on_stable_storage_is_caught() {
     caught(Bug::IncarnationFromCheckpoint);
 }
+
+/// As the paper has it (§3.4): what only the checkpoint of a process that failed, too, holds is lost.
+#[test]
+fn gathering_from_live_processes_only_is_caught() {
+    let printed = |seed| {
+        let mut plan = plan(seed);
+        plan.options.bug = Some(Bug::OnlyLiveAnswer);
+        plan
+    };
+    let failing = sweep::<Node>(0..20_000, printed).expect_err("it happens");
+    eprintln!("{}", failing.plan.seed);
+}

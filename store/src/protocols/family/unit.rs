@@ -264,12 +264,13 @@ impl Unit {
             Body::Ask(attempt, incvector) => {
                 // "Each live process sends a reply containing its depinfo and updates its incvector" (§3.3).
                 self.know_incarnations(incvector);
-                if !matches!(self.state, State::Recovering(_)) {
-                    if self.options.blocking && matches!(self.state, State::Live) {
-                        self.blocked_by.insert(from);
-                    }
-                    self.send(from, Body::Answer(attempt, self.depinfo.clone()), actions);
+                if self.options.blocking && matches!(self.state, State::Live) {
+                    self.blocked_by.insert(from);
                 }
+                let restored = matches!(self.state, State::Recovering(_));
+                let nothing = restored && self.options.bug == Some(Bug::OnlyLiveAnswer);
+                let depinfo = if nothing { Determinants::new() } else { self.depinfo.clone() };
+                self.send(from, Body::Answer(attempt, depinfo), actions);
             }
             Body::Answer(attempt, determinants) => {
                 if let State::Recovering(Some(lead)) = &mut self.state {
@@ -448,7 +449,11 @@ impl Unit {
         if restart {
             self.attempts += 1;
             let attempt = u64::from(self.incarnation) << 32 | self.attempts;
-            *lead = Some(Lead { attempt, recovering, answered: BTreeSet::new(), gathered: Determinants::new() });
+            let gathered = match self.options.bug {
+                Some(Bug::OnlyLiveAnswer) => Determinants::new(),
+                _ => self.depinfo.clone(),
+            };
+            *lead = Some(Lead { attempt, recovering, answered: BTreeSet::new(), gathered });
         }
         let State::Recovering(Some(lead)) = &self.state else { return };
         for node in self.unanswered(lead) {
@@ -457,10 +462,9 @@ impl Unit {
         self.maybe_gathered(actions);
     }
 
-    /// `L`: all that are not recovering, and stable storage.
+    /// `L` and `R` but for the leader, and stable storage.
     fn unanswered(&self, lead: &Lead) -> Vec<usize> {
-        let live = self.others().filter(|other| !lead.recovering.contains(other));
-        live.chain(self.stores().then_some(self.registrar())).filter(|node| !lead.answered.contains(node)).collect()
+        self.others().chain(self.stores().then_some(self.registrar())).filter(|node| !lead.answered.contains(node)).collect()
     }
 
     fn maybe_gathered(&mut self, actions: &mut Vec<Action>) {

@@ -105,8 +105,10 @@ impl Store {
             }
             Packet::Hello { heard } => {
                 // A unit that was put into its state and has lost it again needs another round.
-                let failed_again = |round: &Round| round.resumed.contains(&from);
-                if self.round.as_ref().is_none_or(failed_again) {
+                // And one that has heard of a later round, of an earlier life of this store, takes no part in
+                // this one.
+                let useless = |round: &Round| round.resumed.contains(&from) || heard > round.number;
+                if self.round.as_ref().is_none_or(useless) {
                     let number = self.round.as_ref().map_or(self.disk.round, |round| round.number).max(heard) + 1;
                     let (stopped, resumed) = (BTreeSet::new(), BTreeSet::new());
                     self.round = Some(Round { number, of: self.disk.round, stopped, rolled_back: false, resumed });

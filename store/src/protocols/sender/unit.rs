@@ -74,6 +74,8 @@ pub struct Unit {
     replay: Option<Replay>,
     /// Messages sent during replay whose RSNs have not come back.
     unrestored: BTreeSet<(usize, u64)>,
+    /// Who may not know how far the replay got.
+    untold: BTreeSet<usize>,
     /// How many messages of each other process had been received when the replay was done.
     replayed: Option<Vec<u64>>,
     shown: u64,
@@ -109,6 +111,7 @@ impl Unit {
             flushing: false,
             replay: None,
             unrestored: BTreeSet::new(),
+            untold: BTreeSet::new(),
             replayed: None,
             shown: 0,
             since_checkpoint: 0,
@@ -221,11 +224,16 @@ impl Unit {
                     self.maybe_replay(actions);
                 }
             }
+            Body::Noted { life } if life == self.disk.life => {
+                self.untold.remove(&from);
+            }
+            Body::Noted { .. } => {}
             Body::Replayed { life, received } => {
+                self.send(from, Body::Noted { life }, actions);
                 if life == self.lives[from] && self.options.bug != Some(Bug::KeepBeyondGap) {
                     self.log.replayed(from, life, received);
                 }
-                if self.replay.is_none() {
+                if life == self.lives[from] && self.replay.is_none() {
                     let again: Vec<Message> = self.sendable(from);
                     again.into_iter().for_each(|message| self.send(from, Body::Message(message), actions));
                 }
@@ -379,7 +387,7 @@ impl Unit {
                 self.send(other, Body::Nothing, actions);
             }
             again.into_iter().for_each(|message| self.send(other, Body::Message(message), actions));
-            if !self.unrestored.is_empty() {
+            if !self.unrestored.is_empty() || self.untold.contains(&other) {
                 self.say_replayed(other, actions);
             }
         }
@@ -423,6 +431,7 @@ impl Unit {
         let partially = |to: usize| self.log.partially_logged(to).map(move |message| (to, message.ssn));
         self.unrestored = (0..self.lives.len()).flat_map(partially).collect();
         self.replayed = Some(self.process.received.clone());
+        self.untold = self.others().collect();
         for other in self.others() {
             self.say_replayed(other, actions);
         }
@@ -502,7 +511,7 @@ impl Unit {
     }
 
     pub(super) fn the_phase(&self) -> Phase {
-        let recovered = self.disk.life == 0 || self.replayed.is_some() && self.unrestored.is_empty();
+        let recovered = self.disk.life == 0 || self.replayed.is_some() && self.unrestored.is_empty() && self.untold.is_empty();
         if self.replay.is_none() && recovered { Phase::Live } else { Phase::Recovering }
     }
 
