@@ -112,6 +112,8 @@ pub enum Packet {
     Hello {
         /// The last round that it has heard of.
         heard: u64,
+        /// Counts the unit's failures.
+        life: u32,
     },
     /// From the store: stop and hand over everything.
     Stop {
@@ -128,6 +130,8 @@ pub enum Packet {
         saved: Option<Box<Saved>>,
         /// What was not logged.
         messages: Vec<(Sii, Message)>,
+        /// Counts the unit's failures.
+        life: u32,
     },
     /// From the store: go on from here.
     Resume {
@@ -137,6 +141,8 @@ pub enum Packet {
         unless: u64,
         /// Its interval in the recovery state.
         to: Sii,
+        /// For this life of the unit: a later one may have lost what was done after this already.
+        life: u32,
         /// The effective checkpoint.
         saved: Box<Saved>,
         /// Messages from there on.

@@ -38,6 +38,8 @@ struct Round {
     /// The round whose states are collected.
     of: u64,
     stopped: BTreeSet<usize>,
+    /// The newest life of each unit that was heard of before the rollback.
+    lives: BTreeMap<usize, u32>,
     rolled_back: bool,
     resumed: BTreeSet<usize>,
 }
@@ -103,21 +105,33 @@ impl Store {
             Packet::Checkpoint { round, saved } if round == self.disk.round => {
                 self.write(Record::Checkpoint { unit: from, round, saved }, actions);
             }
-            Packet::Hello { heard } => {
+            Packet::Hello { heard, life } => {
                 // A unit that was put into its state and has lost it again needs another round.
                 // And one that has heard of a later round, of an earlier life of this store, takes no part in
                 // this one.
-                let useless = |round: &Round| round.resumed.contains(&from) || heard > round.number;
+                // One that has failed since the rollback may have been put into its state and gone on.
+                let later = |round: &Round| round.rolled_back && round.lives.get(&from).is_none_or(|&of| life > of);
+                let useless =
+                    |round: &Round| round.resumed.contains(&from) || heard > round.number || later(round);
+                if let Some(round) = self.round.as_mut().filter(|round| !round.rolled_back) {
+                    let known = round.lives.entry(from).or_insert(life);
+                    *known = life.max(*known);
+                }
                 if self.round.as_ref().is_none_or(useless) {
                     let number = self.round.as_ref().map_or(self.disk.round, |round| round.number).max(heard) + 1;
                     let (stopped, resumed) = (BTreeSet::new(), BTreeSet::new());
-                    self.round = Some(Round { number, of: self.disk.round, stopped, rolled_back: false, resumed });
+                    let (of, lives) = (self.disk.round, BTreeMap::from([(from, life)]));
+                    self.round = Some(Round { number, of, stopped, lives, rolled_back: false, resumed });
                     self.ask(actions);
                 }
             }
-            Packet::Stopped { round, of, saved, messages } => {
+            Packet::Stopped { round, of, saved, messages, life } => {
                 if self.round.as_ref().is_none_or(|current| current.number != round || current.rolled_back) {
                     return;
+                }
+                if let Some(current) = &mut self.round {
+                    let known = current.lives.entry(from).or_insert(life);
+                    *known = life.max(*known);
                 }
                 let being_written = |record: &Record| matches!(record, Record::Log { unit, last_of_round, .. } if *unit == from && *last_of_round == Some(round));
                 if self.writes.iter().any(|(_, record)| being_written(record)) {
@@ -156,7 +170,8 @@ impl Store {
                 let messages = self.disk.logged[unit].range(epsilon + 1..).take_while(|&(&sii, _)| sii <= to);
                 let messages = messages.map(|(_, m)| m.clone()).collect();
                 let saved = Box::new(saved.clone());
-                let packet = Packet::Resume { round: round.number, unless: round.of, to, saved, messages };
+                let life = round.lives.get(&unit).copied().unwrap_or(0);
+                let packet = Packet::Resume { round: round.number, unless: round.of, to, saved, messages, life };
                 actions.push(Action::Send { to: unit, packet });
             }
         }

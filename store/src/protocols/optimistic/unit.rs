@@ -33,6 +33,8 @@ pub struct Unit {
     /// The last round heard of; above `round` while that is under way.
     heard: u64,
     held: u64,
+    /// Counts failures; on stable storage, or a clock.
+    life: u32,
 }
 
 impl Unit {
@@ -56,11 +58,12 @@ impl Unit {
             round: 0,
             heard: 0,
             held: 0,
+            life: 0,
         }
     }
 
     pub(super) fn crash(&mut self) {
-        *self = Self::empty(self.units, self.options);
+        *self = Self { life: self.life + 1, ..Self::empty(self.units, self.options) };
     }
 
     fn to_store(&self, packet: Packet, actions: &mut Vec<Action>) {
@@ -77,12 +80,12 @@ impl Unit {
             Event::Restarted { shown } => {
                 self.shown = shown;
                 actions.push(Action::Timer { timer: RETRANSMIT, after: RETRANSMIT_EVERY });
-                self.to_store(Packet::Hello { heard: self.heard }, actions);
+                self.to_store(Packet::Hello { heard: self.heard, life: self.life }, actions);
             }
             Event::Timer(_) => {
                 actions.push(Action::Timer { timer: RETRANSMIT, after: RETRANSMIT_EVERY });
                 if self.phase() == Phase::Recovering {
-                    self.to_store(Packet::Hello { heard: self.heard }, actions);
+                    self.to_store(Packet::Hello { heard: self.heard, life: self.life }, actions);
                     return;
                 }
                 let again = self.outbox.unreceived().cloned();
@@ -121,9 +124,9 @@ impl Unit {
                 }
                 let saved = self.saved().map(Box::new);
                 let messages = std::iter::empty().chain(&self.buffer).map(|(&sii, m)| (sii, m.clone())).collect();
-                self.to_store(Packet::Stopped { round, of: self.round, saved, messages }, actions);
+                self.to_store(Packet::Stopped { round, of: self.round, saved, messages, life: self.life }, actions);
             }
-            Packet::Resume { round, unless, to, saved, messages } => {
+            Packet::Resume { round, unless, to, saved, messages, life } if life == self.life => {
                 if round > self.round && round >= self.heard {
                     self.resume(round, unless, to, *saved, messages, actions);
                 }
@@ -245,6 +248,7 @@ impl Unit {
                 round,
                 heard: round,
                 held: self.held,
+                life: self.life,
                 outbox: saved.outbox,
                 outputs: saved.outputs.into_iter().filter(|output| output.number >= self.shown).collect(),
                 process: Some(saved.process),

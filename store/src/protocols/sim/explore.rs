@@ -59,7 +59,7 @@ pub fn explore<M: Machine>(
                 continue;
             }
         }
-        for node in (0..nodes).filter(|&node| crashes > 0 && world.up[node]) {
+        for node in (0..nodes).filter(|&node| crashes > 0 && world.may_crash(node)) {
             let mut next = world.clone();
             next.crash(node);
             stack.push((next, crashes - 1, 0));
@@ -76,6 +76,10 @@ pub fn explore<M: Machine>(
         for key in ready {
             let mut next = world.clone();
             let coming = next.coming.remove(&key).expect("it is ready");
+            // So that timers take turns.
+            if matches!(coming, Coming::Timer { .. }) {
+                next.now = next.now.max(key.0);
+            }
             next.happen(coming)?;
             stack.push((next, crashes, rounds));
         }

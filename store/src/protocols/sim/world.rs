@@ -29,7 +29,7 @@ pub struct World<M: Machine> {
     pub(super) coming: BTreeMap<(u64, u64), Coming<M::Packet>>,
     plan: Plan<M::Options>,
     rng: Rng,
-    now: u64,
+    pub(super) now: u64,
     caused: u64,
     /// When a node's disk has done what it was asked to.
     disk_free: Vec<u64>,
@@ -122,7 +122,7 @@ impl<M: Machine> World<M> {
         (0..self.machines.len()).map(|node| self.checks.shown(node)).collect()
     }
 
-    fn may_crash(&self, node: usize) -> bool {
+    pub(super) fn may_crash(&self, node: usize) -> bool {
         let out = |node: &usize| !self.up[*node] || self.machines[*node].phase() == Phase::Recovering;
         self.up[node] && (0..self.up.len()).filter(|other| *other != node).filter(out).count() < self.plan.down_at_most
     }
