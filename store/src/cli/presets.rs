@@ -210,7 +210,9 @@ fn isis() -> Answer {
         let [two, four, eight] = costs.map(|cost| cost.messages);
         let deep = costs[2].deep;
         let _ = writeln!(text, "{name:<28} {deep:>10} {two:>6} {four:>6} {eight:>6}   {paper}");
-        rows.push(json!({ "primitive": name, "in_a_row": deep, "messages_2": two, "messages_4": four, "messages_8": eight }));
+        rows.push(
+            json!({ "primitive": name, "in_a_row": deep, "messages_2": two, "messages_4": four, "messages_8": eight }),
+        );
     }
     Answer { text, json: Value::Array(rows), bad: false }
 }

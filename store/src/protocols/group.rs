@@ -42,8 +42,8 @@ use std::fmt;
 
 use super::machine::{Action, Counters, Event, Machine, Phase};
 use super::process::{Process, Workload};
-pub use app::{Entry, Replica};
 pub(in crate::protocols) use app::digest_of;
+pub use app::{Entry, Replica};
 pub use cost::{Cost, cost};
 pub use member::Member;
 

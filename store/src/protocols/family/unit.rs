@@ -464,7 +464,10 @@ impl Unit {
 
     /// `L` and `R` but for the leader, and stable storage.
     fn unanswered(&self, lead: &Lead) -> Vec<usize> {
-        self.others().chain(self.stores().then_some(self.registrar())).filter(|node| !lead.answered.contains(node)).collect()
+        self.others()
+            .chain(self.stores().then_some(self.registrar()))
+            .filter(|node| !lead.answered.contains(node))
+            .collect()
     }
 
     fn maybe_gathered(&mut self, actions: &mut Vec<Action>) {

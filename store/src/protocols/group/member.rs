@@ -8,7 +8,9 @@ use super::cuts::Cuts;
 use super::link::Links;
 use super::ordered::Ordered;
 use super::views::Views;
-use super::{Broadcast, Bug, Counters, Cut, Event, Frame, Id, Kind, LABELS, Options, Packet, Payload, Primitive, Site, State};
+use super::{
+    Broadcast, Bug, Counters, Cut, Event, Frame, Id, Kind, LABELS, Options, Packet, Payload, Primitive, Site, State,
+};
 use crate::protocols::process::Workload;
 use crate::protocols::rng::scatter;
 
@@ -172,7 +174,14 @@ impl Member {
         self.rounds += 1;
         let peers = match self.views.changes.is_empty() {
             true => self.links.peers(),
-            false => self.views.current().into_iter().chain(self.views.proposed()).collect::<BTreeSet<_>>().into_iter().collect(),
+            false => self
+                .views
+                .current()
+                .into_iter()
+                .chain(self.views.proposed())
+                .collect::<BTreeSet<_>>()
+                .into_iter()
+                .collect(),
         };
         let peers: Vec<Site> = peers.into_iter().filter(|&site| !self.is_out(site)).collect();
         self.links.again(&peers, &mut self.out);
@@ -414,7 +423,9 @@ impl Member {
         };
         Some(match () {
             () if self.left > 0 || !self.wishes.is_empty() => "has something to broadcast",
-            () if !replica.requests.is_empty() || !replica.early_replies.is_empty() => "has requests that nobody has done",
+            () if !replica.requests.is_empty() || !replica.early_replies.is_empty() => {
+                "has requests that nobody has done"
+            }
             () if !replica.joining.is_empty() || !self.snapshots.is_empty() => "has a member that lacks the state",
             () if !self.causal.copies.is_empty() => "has CBCASTs that it can't forget",
             () if !self.causal.over.is_empty() => "has ids that it can't forget",

@@ -165,7 +165,9 @@ impl Member {
         let node = self.me.node;
         let known = self.ordered.queue.get(&id).map(|queued| (queued.priority, queued.tag));
         let (priority, tag) = match known {
-            Some((_, Tag::Undeliverable)) if self.options.safe && anew => (self.ordered.propose(node), Tag::Undeliverable),
+            Some((_, Tag::Undeliverable)) if self.options.safe && anew => {
+                (self.ordered.propose(node), Tag::Undeliverable)
+            }
             Some(known) => known,
             None => (self.ordered.propose(node), Tag::Undeliverable),
         };
@@ -177,14 +179,7 @@ impl Member {
     }
 
     /// Step 3.
-    pub(super) fn priority_proposed(
-        &mut self,
-        from: Site,
-        id: Id,
-        attempt: u64,
-        priority: Priority,
-        is_final: bool,
-    ) {
+    pub(super) fn priority_proposed(&mut self, from: Site, id: Id, attempt: u64, priority: Priority, is_final: bool) {
         let Some(collecting) = self.ordered.collecting.get_mut(&id) else { return };
         if collecting.attempt != attempt || collecting.is_final {
             return;

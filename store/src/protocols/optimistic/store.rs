@@ -111,8 +111,7 @@ impl Store {
                 // this one.
                 // One that has failed since the rollback may have been put into its state and gone on.
                 let later = |round: &Round| round.rolled_back && round.lives.get(&from).is_none_or(|&of| life > of);
-                let useless =
-                    |round: &Round| round.resumed.contains(&from) || heard > round.number || later(round);
+                let useless = |round: &Round| round.resumed.contains(&from) || heard > round.number || later(round);
                 if let Some(round) = self.round.as_mut().filter(|round| !round.rolled_back) {
                     let known = round.lives.entry(from).or_insert(life);
                     *known = life.max(*known);

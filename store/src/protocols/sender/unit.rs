@@ -511,7 +511,8 @@ impl Unit {
     }
 
     pub(super) fn the_phase(&self) -> Phase {
-        let recovered = self.disk.life == 0 || self.replayed.is_some() && self.unrestored.is_empty() && self.untold.is_empty();
+        let recovered =
+            self.disk.life == 0 || self.replayed.is_some() && self.unrestored.is_empty() && self.untold.is_empty();
         if self.replay.is_none() && recovered { Phase::Live } else { Phase::Recovering }
     }
 
