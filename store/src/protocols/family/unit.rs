@@ -273,12 +273,12 @@ impl Unit {
                 self.send(from, Body::Answer(attempt, depinfo), actions);
             }
             Body::Answer(attempt, determinants) => {
-                if let State::Recovering(Some(lead)) = &mut self.state {
-                    if lead.attempt == attempt {
-                        lead.answered.insert(from);
-                        merge(&mut lead.gathered, determinants);
-                        self.maybe_gathered(actions);
-                    }
+                if let State::Recovering(Some(lead)) = &mut self.state
+                    && lead.attempt == attempt
+                {
+                    lead.answered.insert(from);
+                    merge(&mut lead.gathered, determinants);
+                    self.maybe_gathered(actions);
                 }
             }
             Body::Gathered(determinants, incvector) => {

@@ -90,7 +90,7 @@ impl Member {
             // An earlier coordinator was through with part 1: all are quiet and locked. Other GBCASTs wait
             // for this one where it is queued, so it must not wait for them.
             self.begin_at(cut, Part::Ordering);
-        } else if !self.cuts.runs.contains_key(&cut) && !(joins(&cut) && self.cuts.runs.keys().any(joins)) {
+        } else if !self.cuts.runs.keys().any(|run| *run == cut || joins(&cut) && joins(run)) {
             self.begin(cut);
         }
     }
@@ -156,10 +156,10 @@ impl Member {
         self.cuts.runs.insert(cut, Run { part, attempt, waiting, highest, found, before, used });
         let flush = part == Part::Flushing;
         let frame = if flush { Frame::Begin { cut, attempt } } else { Frame::Order { cut, attempt } };
-        self.to_participants(cut, frame);
+        self.tell_participants(cut, frame);
     }
 
-    fn to_participants(&mut self, cut: Cut, frame: Frame) {
+    fn tell_participants(&mut self, cut: Cut, frame: Frame) {
         for site in self.cuts.runs[&cut].waiting.clone() {
             self.send(site, frame.clone());
         }
@@ -313,7 +313,7 @@ impl Member {
                 }
             };
             run.waiting = participants;
-            self.to_participants(cut, frame);
+            self.tell_participants(cut, frame);
         }
     }
 
@@ -330,7 +330,7 @@ impl Member {
             used: None,
         };
         self.cuts.runs.insert(cut, run);
-        self.to_participants(cut, Frame::Before { cut, ids });
+        self.tell_participants(cut, Frame::Before { cut, ids });
     }
 
     /// The channel says that somebody has the list.

@@ -328,10 +328,10 @@ impl Member {
         let replica = self.replica.as_mut().expect("checked");
         replica.apply(entry.clone());
         match entry {
-            Entry::Message(Broadcast { id, payload: Payload::Work(hops), .. }) if hops > 0 => {
-                if choose(&replica.members, id) == self.me {
-                    self.wish(scatter(super::app::digest_of(id)), hops - 1);
-                }
+            Entry::Message(Broadcast { id, payload: Payload::Work(hops), .. })
+                if hops > 0 && choose(&replica.members, id) == self.me =>
+            {
+                self.wish(scatter(super::app::digest_of(id)), hops - 1);
             }
             Entry::Message(Broadcast { payload: Payload::Transferred(site), .. }) | Entry::Cut(Cut::Failed(site)) => {
                 self.snapshots.remove(&site);

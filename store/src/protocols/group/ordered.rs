@@ -225,11 +225,11 @@ impl Member {
 
     /// The channel says that somebody has a final priority.
     pub(super) fn final_sent(&mut self, id: Id, to: Site) {
-        if let Some(collecting) = self.ordered.collecting.get_mut(&id) {
-            if collecting.is_final {
-                collecting.waiting.remove(&to);
-                self.maybe_everywhere(id);
-            }
+        if let Some(collecting) = self.ordered.collecting.get_mut(&id)
+            && collecting.is_final
+        {
+            collecting.waiting.remove(&to);
+            self.maybe_everywhere(id);
         }
     }
 

@@ -53,10 +53,10 @@ impl GroupChecks {
             return broken(what);
         }
         for other in (0..machines.len()).filter(|&other| other != node && up[other]) {
-            if let Some(theirs) = machines[other].member().and_then(Member::replica) {
-                if let Err(what) = together(replica, theirs) {
-                    return broken(format!("against site {other}: {what}"));
-                }
+            if let Some(theirs) = machines[other].member().and_then(Member::replica)
+                && let Err(what) = together(replica, theirs)
+            {
+                return broken(format!("against site {other}: {what}"));
             }
         }
         Ok(())
