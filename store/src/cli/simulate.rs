@@ -37,9 +37,9 @@ pub(super) struct Simulate {
     /// For sender: units also log what they receive in the store, waiting for nothing
     #[arg(long)]
     hybrid: bool,
-    /// For group: ABCAST and the forgetting of ids as the paper has them, to see what they don't do
-    #[arg(long)]
-    as_printed: bool,
+    /// A rule as the paper has it, where that does not suffice; to see what happens
+    #[arg(long, value_enum)]
+    as_printed: Option<Printed>,
     /// Search every order of events of 3 units, 4 messages and so many failures, in up to this many states
     #[arg(long, value_name = "STATES")]
     exhaustive: Option<usize>,
@@ -102,6 +102,19 @@ enum Protocol {
     Group,
 }
 
+/// Rules that do not suffice as they are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Printed {
+    /// Group: ABCAST in three phases (CBCAST, §4.3.1)
+    Abcast,
+    /// Group: ids are forgotten whatever is on a wait queue (CBCAST, §4.4)
+    Ids,
+    /// Family: only live processes are asked for receipt orders (Elnozahy, §3.4)
+    Gathering,
+    /// Family: the incarnation is restored with the checkpoint (Elnozahy, §3.4)
+    Incarnation,
+}
+
 impl Simulate {
     pub(super) fn run(&self) -> Result<Answer, String> {
         if self.bench_recovery_state {
@@ -132,11 +145,21 @@ impl Simulate {
                 plan.options.failures = failures.clamp(1, plan.workload.units);
                 plan.options.checkpoint_every = often(plan.seed, [0, 3, 8]);
                 plan.options.blocking = self.blocking;
+                plan.options.bug = match self.as_printed {
+                    Some(Printed::Gathering) => Some(family::Bug::OnlyLiveAnswer),
+                    Some(Printed::Incarnation) => Some(family::Bug::IncarnationFromCheckpoint),
+                    _ => None,
+                };
+                if plan.options.bug == Some(family::Bug::IncarnationFromCheckpoint) {
+                    // Packets that are on their way for longer than a recovery takes.
+                    plan.costs.jitter = 60_000;
+                }
                 plan.down_at_most = plan.options.failures;
             }),
             Protocol::Group => self.simulate::<group::Member>(false, |plan| {
-                plan.options.safe = !self.as_printed;
-                plan.options.bug = self.as_printed.then_some(group::Bug::ForgetWhileWaiting);
+                plan.options.safe = self.as_printed != Some(Printed::Abcast);
+                let ids = self.as_printed == Some(Printed::Ids);
+                plan.options.bug = ids.then_some(group::Bug::ForgetWhileWaiting);
                 plan.down_at_most = plan.workload.units - 1;
             }),
         }
