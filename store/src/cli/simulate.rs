@@ -157,6 +157,11 @@ impl Simulate {
                 plan.down_at_most = plan.options.failures;
             }),
             Protocol::Group => self.simulate::<group::Member>(false, |plan| {
+                if self.vary {
+                    plan.workload.first = 1 + (plan.seed % 6) as u32;
+                    plan.workload.hops = (plan.seed / 2 % 3) as u32;
+                    plan.costs.jitter = [2_000, 12_000, 300][(plan.seed % 3) as usize];
+                }
                 plan.options.safe = self.as_printed != Some(Printed::Abcast);
                 let ids = self.as_printed == Some(Printed::Ids);
                 plan.options.bug = ids.then_some(group::Bug::ForgetWhileWaiting);

@@ -88,9 +88,11 @@ fn an_incarnation_that_is_not_on_stable_storage_is_caught() {
 #[test]
 fn gathering_from_live_processes_only_is_caught() {
     let printed = |seed| {
-        let mut plan = plan(seed);
-        plan.options.bug = Some(Bug::OnlyLiveAnswer);
+        let mut plan: Plan<Options> = Plan::random(seed, 4, false);
+        let failures = plan.workload.units;
+        plan.options = Options { failures, checkpoint_every: 3, bug: Some(Bug::OnlyLiveAnswer), ..Options::default() };
+        plan.down_at_most = failures;
         plan
     };
-    sweep::<Node>(0..20_000, printed).expect_err("it happens");
+    sweep::<Node>(2_940..12_000, printed).expect_err("it happens");
 }

@@ -464,10 +464,10 @@ impl Unit {
 
     /// `L` and `R` but for the leader, and stable storage.
     fn unanswered(&self, lead: &Lead) -> Vec<usize> {
-        self.others()
-            .chain(self.stores().then_some(self.registrar()))
-            .filter(|node| !lead.answered.contains(node))
-            .collect()
+        let printed = self.options.bug == Some(Bug::OnlyLiveAnswer);
+        let asked = self.others().filter(|other| !printed || !lead.recovering.contains(other));
+        let asked = asked.chain(self.stores().then_some(self.registrar()));
+        asked.filter(|node| !lead.answered.contains(node)).collect()
     }
 
     fn maybe_gathered(&mut self, actions: &mut Vec<Action>) {
