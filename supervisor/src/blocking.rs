@@ -13,6 +13,7 @@ use crate::unit::{Result, Unit, Waiting, now};
 
 const AGAIN: i64 = -(libc::EAGAIN as i64);
 const INTR: i64 = -(libc::EINTR as i64);
+const NOT_SUPPORTED: i64 = -(libc::EOPNOTSUPP as i64);
 
 /// What a descriptor is, as far as blocking goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,14 @@ fn kind(fd: i32) -> Kind {
         libc::S_IFIFO => Kind::Pipe,
         _ => Kind::Other,
     }
+}
+
+/// Writes what surely fits into a pipe that is writable: one page.
+fn write_page(fd: i32, data: &[u8]) -> i64 {
+    if !ready(fd, libc::POLLOUT) {
+        return AGAIN;
+    }
+    raw_call(libc::SYS_write as u64, &[fd as u64, data.as_ptr() as u64, data.len().min(libc::PIPE_BUF) as u64, 0, 0, 0])
 }
 
 /// `poll` of one descriptor without waiting.
@@ -74,13 +83,7 @@ impl Unit {
         match row.wait {
             Wait::Readable(i) => self.read_like(vtid, nr, args, call, args[i as usize] as i32),
             Wait::Writable(i) => self.write_like(vtid, nr, args, call, args[i as usize] as i32),
-            Wait::Never | Wait::Special => {
-                let mut r = call.run(nr);
-                while r == INTR {
-                    r = call.run(nr);
-                }
-                Ok(Outcome::Done(r))
-            }
+            Wait::Never | Wait::Special => Ok(Outcome::Done(call.run(nr))),
         }
     }
 
@@ -112,11 +115,8 @@ impl Unit {
             }
         }
         if kind == Kind::Immediate || (changed.is_none() && ready(fd, libc::POLLIN)) {
-            let mut r = call.run(nr);
-            if r == INTR {
-                r = call.run(nr);
-            }
-            if kind != Kind::Immediate && (r == AGAIN || r == INTR) {
+            let r = call.run(nr);
+            if kind != Kind::Immediate && r == AGAIN {
                 return Ok(self.wait_fd(vtid, call.digest, fd, libc::POLLIN, None));
             }
             return Ok(Outcome::Done(r));
@@ -137,7 +137,7 @@ impl Unit {
             }
             call.args[flags] |= libc::MSG_DONTWAIT as u64;
             let r = call.run(nr);
-            if r != AGAIN && r != INTR {
+            if r != AGAIN {
                 return Ok(Outcome::Done(r));
             }
         }
@@ -179,6 +179,12 @@ impl Unit {
     }
 
     fn write_like(&mut self, vtid: i32, nr: u64, args: &[u64; 6], call: &mut Prepared, fd: i32) -> Result<Outcome> {
+        if nr as i64 == libc::SYS_write && is_proc(fd) {
+            // What such a file says of its process, only the process itself may change; a checkpoint keeps it.
+            let r = self.gate(vtid, libc::SYS_write, *args)?;
+            self.unloggable = Some("write to a file of /proc".to_owned());
+            return Ok(Outcome::With(r, vec![]));
+        }
         let kind = kind(fd);
         let flags = match nr as i64 {
             libc::SYS_sendto => Some(3),
@@ -191,11 +197,7 @@ impl Unit {
             if let Some(i) = flags {
                 call.args[i] |= libc::MSG_NOSIGNAL as u64;
             }
-            let mut r = call.run(nr);
-            while r == INTR {
-                r = call.run(nr);
-            }
-            Outcome::Done(r)
+            Outcome::Done(call.run(nr))
         } else {
             self.write_on(vtid, nr, call, fd, kind, flags)
         };
@@ -245,8 +247,11 @@ impl Unit {
                 let rest = &call.payload()[done..];
                 let iov = libc::iovec { iov_base: rest.as_ptr() as *mut libc::c_void, iov_len: rest.len() };
                 let at = (&raw const iov) as u64;
-                // preadv2(2): offset -1 means the current one; RWF_NOWAIT works on pipes.
-                raw_call(libc::SYS_pwritev2 as u64, &[fd as u64, at, 1, u64::MAX, 0, libc::RWF_NOWAIT as u64])
+                // preadv2(2): offset -1 means the current one; RWF_NOWAIT works on pipes since Linux 6.4.
+                match raw_call(libc::SYS_pwritev2 as u64, &[fd as u64, at, 1, u64::MAX, 0, libc::RWF_NOWAIT as u64]) {
+                    NOT_SUPPORTED => write_page(fd, rest),
+                    r => r,
+                }
             };
             if r == INTR {
                 continue;
@@ -302,6 +307,15 @@ pub(crate) fn is_signalfd(fd: i32) -> bool {
         && st.st_mode & libc::S_IFMT == 0
         && std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
             .is_ok_and(|l| l.as_os_str().as_encoded_bytes() == b"anon_inode:[signalfd]")
+}
+
+/// The descriptor is of a file in /proc.
+fn is_proc(fd: i32) -> bool {
+    // SAFETY: plain integers, for which zero is valid.
+    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `found` outlives the call.
+    let r = unsafe { libc::fstatfs(fd, &raw mut found) };
+    r == 0 && found.f_type == libc::PROC_SUPER_MAGIC
 }
 
 /// At least `want` bytes can be read.

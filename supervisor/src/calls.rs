@@ -92,10 +92,7 @@ impl Unit {
                 self.transfer(vtid, nr, args, call)
             }
             _ => {
-                let mut r = call.run(nr);
-                while r == -i64::from(libc::EINTR) {
-                    r = call.run(nr);
-                }
+                let r = call.run(nr);
                 Ok(Outcome::With(r, call.written(r)))
             }
         }
@@ -162,6 +159,21 @@ impl Unit {
                 let now = tracee::get_regs(tid)?;
                 let t = self.thread(vtid);
                 (t.regs.fs_base, t.regs.gs_base) = (now.fs_base, now.gs_base);
+                if self.uses_shim() {
+                    let t = self.thread(vtid);
+                    t.regs.gs_base = ftrun_abi::fast::area(t.slot);
+                }
+            }
+            libc::SYS_mmap => {
+                let range = result as u64..result as u64 + args[1].next_multiple_of(4096);
+                self.forget_code(&range);
+                if args[2] & libc::PROT_EXEC as u64 != 0 {
+                    self.judge_code(vtid, range)?;
+                }
+            }
+            libc::SYS_munmap => self.forget_code(&(args[0]..args[0] + args[1])),
+            libc::SYS_mprotect | libc::SYS_pkey_mprotect if args[2] & libc::PROT_EXEC as u64 != 0 => {
+                self.judge_code(vtid, args[0]..args[0] + args[1])?;
             }
             libc::SYS_brk => self.model.brk = result as u64,
             libc::SYS_setuid

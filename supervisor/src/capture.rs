@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ftrun_abi::fast::{REGION_BASE, REGION_END};
 use ftrun_ckpt::copy::copy_in;
-use ftrun_ckpt::dirty::{DirtyTracker, Full, Kind, SoftDirty, UFFD_FLAGS, WpAsync};
+use ftrun_ckpt::dirty::{Full, Kind, SoftDirty, UFFD_FLAGS, WpAsync};
 use ftrun_ckpt::maps::read_maps;
 use ftrun_ckpt::pages::StagedPages;
 use ftrun_ckpt::runs::PageRun;
@@ -15,7 +16,7 @@ use libc::user_regs_struct;
 
 use crate::launch::{self, GATE};
 use crate::tracee::{self, Event};
-use crate::unit::{Credentials, Halt, Model, Place, Result, State, Thread, Unit, now};
+use crate::unit::{Credentials, Halt, Place, Result, State, Thread, Unit, now};
 
 /// What a checkpoint brought, to be written to disk.
 #[derive(Debug)]
@@ -30,14 +31,14 @@ pub struct Capture {
     pub gone: Vec<PageRun>,
 }
 
-fn broken<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> Halt + '_ {
+pub(crate) fn broken<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> Halt + '_ {
     move |e| Halt::Broken(format!("{what}: {e}"))
 }
 
 /// Mappings that belong to the program: not ours, not the kernel's.
-fn program_maps(maps: Vec<Mapping>) -> Vec<Mapping> {
+pub(crate) fn program_maps(maps: Vec<Mapping>) -> Vec<Mapping> {
     maps.into_iter()
-        .filter(|m| m.end <= GATE.base || m.start >= GATE.end())
+        .filter(|m| m.end <= REGION_BASE || m.start >= REGION_END)
         .filter(|m| !m.path.starts_with("[vdso") && !m.path.starts_with("[vvar") && !m.path.starts_with("[vsyscall"))
         .collect()
 }
@@ -71,7 +72,7 @@ impl Unit {
                 // The unit may have been killed under our hands: then its end is reported next.
                 self.tracker.forget();
                 // SAFETY: asks whether our own child still exists.
-                let gone = unsafe { libc::kill(pid, 0) } != 0 || self.is_dying();
+                let gone = unsafe { libc::kill(pid, 0) } != 0 || self.is_dying(pid);
                 return Err(if gone { Halt::Died } else { Halt::Broken(format!("checkpoint: {e}")) });
             }
         };
@@ -96,6 +97,10 @@ impl Unit {
                 regs.rax = regs.orig_rax;
             }
             regs.orig_rax = u64::MAX;
+            if self.uses_shim() {
+                // The program has not set it.
+                regs.gs_base = 0;
+            }
             threads.push(ThreadState {
                 tid: *vtid,
                 comm: comms.iter().find(|(tid, _)| *tid == t.tid).map_or(String::new(), |(_, c)| c.clone()),
@@ -125,13 +130,18 @@ impl Unit {
         self.model.irregular = None;
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
-        self.log.records.clear();
-        self.log.bytes = 0;
+        self.log.checkpointed();
+        if let Some(journal) = &mut self.journal {
+            journal.rewind(&mut self.log);
+        }
         self.checkpoint_at = now();
+        self.pause_ns = self.checkpoint_at - begin;
         self.shared.checkpoint.store(false, Relaxed);
         let pages = staged.len() as u64;
+        let slow_sites = self.slow_sites();
         {
             let mut status = crate::run::lock(&self.status);
+            status.slow_sites = slow_sites;
             status.last_checkpoint = Some(crate::status::CheckpointInfo {
                 sii: self.sii,
                 pause_us: (now() - begin) / 1000,
@@ -149,18 +159,26 @@ impl Unit {
         Ok(())
     }
 
-    /// The process has been killed, though its end has not been reported yet.
-    pub(crate) fn is_dying(&self) -> bool {
-        let pid = self.pid;
+    /// The process (of the unit) has been killed, though its end has not been reported yet: it is on its way out (its
+    /// memory goes before it becomes a zombie), or gone.
+    pub(crate) fn is_dying(&self, pid: i32) -> bool {
+        /// `flags` of proc_pid_stat(5): the thread is ending.
+        const PF_EXITING: u64 = 4;
         self.service.run(move || {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let state = stat.rsplit_once(") ").map_or("X", |x| x.1).chars().next();
-            matches!(state, Some('Z' | 'X') | None)
+            let mut fields = stat.rsplit_once(") ").map_or("X", |x| x.1).split_whitespace();
+            let state = fields.next();
+            // State is field 3, flags is field 9.
+            let flags: u64 = fields.nth(5).and_then(|f| f.parse().ok()).unwrap_or(0);
+            matches!(state, Some("Z" | "X") | None) || flags & PF_EXITING != 0
         })
     }
 
     /// Makes sure that extended state and mask of a thread are known.
     fn read_thread(&mut self, vtid: i32) -> Result<()> {
+        if self.thread(vtid).place == Place::Waiting {
+            self.unpark(vtid)?;
+        }
         let t = self.thread(vtid);
         let tid = t.tid;
         let cached = t.xstate.is_some() && self.masks.contains_key(&vtid);
@@ -216,95 +234,6 @@ impl Unit {
         Ok(())
     }
 
-    /// Takes the first checkpoint from a process that stands before the first instruction of its image,
-    /// and ends that process.
-    pub fn adopt_image(&mut self, scratch: i32) -> Result<()> {
-        let mut regs = tracee::get_regs(scratch)?;
-        regs.rax = 0;
-        regs.orig_rax = u64::MAX;
-        let xstate = tracee::get_xstate(scratch)?;
-        let sigmask = tracee::get_sigmask(scratch)?;
-        let taken = self.service.run(|| -> std::io::Result<_> {
-            let all = read_maps(scratch)?;
-            let vdso = all.iter().find(|m| m.path == "[vdso]").map_or(0, |m| m.start);
-            let maps = program_maps(all);
-            let mut full = Full::new();
-            let empty = ftrun_ckpt::pages::PageStore::new();
-            let scan = full.scan(scratch, &maps, &empty).map_err(std::io::Error::other)?;
-            let mem = fs::File::open(format!("/proc/{scratch}/mem"))?;
-            let staged = copy_in(scratch, &scan.dirty, Some(&mem))?;
-            let status = fs::read_to_string(format!("/proc/{scratch}/status"))?;
-            let comm = fs::read_to_string(format!("/proc/{scratch}/comm"))?.trim_end().to_owned();
-            Ok((maps, vdso, staged, launch::read_mm(scratch, None)?, status, comm, read_credentials(scratch)?))
-        });
-        let (maps, vdso, staged, mut mm, status, comm, credentials) = taken.map_err(broken("reading the new image"))?;
-        if maps.iter().any(|m| m.start < GATE.end() && m.end > GATE.base) {
-            return Err(Halt::Broken(format!("the program uses memory at {:#x}, which ftrun needs", GATE.base)));
-        }
-        if regs.cs != 0x33 {
-            launch::kill_and_reap(scratch);
-            return Err(Halt::Broken("this is a 32-bit program; ftrun runs 64-bit programs only".into()));
-        }
-        let ignored = status
-            .lines()
-            .find_map(|l| l.strip_prefix("SigIgn:"))
-            .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
-            .unwrap_or(0);
-        self.pages = ftrun_ckpt::pages::PageStore::new();
-        self.pages.commit(&staged).map_err(broken("keeping pages"))?;
-        hide_vdso(&mut self.pages, &mut mm.auxv, regs.rsp, vdso).map_err(broken("hiding the vDSO"))?;
-        let actions: Vec<[u64; 4]> = (1..=64)
-            .map(|s| if s != 9 && s != 19 && ignored >> (s - 1) & 1 == 1 { [1, 0, 0, 0] } else { [0; 4] })
-            .collect();
-        self.model = Model {
-            actions: actions.clone(),
-            brk: mm.brk,
-            user: vec![self.vpid],
-            credentials: self.model.credentials.take().map(|_| credentials),
-            limits: self.model.limits.clone(),
-            irregular: Some("execve".into()),
-            affinity: self.model.affinity.get(&self.vpid).map(|m| (self.vpid, m.clone())).into_iter().collect(),
-            cpu: self.cpu,
-            ..Model::default()
-        };
-        let snapshot = Snapshot {
-            sii: self.sii,
-            at_ns: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
-            incarnation: self.incarnation,
-            maps,
-            mm,
-            threads: vec![ThreadState {
-                tid: self.vpid,
-                comm,
-                regs: tracee::regs_to_words(&regs),
-                xstate,
-                sigmask,
-                altstack: (0, 0, libc::SS_DISABLE as u32),
-                clear_child_tid: 0,
-                robust_list: (0, 0),
-            }],
-            sigactions: actions,
-            model: postcard::to_stdvec(&self.model).map_err(broken("encoding the model"))?,
-        };
-        launch::kill_and_reap(scratch);
-        let snapshot = Arc::new(snapshot);
-        self.snapshot = Some(Arc::clone(&snapshot));
-        self.log.records.clear();
-        self.log.bytes = 0;
-        self.checkpoint_at = now();
-        if let Some(journal) = &mut self.journal {
-            let capture = Capture { snapshot, parent: None, staged, gone: vec![] };
-            let stored = journal.checkpoint(capture, &self.pages);
-            if self.sii == 0 {
-                stored.map_err(|e| {
-                    let remedy = "make room there, or name another directory with --state-dir";
-                    Halt::Broken(format!("the first checkpoint cannot be stored: {e}; {remedy}"))
-                })?;
-            }
-        }
-        Ok(())
-    }
-
     /// Builds the process from the newest checkpoint. Every thread stands before a call or in user code.
     pub fn restore(&mut self) -> Result<()> {
         let snapshot = self.snapshot.clone().ok_or_else(|| Halt::Broken("there is no checkpoint".into()))?;
@@ -319,6 +248,7 @@ impl Unit {
         self.model = postcard::from_bytes(&snapshot.model).map_err(broken("decoding the model"))?;
         self.model.irregular = None;
         self.cpu = self.model.cpu.or(self.cpu);
+        self.shim = self.model.sites.used;
         self.bind_to_cpu();
         let want = (self.set_tid && self.vpid != 0).then_some(self.vpid);
         let pid = launch::rebuild(&snapshot, &self.pages, want)?;
@@ -349,8 +279,20 @@ impl Unit {
                     clear_tid: state.clear_child_tid,
                     robust: state.robust_list,
                     yielded: false,
+                    sent_back: 0,
                 },
             );
+        }
+        self.map_shim(pid, &base)?;
+        for m in snapshot.maps.iter().filter(|m| m.prot & libc::PROT_EXEC as u32 != 0) {
+            self.note_code(&(m.start..m.end));
+        }
+        for page in &self.model.sites.guarded {
+            self.note_code(&(*page..*page + 4096));
+        }
+        self.follow_sites();
+        for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
+            self.give_area(vtid)?;
         }
         for state in &snapshot.threads {
             self.restore_thread(if state.tid == 0 { self.vpid } else { state.tid }, state, &base)?;
@@ -365,6 +307,14 @@ impl Unit {
             t.kernel_id = None;
         }
         self.new_tracker()?;
+        let main = self.vpid;
+        if !self.model.sites.judged {
+            self.model.sites.judged = true;
+            self.judge_code(main, 0..u64::MAX)?;
+        }
+        if self.shim {
+            self.follow_counter()?;
+        }
         crate::fault::point("restore-end", pid);
         self.sii = snapshot.sii;
         let user: Vec<i32> = self.model.user.iter().map(|v| if *v == 0 { self.vpid } else { *v }).collect();
@@ -451,15 +401,15 @@ impl Unit {
                 _ => tracee::cont(tid, 0)?,
             }
         }
-        let regs = tracee::get_regs(tid)?;
+        let regs = self.site_regs(vtid)?;
         let t = self.thread(vtid);
         t.regs = regs;
         t.state = State::Entry;
         Ok(())
     }
 
-    /// Dirty-page tracking for a new process. Its first scan reports everything, so the store is rebuilt by
-    /// the next checkpoint.
+    /// Dirty-page tracking for a process that has just been filled from the store: what is written from here
+    /// on differs from it.
     fn new_tracker(&mut self) -> Result<()> {
         // The old one owns a descriptor of the service thread's table: it must be closed there.
         let old = std::mem::replace(&mut self.tracker, Box::new(Full::new()));
@@ -483,6 +433,18 @@ impl Unit {
             Kind::SoftDirty => Box::new(SoftDirty::new()),
             Kind::Full => Box::new(Full::new()),
         };
+        if self.tracker.name() == Kind::Full.name() {
+            return Ok(());
+        }
+        // The first scan arms. Its report, everything, is what the store holds.
+        let (pid, store, tracker) = (self.pid, &self.pages, &mut self.tracker);
+        let armed = self.service.run(move || {
+            let maps = program_maps(read_maps(pid)?);
+            tracker.scan(pid, &maps, store).map_err(std::io::Error::other)
+        });
+        if armed.is_err() {
+            self.tracker.forget();
+        }
         Ok(())
     }
 }
@@ -515,7 +477,7 @@ fn comms(pid: i32) -> Vec<(i32, String)> {
         .collect()
 }
 
-fn read_credentials(pid: i32) -> std::io::Result<Credentials> {
+pub(crate) fn read_credentials(pid: i32) -> std::io::Result<Credentials> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let numbers = |key: &str| -> Vec<u32> {
         status
@@ -540,47 +502,4 @@ fn apply_fs_credentials(c: &Credentials) {
     raw_call(libc::SYS_setgroups as u64, &[c.groups.len() as u64, c.groups.as_ptr() as u64, 0, 0, 0, 0]);
     raw_call(libc::SYS_setfsgid as u64, &[u64::from(c.gids[1]), 0, 0, 0, 0, 0]);
     raw_call(libc::SYS_setfsuid as u64, &[u64::from(c.uids[1]), 0, 0, 0, 0, 0]);
-}
-
-/// Makes the auxiliary vector on the stack and in the kernel's copy forget the vDSO, so that time is asked
-/// for by system calls. `sp` is the stack pointer at the first instruction (argc is there).
-fn hide_vdso(pages: &mut ftrun_ckpt::pages::PageStore, auxv: &mut [u8], sp: u64, vdso: u64) -> std::io::Result<()> {
-    const AT_IGNORE: u64 = 1;
-    const AT_SYSINFO_EHDR: u64 = 33;
-    for entry in auxv.chunks_exact_mut(16) {
-        if entry[..8] == AT_SYSINFO_EHDR.to_le_bytes() {
-            entry[..8].copy_from_slice(&AT_IGNORE.to_le_bytes());
-        }
-    }
-    if vdso == 0 {
-        return Ok(());
-    }
-    let word = |pages: &ftrun_ckpt::pages::PageStore, at: u64| -> u64 {
-        let Some(page) = pages.get(at & !4095) else { return 0 };
-        let o = (at & 4095) as usize;
-        u64::from_le_bytes(page[o..o + 8].try_into().unwrap_or([0; 8]))
-    };
-    // argc, argv, NULL, envp, NULL, then the vector.
-    let mut at = sp + 8 + (word(pages, sp) + 1) * 8;
-    while word(pages, at) != 0 {
-        at += 8;
-    }
-    at += 8;
-    loop {
-        let key = word(pages, at);
-        if key == 0 {
-            return Ok(());
-        }
-        if key == AT_SYSINFO_EHDR {
-            let base = at & !4095;
-            if let Some(page) = pages.get(base) {
-                let mut copy = *page;
-                let o = (at & 4095) as usize;
-                copy[o..o + 8].copy_from_slice(&AT_IGNORE.to_le_bytes());
-                pages.put(base, &copy)?;
-            }
-            return Ok(());
-        }
-        at += 16;
-    }
 }

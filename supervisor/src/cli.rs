@@ -37,6 +37,8 @@ pub struct RunOptions {
     pub durability: Durability,
     /// Longest time between checkpoints.
     pub checkpoint_every: Duration,
+    /// A checkpoint is taken earlier when replay alone would take longer than this.
+    pub recover_within: Duration,
     /// A checkpoint is taken when the log since the last one has this many bytes.
     pub checkpoint_log_bytes: u64,
     /// Variables to add to the program's environment.
@@ -136,6 +138,9 @@ struct RunArgs {
     /// Longest time between checkpoints (500ms, 1s, 2m)
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = parse_checkpoint_every)]
     checkpoint_every: Duration,
+    /// Take a checkpoint earlier when replay would take longer than this (150ms, 1s)
+    #[arg(long, value_name = "TIME", default_value = "150ms", value_parser = parse_checkpoint_every)]
+    recover_within: Duration,
     /// Take a checkpoint when the log since the last one has grown to this (64MiB, 1GiB)
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = parse_checkpoint_log)]
     checkpoint_log: u64,
@@ -145,8 +150,8 @@ struct RunArgs {
     /// Working directory of the program
     #[arg(long, value_name = "DIR")]
     cwd: Option<PathBuf>,
-    /// Stay on the slow path
-    #[arg(long, hide = true)]
+    /// Serve no call inside the program: slower, and as right
+    #[arg(long)]
     no_shim: bool,
     /// The program and its arguments
     #[arg(last = true, required = true, value_name = "PROGRAM")]
@@ -364,6 +369,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
         state_dir: state_dir(global.state_dir.clone())?,
         durability: args.durability,
         checkpoint_every: args.checkpoint_every,
+        recover_within: args.recover_within,
         checkpoint_log_bytes: args.checkpoint_log,
         env: args.env,
         cwd: args.cwd,

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 12] = [
+pub const POINTS: [&str; 15] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
@@ -16,10 +16,13 @@ pub const POINTS: [&str; 12] = [
     "call-entry",
     "call-logged",
     "call-written",
+    "unloggable-made",
     "signal-logged",
     "checkpoint-begin",
     "checkpoint-copied",
     "checkpoint-end",
+    "exec-made",
+    "shim-seam",
 ];
 
 struct Armed {
@@ -36,6 +39,12 @@ fn armed() -> Option<&'static Armed> {
             POINTS.contains(&name).then(|| Armed { name: name.to_owned(), left: AtomicI64::new(n) })
         })
         .as_ref()
+}
+
+/// For the shim: how many of its seams are passed before the one at which it kills its own process; 0 for
+/// never.
+pub fn in_shim() -> u64 {
+    armed().filter(|a| a.name == "shim-seam").map_or(0, |a| a.left.load(Ordering::Relaxed).max(0) as u64)
 }
 
 /// Passes point `name`: kills process `pid` if the point is armed and its turn has come.

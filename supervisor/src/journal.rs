@@ -5,20 +5,21 @@
 //! nothing and loses nothing at level `process`, where recovery uses memory: the disk then misses
 //! something until the next checkpoint, which is stored whole.
 
-use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use ftrun_abi::record::{Record, flag};
 use ftrun_ckpt::image::{self, Chain, WriteOptions};
 use ftrun_ckpt::pages::PageStore;
 use ftrun_store::LogWriter;
 
 use crate::capture::Capture;
+use crate::evlog::{EventLog, LogTail};
 use crate::service::Service;
 
-/// Records collected before they are handed to the service thread, bytes.
-const BATCH_BYTES: usize = 256 << 10;
+/// Events that are collected before they are written, bytes.
+const BATCH_BYTES: u64 = 256 << 10;
 
 /// Checkpoints that stay on disk, with the events behind the oldest of them.
 pub const KEPT: usize = 2;
@@ -31,8 +32,11 @@ struct Disk {
     log: LogWriter,
     dir: PathBuf,
     chain: Chain,
-    /// Records that the disk did not take.
-    pending: VecDeque<(u64, Box<[u8]>)>,
+    /// The events that have not been written.
+    tail: LogTail,
+    /// Events up to this one may be written whatever they are. One behind it that a checkpoint must follow is
+    /// written only just before that checkpoint, so that the two are on disk together.
+    allowed: u64,
     warned: bool,
 }
 
@@ -41,52 +45,62 @@ struct Disk {
 pub struct Journal {
     disk: Arc<Mutex<Disk>>,
     worker: Service,
-    batch: Vec<(u64, Box<[u8]>)>,
-    bytes: usize,
+    /// Position in the log up to which writing has been asked for.
+    asked: u64,
     waiting: Arc<AtomicU64>,
+    /// Pieces of work that have not been done.
+    jobs: Arc<AtomicU64>,
     /// Something could not be written, so that changes alone would hang in the air.
     gap: Arc<AtomicBool>,
 }
 
 impl Journal {
     /// Opens the log and the checkpoints of a unit. Call it on the service thread.
-    pub fn open(log: &std::path::Path, checkpoints: PathBuf) -> Result<Self, crate::report::Error> {
+    pub fn open(log: &std::path::Path, checkpoints: PathBuf, events: &EventLog) -> Result<Self, crate::report::Error> {
         let chain = Chain::open(&checkpoints).map_err(|e| {
             crate::report::Error::environment(e.to_string(), "remove the unit with `ftrun rm` if it is not needed")
         })?;
         let worker =
             Service::start(Vec::new()).map_err(|e| crate::report::Error::bug(format!("the journal's thread: {e}")))?;
-        let disk =
-            Disk { log: LogWriter::open(log)?, dir: checkpoints, chain, pending: VecDeque::new(), warned: false };
+        let disk = Disk {
+            log: LogWriter::open(log)?,
+            dir: checkpoints,
+            chain,
+            tail: events.tail(),
+            allowed: 0,
+            warned: false,
+        };
         Ok(Self {
             disk: Arc::new(Mutex::new(disk)),
             worker,
-            batch: Vec::new(),
-            bytes: 0,
+            asked: events.end(),
             waiting: Arc::default(),
+            jobs: Arc::default(),
             gap: Arc::default(),
         })
     }
 
-    /// Adds a record.
-    pub fn append(&mut self, sii: u64, record: &[u8]) {
-        self.bytes += record.len();
-        self.batch.push((sii, record.into()));
-        if self.bytes >= BATCH_BYTES {
-            self.hand_over();
+    /// Has events written when there are enough of them. Call it now and then.
+    pub fn follow(&mut self, events: &EventLog) {
+        if events.end() - self.asked >= BATCH_BYTES {
+            self.asked = events.end();
+            self.write_events();
         }
     }
 
-    fn hand_over(&mut self) {
-        if self.batch.is_empty() {
-            return;
+    /// After a checkpoint, while the unit is stopped: when the disk has kept up, the last few events are written
+    /// and the memory of the log begins anew.
+    pub fn rewind(&mut self, events: &mut EventLog) {
+        if self.jobs.load(Ordering::SeqCst) == 0 && !self.gap.load(Ordering::SeqCst) {
+            self.write_events();
+            self.sync();
+            events.rewind(&mut crate::run::lock(&self.disk).tail);
+            self.asked = events.end();
         }
-        let batch = std::mem::take(&mut self.batch);
-        let bytes = std::mem::take(&mut self.bytes) as u64;
-        self.post(bytes, move |disk| {
-            disk.pending.extend(batch);
-            disk.write_records()
-        });
+    }
+
+    fn write_events(&mut self) {
+        self.post(0, |disk| disk.write_events(u64::MAX));
     }
 
     /// Queues a piece of work that holds so many bytes.
@@ -95,6 +109,8 @@ impl Journal {
             self.sync();
         }
         let (disk, waiting, gap) = (Arc::clone(&self.disk), Arc::clone(&self.waiting), Arc::clone(&self.gap));
+        self.jobs.fetch_add(1, Ordering::SeqCst);
+        let jobs = Arc::clone(&self.jobs);
         self.worker.post(move || {
             let disk = &mut *crate::run::lock(&disk);
             let result = work(disk);
@@ -103,6 +119,7 @@ impl Journal {
             }
             disk.tell(result);
             waiting.fetch_sub(bytes, Ordering::Relaxed);
+            jobs.fetch_sub(1, Ordering::SeqCst);
         });
     }
 
@@ -118,19 +135,21 @@ impl Journal {
 
     /// Writes all that was appended.
     pub fn flush(&mut self) {
-        self.hand_over();
+        self.write_events();
         self.sync();
     }
 
-    /// Adds a checkpoint: what changed, or all of `pages` when a new base is due.
+    /// Adds a checkpoint: what changed, or all of `pages` when a new base is due. The log must know of it.
     ///
     /// # Errors
     /// A base cannot be written. What is on disk stays as it is, and the next checkpoint tries again.
     pub fn checkpoint(&mut self, capture: Capture, pages: &PageStore) -> Result<(), String> {
-        self.hand_over();
+        self.write_events();
         let sii = capture.snapshot.sii;
         if capture.parent.is_some() && !self.gap.load(Ordering::SeqCst) {
             self.post(capture.staged.bytes(), move |disk| {
+                disk.allowed = sii;
+                disk.write_events(sii)?;
                 let (parent, pages) = (capture.parent, &capture.staged);
                 let written =
                     image::write(&disk.dir, &capture.snapshot, parent, pages, &capture.gone, WriteOptions::default());
@@ -142,14 +161,30 @@ impl Journal {
         let disk = Arc::clone(&self.disk);
         let result = self.worker.run(|| {
             let disk = &mut *crate::run::lock(&disk);
+            disk.allowed = sii;
+            if !self.gap.load(Ordering::SeqCst)
+                && let Err(e) = disk.write_events(sii)
+            {
+                disk.tell(Err(e));
+                self.gap.store(true, Ordering::SeqCst);
+            }
             let written = image::write(&disk.dir, &capture.snapshot, None, pages, &[], WriteOptions::default());
-            // Memory does not hold these events any more either; the base stands for them.
-            disk.pending.clear();
             let whole = self.gap.load(Ordering::SeqCst);
-            let result = disk
-                .added(sii, written.map(drop))
-                .and_then(|()| if whole { disk.log.truncate_from(0).map_err(|e| e.to_string()) } else { Ok(()) });
-            disk.tell(result.clone());
+            if whole {
+                // The base stands for them.
+                disk.tail.skip_to_checkpoint();
+            }
+            let mut result = disk.added(sii, written.map(drop));
+            if whole {
+                result = result.and_then(|()| disk.begin_anew(sii));
+            }
+            if sii > 0 {
+                // Without the first one the program is not started, and that is said instead.
+                disk.tell(result.clone());
+            }
+            if result.is_ok() && std::mem::take(&mut disk.warned) {
+                tracing::warn!(sii, "the state directory takes what is written again; it is whole from this event on");
+            }
             result
         });
         self.gap.store(result.is_err(), Ordering::SeqCst);
@@ -158,12 +193,23 @@ impl Journal {
 }
 
 impl Disk {
-    fn write_records(&mut self) -> Result<(), String> {
-        while let Some((sii, record)) = self.pending.front() {
-            self.log.append(*sii, record).map_err(|e| e.to_string())?;
-            self.pending.pop_front();
+    /// Writes what may be written of the events up to one.
+    fn write_events(&mut self, last: u64) -> Result<(), String> {
+        let mut result = Ok(());
+        while let Some(record) = self.tail.peek() {
+            let h = Record::parse(record).map_err(|e| format!("an event in memory is damaged: {e}"))?.0.header;
+            let sii = h.sii;
+            if sii > last || (h.flags & flag::UNLOGGABLE != 0 && sii > self.allowed) {
+                break;
+            }
+            result = self.log.append(sii, record).map_err(|e| e.to_string());
+            if result.is_err() {
+                break;
+            }
+            self.tail.take();
         }
-        self.log.flush().map_err(|e| e.to_string())
+        self.tail.give_back();
+        result.and_then(|()| self.log.flush().map_err(|e| e.to_string()))
     }
 
     fn added(&mut self, sii: u64, written: Result<(), image::Error>) -> Result<(), String> {
@@ -181,17 +227,18 @@ impl Disk {
         Ok(())
     }
 
+    /// After a gap: only the base `sii` and what follows it can be used.
+    fn begin_anew(&mut self, sii: u64) -> Result<(), String> {
+        self.chain.keep_only(sii).map_err(|e| e.to_string())?;
+        self.log.truncate_from(0).map_err(|e| e.to_string())
+    }
+
+    /// Warns of the first failure; the others are one and the same until a base has been stored again.
     fn tell(&mut self, result: Result<(), String>) {
-        match result {
-            Ok(()) => self.warned = false,
-            Err(error) if !self.warned => {
-                self.warned = true;
-                tracing::warn!(
-                    error,
-                    "the state directory does not take what is written; recovery from memory goes on"
-                );
-            }
-            Err(_) => {}
+        if let Err(error) = result
+            && !std::mem::replace(&mut self.warned, true)
+        {
+            tracing::warn!(error, "the state directory does not take what is written; recovery from memory goes on");
         }
     }
 }

@@ -15,8 +15,11 @@ use ftrun_ckpt::pages::PageStore;
 use ftrun_ckpt::state::{Mapping, MmFields, Snapshot};
 use libc::{sock_filter, user_regs_struct};
 
+use ftrun_abi::fast::{CODE_BASE, VDSO_BASE, VDSO_BYTES_MAX};
+
 use crate::marshal::raw_call;
 use crate::tracee::{self, Event, Gate, TraceError};
+use crate::vdso;
 
 /// Where our pages lie in every unit: far from where Linux puts programs, libraries and stacks.
 pub const GATE: Gate = Gate { base: 0x6f00_0000_0000 };
@@ -24,7 +27,8 @@ pub const GATE: Gate = Gate { base: 0x6f00_0000_0000 };
 /// End of user addresses (4-level paging).
 const TASK_END: u64 = 0x7fff_ffff_f000;
 
-/// The filter: the gate's own instruction and `rt_sigreturn` pass, 32-bit and x32 calls get `ENOSYS`,
+/// The filter: the gate's own instruction, the shim's, those of the kernel's shared object (which makes calls
+/// where it cannot tell the time itself) and `rt_sigreturn` pass, 32-bit and x32 calls get `ENOSYS`,
 /// everything else goes to the tracer (and fails with `ENOSYS` when there is none).
 pub fn filter(gate: Gate) -> Vec<sock_filter> {
     const LD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
@@ -35,13 +39,22 @@ pub fn filter(gate: Gate) -> Vec<sock_filter> {
     let s = |code, k| sock_filter { code, jt: 0, jf: 0, k };
     let j = |code, k, jt, jf| sock_filter { code, jt, jf, k };
     let ip = gate.allowed_ip();
+    let (code, end) = (CODE_BASE, CODE_BASE + ftrun_shim::IMAGE.len() as u64);
+    assert!(
+        ip >> 32 == code >> 32 && code >> 32 == end >> 32 && ip >> 32 == VDSO_BASE >> 32,
+        "one upper half for both"
+    );
     vec![
         s(LD, 4),
-        j(JEQ, AUDIT_ARCH_X86_64, 0, 7),
-        s(LD, 8),
-        j(JEQ, ip as u32, 0, 2),
+        j(JEQ, AUDIT_ARCH_X86_64, 0, 11),
         s(LD, 12),
-        j(JEQ, (ip >> 32) as u32, 5, 0),
+        j(JEQ, (ip >> 32) as u32, 0, 6),
+        s(LD, 8),
+        j(JEQ, ip as u32, 9, 0),
+        j(JGE, code as u32, 0, 1),
+        j(JGE, end as u32, 1, 7),
+        j(JGE, VDSO_BASE as u32, 0, 1),
+        j(JGE, (VDSO_BASE + VDSO_BYTES_MAX) as u32, 0, 5),
         s(LD, 0),
         j(JEQ, libc::SYS_rt_sigreturn as u32, 3, 0),
         j(JGE, 0x4000_0000, 0, 1),
@@ -54,8 +67,8 @@ pub fn filter(gate: Gate) -> Vec<sock_filter> {
 /// Forks a child of the calling thread that waits in `pause` to be taken over.
 ///
 /// With `filter` the child shares descriptors and directory with the caller and is filtered; without,
-/// it is a plain copy (the scratch process for `execve`).
-fn fork_child(set_tid: Option<i32>, filter: Option<&[sock_filter]>) -> io::Result<i32> {
+/// it is a plain copy (the scratch process for `execve`). Of all signals only those of `ignored` are.
+fn fork_child(set_tid: Option<i32>, filter: Option<&[sock_filter]>, ignored: u64) -> io::Result<i32> {
     let tids = [set_tid.unwrap_or(0)];
     let mut args = [0u64; 11];
     args[0] = if filter.is_some() { (libc::CLONE_FILES | libc::CLONE_FS) as u64 } else { 0 };
@@ -72,9 +85,10 @@ fn fork_child(set_tid: Option<i32>, filter: Option<&[sock_filter]>) -> io::Resul
     }
     // The child: only system calls from here, since other threads of the parent may have held locks.
     raw_call(libc::SYS_rt_sigprocmask as u64, &[libc::SIG_BLOCK as u64, (&raw const all) as u64, 0, 8, 0, 0]);
-    let default = [0u64; 4];
     for signal in 1..=64 {
-        raw_call(libc::SYS_rt_sigaction as u64, &[signal, default.as_ptr() as u64, 0, 8, 0, 0]);
+        let handler = if ignored >> (signal - 1) & 1 == 1 { libc::SIG_IGN } else { libc::SIG_DFL };
+        let action = [handler as u64, 0, 0, 0];
+        raw_call(libc::SYS_rt_sigaction as u64, &[signal, action.as_ptr() as u64, 0, 8, 0, 0]);
     }
     if let Some(prog) = &prog {
         let prog = (&raw const *prog) as u64;
@@ -135,30 +149,35 @@ pub struct Program {
     pub envp: Vec<CString>,
     /// Signal mask to start with.
     pub sigmask: u64,
+    /// Signals to ignore from the start: bit 0 is signal 1.
+    pub ignored: u64,
 }
 
 /// Executes the program in a scratch process; returns it stopped before its first instruction.
 pub fn exec_scratch(program: &Program) -> Result<i32, LaunchError> {
     let pointers = |v: &[CString]| v.iter().map(|s| s.as_ptr() as u64).chain(std::iter::once(0)).collect::<Vec<u64>>();
     let (argv, envp) = (pointers(&program.argv), pointers(&program.envp));
-    let tid = fork_child(None, None).map_err(sys("fork"))?;
+    let tid = fork_child(None, None, program.ignored).map_err(sys("fork"))?;
     tracee::seize(tid)?;
     tracee::interrupt(tid)?;
     while !matches!(tracee::wait_one(tid)?, Event::Stop(_)) {
         tracee::cont(tid, 0)?;
     }
+    // The child is done with its signal actions and mask when it comes to `pause`; that call is replaced.
+    let mut regs = loop {
+        tracee::cont_syscall(tid)?;
+        tracee::wait_one(tid)?;
+        let regs = tracee::get_regs(tid)?;
+        if regs.orig_rax == libc::SYS_pause as u64 && regs.rax as i64 == -i64::from(libc::ENOSYS) {
+            break regs;
+        }
+    };
     tracee::set_sigmask(tid, program.sigmask)?;
-    let mut regs = tracee::get_regs(tid)?;
-    // The child may be anywhere in its loop, so that only an address known for sure will do.
-    regs.rip = syscall_instruction();
-    regs.rax = libc::SYS_execve as u64;
-    regs.orig_rax = u64::MAX;
+    regs.orig_rax = libc::SYS_execve as u64;
     regs.rdi = program.path.as_ptr() as u64;
     regs.rsi = argv.as_ptr() as u64;
     regs.rdx = envp.as_ptr() as u64;
     tracee::set_regs(tid, &regs)?;
-    tracee::cont_syscall(tid)?;
-    tracee::wait_one(tid)?;
     tracee::cont_syscall(tid)?;
     match tracee::wait_one(tid)? {
         Event::Other(libc::PTRACE_EVENT_EXEC) => Ok(tid),
@@ -171,16 +190,6 @@ pub fn exec_scratch(program: &Program) -> Result<i32, LaunchError> {
             })
         }
     }
-}
-
-/// Address of a `syscall` instruction in our own text.
-fn syscall_instruction() -> u64 {
-    let at: u64;
-    // SAFETY: takes the address of a local label; the jump skips the instruction.
-    unsafe {
-        std::arch::asm!("jmp 3f", "2: syscall", "3: lea {}, [rip + 2b]", out(reg) at);
-    }
-    at
 }
 
 /// Kills a process with SIGKILL and waits until it is gone.
@@ -258,7 +267,7 @@ pub fn gate_call(
 /// Builds a process from a checkpoint; its main thread stands in a stop, without the program's registers
 /// yet. Other threads are added by [`add_thread`].
 pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> Result<i32, LaunchError> {
-    let tid = fork_child(set_tid, Some(&filter(GATE))).map_err(sys("making the process"))?;
+    let tid = fork_child(set_tid, Some(&filter(GATE)), 0).map_err(sys("making the process"))?;
     tracee::seize(tid)?;
     if !matches!(tracee::wait_one(tid)?, Event::Seccomp) {
         return Err(TraceError::Gone(tid).into());
@@ -298,7 +307,16 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
         Ok(r)
     };
     call(libc::SYS_munmap, [0x1000, GATE.base - 0x1000, 0, 0, 0, 0], "unmapping")?;
-    call(libc::SYS_munmap, [GATE.end(), TASK_END - GATE.end(), 0, 0, 0, 0], "unmapping")?;
+    // The kernel's shared object is moved out of the way of what the snapshot maps.
+    let areas = vdso::areas();
+    for (begin, end) in areas {
+        let (bytes, to) = (end - begin, vdso::moved(areas, *begin));
+        let how = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+        call(libc::SYS_mremap, [*begin, bytes, bytes, how, to, 0], "moving the vDSO")?;
+    }
+    let kept = VDSO_BASE + VDSO_BYTES_MAX;
+    call(libc::SYS_munmap, [GATE.end(), VDSO_BASE - GATE.end(), 0, 0, 0, 0], "unmapping")?;
+    call(libc::SYS_munmap, [kept, TASK_END - kept, 0, 0, 0, 0], "unmapping")?;
 
     let mut file = OpenFile::default();
     for m in &snapshot.maps {
@@ -456,17 +474,18 @@ pub fn add_thread(main: i32, user: &user_regs_struct, set_tid: Option<i32>) -> R
         | libc::CLONE_SIGHAND
         | libc::CLONE_THREAD
         | libc::CLONE_SYSVSEM;
-    clone_through_gate(main, user, flags as u64, [0; 4], set_tid)?.map_err(sys("making a thread"))
+    clone_through_gate(main, user, flags as u64, [0; 4], set_tid, &mut |_| {})?.map_err(sys("making a thread"))
 }
 
 /// `clone3` with flags, then (parent_tid, child_tid, stack pointer, tls); the new thread or process is
-/// stopped behind the gate when this returns.
+/// stopped behind the gate when this returns. Signals that arrive meanwhile are handed to `signal`.
 pub fn clone_through_gate(
     tid: i32,
     user: &user_regs_struct,
     flags: u64,
     [parent_tid, child_tid, sp, tls]: [u64; 4],
     set_tid: Option<i32>,
+    signal: &mut dyn FnMut(tracee::SigInfo),
 ) -> tracee::Result<Result<i32, io::Error>> {
     let at = GATE.slot(0);
     let exit_signal =
@@ -477,14 +496,7 @@ pub fn clone_through_gate(
     let bytes: Vec<u8> = words.iter().flat_map(|w: &u64| w.to_le_bytes()).collect();
     tracee::write_mem(tid, at, &bytes)?;
     tracee::write_mem(tid, at + 128, &set_tid.unwrap_or(0).to_le_bytes())?;
-    let mut lost = Vec::new();
-    let r = gate_call(tid, user, libc::SYS_clone3 as u64, [at, 88, 0, 0, 0, 0], &mut |info| lost.push(info))?;
-    for info in lost {
-        let (signo, ..) = tracee::siginfo_head(&info);
-        if let Err(e @ TraceError::Sys { .. }) = tracee::tgkill(tid, tid, signo) {
-            return Err(e);
-        }
-    }
+    let r = gate_call(tid, user, libc::SYS_clone3 as u64, [at, 88, 0, 0, 0, 0], signal)?;
     if r < 0 {
         return Ok(Err(io::Error::from_raw_os_error(-r as i32)));
     }
@@ -493,7 +505,12 @@ pub fn clone_through_gate(
         match tracee::wait_one(new)? {
             Event::Seccomp => return Ok(Ok(new)),
             Event::Ended(_) => return Err(TraceError::Gone(new)),
-            _ => tracee::cont(new, 0)?,
+            // One that was sent to the process may be taken by its newest thread.
+            Event::Signal(_) => {
+                signal(tracee::get_siginfo(new)?);
+                tracee::cont(new, 0)?;
+            }
+            Event::Stop(_) | Event::Other(_) => tracee::cont(new, 0)?,
         }
     }
 }

@@ -18,6 +18,8 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use ftrun_abi::record::{Kind, flag};
+
 use crate::launch::{self, LaunchError, Program};
 use crate::report::Error;
 use crate::run::lock;
@@ -44,8 +46,14 @@ impl Unit {
         if self.set_tid {
             self.vpid = scratch;
         }
-        if let Err(e) = self.adopt_image(scratch) {
-            return Ok(End::Failed(e.to_string()));
+        match self.adopt_image(scratch) {
+            Ok(stored) => stored.map_err(|why| {
+                Error::environment(
+                    format!("the first checkpoint cannot be stored, so that the program was not started: {why}"),
+                    "free some space there, or choose another directory with --state-dir DIR or FTRUN_STATE_DIR",
+                )
+            })?,
+            Err(e) => return Ok(End::Failed(e.to_string())),
         }
         let mut faults = (0, 0);
         let mut died_at = None;
@@ -55,19 +63,29 @@ impl Unit {
                 Halt::Ended(status) => return Ok(End::Ended(status)),
                 Halt::Exec(pid) => {
                     close_on_exec();
-                    self.begin_record(ftrun_abi::record::Kind::Exec);
-                    self.append(self.vpid, libc::SYS_execve as u16, 0, 0, 0);
+                    self.begin_record(Kind::Exec);
                     self.model.credentials.get_or_insert_with(Default::default);
-                    match self.adopt_image(pid) {
-                        Ok(()) => {}
-                        Err(Halt::Died) => died_at = Some(now()),
-                        Err(e) => return Ok(End::Failed(e.to_string())),
+                    // Only the checkpoint that follows can stand for it: without one the call is made again.
+                    let logged = self.append(self.vpid, libc::SYS_execve as u16, 0, 0, flag::UNLOGGABLE);
+                    match logged.and_then(|()| self.adopt_image(pid)) {
+                        // What could not be stored has been told; recovery uses memory.
+                        Ok(_told) => {}
+                        Err(e) => {
+                            if !matches!(e, Halt::Died) && !self.is_dying(pid) {
+                                return Ok(End::Failed(e.to_string()));
+                            }
+                            launch::kill_and_reap(pid);
+                            died_at = Some(now());
+                        }
                     }
                 }
                 Halt::Died => {
                     let at = now();
                     let fault = self.fault.take();
                     let status = self.bury();
+                    if let Err(e) = self.settle() {
+                        return Ok(End::Failed(e.to_string()));
+                    }
                     if self.ending {
                         return Ok(End::Ended(status));
                     }
@@ -87,8 +105,11 @@ impl Unit {
                 }
                 Halt::BadAddress => return Ok(End::Failed("a bad address in the supervisor's own work".into())),
                 Halt::Broken(why) => {
-                    if self.is_dying() {
+                    if self.is_dying(self.pid) {
                         self.bury();
+                        if let Err(e) = self.settle() {
+                            return Ok(End::Failed(e.to_string()));
+                        }
                         died_at = Some(now());
                         continue;
                     }
@@ -126,6 +147,9 @@ impl Unit {
             Err(h) => return h,
         };
         let replayed = now();
+        if events >= 1000 {
+            self.replay_ns = (replayed - restored) / events;
+        }
         {
             let mut status = lock(&self.status);
             status.state = UnitState::Running;
@@ -165,7 +189,12 @@ impl Unit {
                         tracing::debug!(pid = who, error = %e, "an event during the burial");
                     }
                 }
-                Ok(None) => {}
+                // Its end may have been taken already by who waited for it; its children do not end with it.
+                Ok(None) => match tracee::wait(pid, libc::WNOHANG) {
+                    Ok(Some((_, Event::Ended(status)))) => break status,
+                    Ok(_) => {}
+                    Err(_) => break 0,
+                },
                 Err(_) => break 0,
             }
         };
@@ -205,6 +234,7 @@ impl Unit {
     pub fn publish_counters(shared: &crate::unit::Shared, status: &mut crate::status::Status) {
         status.events = shared.events.load(Relaxed);
         status.calls.slow = shared.slow.load(Relaxed);
+        status.calls.fast = shared.fast.load(Relaxed);
     }
 }
 

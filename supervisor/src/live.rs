@@ -5,6 +5,9 @@
 //! before anything else happened. So the order of events is the order of the program's steps, and
 //! replay needs no other record of the turn than the thread of each event.
 
+use std::sync::atomic::Ordering::SeqCst;
+
+use ftrun_abi::fast::RECORD;
 use ftrun_abi::record::{Kind, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
 use libc::c_int;
@@ -17,6 +20,12 @@ use crate::unit::{Begun, Halt, PREEMPTED, Place, Result, State, Unit, Waiting, n
 const SLICE_NS: u64 = 2_000_000;
 /// How long a thread may compute without a call while others wait, before it is preempted.
 const PREEMPT_NS: u64 = 50_000_000;
+
+/// Checkpoints that are taken for the sake of a short replay may take one part in this many of all time.
+const PAUSE_SHARE: u64 = 50;
+
+/// How often a running thread is asked to pass the turn, at most.
+const TICK_NS: u64 = 2_000_000;
 
 /// What came of trying a call.
 pub(crate) enum Outcome {
@@ -33,9 +42,10 @@ pub(crate) enum Outcome {
 impl Unit {
     /// Runs the unit until something ends that.
     pub fn live(&mut self) -> Result<std::convert::Infallible> {
+        self.log.control().mode.store(RECORD, SeqCst);
         // The thread of the last event may be on its way to its next call; the others have arrived.
         let running = self.current.filter(|v| self.threads.get(v).is_some_and(|t| t.place == Place::Program));
-        self.current = None;
+        let arrived = self.current.take().filter(|v| Some(*v) != running && self.threads.contains_key(v));
         self.turn_since = now();
         self.last_entry = now();
         for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
@@ -47,6 +57,14 @@ impl Unit {
             Some(vtid) => self.arm_on_the_way(vtid)?,
             None => self.arm_timers()?,
         }
+        if let Some(vtid) = arrived
+            && self.thread(vtid).state == State::Entry
+            && self.thread(vtid).regs.orig_rax == libc::SYS_futex as u64
+        {
+            // As at every arrival: whether it waits must not hang on what others do, or a checkpoint come before.
+            self.ready.retain(|v| *v != vtid);
+            self.attempt(vtid)?;
+        }
         if self.outside.signals.get(&-1).is_some_and(|q| !q.is_empty()) {
             // A child's end was announced to the process that died.
             // SAFETY: our own child.
@@ -54,13 +72,17 @@ impl Unit {
         }
         self.report_children()?;
         loop {
+            self.sync_turn();
             self.housekeeping()?;
-            while self.current.is_none() {
+            while self.current.is_none() && self.hold_turn() {
                 let Some(vtid) = self.pick() else { break };
                 self.give_turn(vtid)?;
             }
             if self.current.is_none() {
                 self.park_all()?;
+                if !self.release_turn() {
+                    continue;
+                }
             }
             match tracee::wait(-1, 0) {
                 Ok(Some((tid, event))) => self.on_event(tid, event)?,
@@ -83,14 +105,11 @@ impl Unit {
             match tracee::wait_one(tid)? {
                 Event::Stop(_) => break,
                 Event::Seccomp => {
-                    let regs = tracee::get_regs(tid)?;
-                    let t = self.thread(vtid);
-                    t.place = Place::Stopped;
-                    t.regs = regs;
-                    t.state = State::Entry;
+                    self.arrived(vtid)?;
                     self.current = None;
-                    self.ready.push_front(vtid);
-                    return self.arm_timers();
+                    self.arm_timers()?;
+                    // As at every arrival: whether a futex call waits must not hang on what others do meanwhile.
+                    return self.attempt(vtid);
                 }
                 event => self.on_event(tid, event)?,
             }
@@ -122,15 +141,23 @@ impl Unit {
 
     fn give_turn(&mut self, vtid: i32) -> Result<()> {
         let Some(t) = self.threads.get(&vtid) else { return Ok(()) };
+        let waits = t.place == Place::Waiting;
+        if self.still_waits(vtid) || (waits && self.grant(vtid)) {
+            return Ok(());
+        }
+        let Some(t) = self.threads.get(&vtid) else { return Ok(()) };
         self.turn_since = now();
         match t.state {
             State::Running => Ok(()),
             State::User => {
                 self.begin_record(Kind::Sched);
-                self.append(vtid, 0, 0, 0, 0);
+                self.append(vtid, 0, 0, 0, 0)?;
                 self.resume(vtid)
             }
             State::Entry | State::Blocked(_) => {
+                if self.send_back(vtid)? {
+                    return Ok(());
+                }
                 self.unpark(vtid)?;
                 self.attempt(vtid)
             }
@@ -142,18 +169,25 @@ impl Unit {
         let Some(&vtid) = self.vtids.get(&tid) else {
             return self.on_outsider(tid, event);
         };
+        self.follow_shim();
+        self.sync_turn();
         match event {
+            Event::Seccomp if self.thread(vtid).place == Place::Waiting => {
+                // Called out of its wait, without the turn.
+                self.arrived(vtid)?;
+                self.make_ready(vtid);
+                self.share_turn();
+                Ok(())
+            }
             Event::Seccomp => {
-                let regs = tracee::get_regs(tid)?;
-                let parked = self.thread(vtid).place == Place::Parked;
-                let t = self.thread(vtid);
-                t.place = Place::Stopped;
-                if parked {
+                if self.thread(vtid).place == Place::Parked {
+                    self.thread(vtid).place = Place::Stopped;
                     self.make_ready(vtid);
+                    self.share_turn();
                     return Ok(());
                 }
-                t.regs = regs;
-                t.state = State::Entry;
+                let regs = self.arrived(vtid)?;
+                self.count_slow(regs.rip, regs.orig_rax);
                 self.shared.slow.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 self.last_entry = now();
                 crate::fault::point("call-entry", self.pid);
@@ -163,7 +197,7 @@ impl Unit {
                     self.ready.push_front(vtid);
                     return self.checkpoint();
                 }
-                if self.slice_over() && regs.orig_rax != libc::SYS_futex as u64 {
+                if (self.slice_over() || self.turn_is_over()) && regs.orig_rax != libc::SYS_futex as u64 {
                     self.current = None;
                     self.make_ready(vtid);
                     return Ok(());
@@ -172,7 +206,8 @@ impl Unit {
             }
             Event::Signal(signal) => self.on_signal(vtid, signal),
             Event::Stop(signal) if signal != libc::SIGTRAP && signal != 0 => Ok(tracee::listen(tid)?),
-            Event::Stop(_) | Event::Other(_) => Ok(tracee::cont(tid, 0)?),
+            Event::Stop(_) => self.go_on(tid),
+            Event::Other(_) => Ok(tracee::cont(tid, 0)?),
             Event::Ended(status) => {
                 if tid != self.pid {
                     return Err(Halt::Died);
@@ -180,6 +215,21 @@ impl Unit {
                 Err(if self.ending { Halt::Ended(status) } else { Halt::Died })
             }
         }
+    }
+
+    /// A thread of the unit stopped before a call.
+    pub(crate) fn arrived(&mut self, vtid: i32) -> Result<libc::user_regs_struct> {
+        let regs = self.stopped_regs(vtid)?;
+        let with_turn = self.stopped_with_turn(vtid);
+        let t = self.thread(vtid);
+        t.place = Place::Stopped;
+        t.regs = regs;
+        t.state = State::Entry;
+        self.take_wait(vtid);
+        if with_turn {
+            self.take_part(vtid);
+        }
+        Ok(regs)
     }
 
     fn slice_over(&self) -> bool {
@@ -242,11 +292,12 @@ impl Unit {
             Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
             _ if row.irregular => self.irregular(vtid, nr, &args, call, row)?,
             Class::Unknown => {
-                let r = self.gate(vtid, nr as libc::c_long, args)?;
+                let r = self.gate(vtid, nr as libc::c_long, self.real_ids(row, &args))?;
                 self.unloggable = Some(row.name.to_owned());
                 Outcome::Done(r)
             }
             _ if row.place == Who::Unit => {
+                self.before_arch_prctl(vtid, nr, &args)?;
                 let r = self.gate(vtid, nr as libc::c_long, self.real_ids(row, &args))?;
                 self.unit_outputs(vtid, nr, &args, call, row, r)?
             }
@@ -268,12 +319,16 @@ impl Unit {
             self.output(*addr, bytes)?;
         }
         self.outside.begun.remove(&vtid);
-        let flags = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
-        self.append(vtid, nr as u16, result, digest, flags);
+        let args = tracee::args_of(&self.thread(vtid).regs);
+        self.forget_fds(nr, &args);
+        let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
+        let flags = took | if self.unloggable.is_some() { flag::UNLOGGABLE } else { 0 };
+        self.append(vtid, nr as u16, result, digest, flags)?;
         crate::fault::point("call-logged", self.pid);
         self.finish_call(vtid, result, &outs)?;
         crate::fault::point("call-written", self.pid);
         if let Some(cause) = self.unloggable.take() {
+            crate::fault::point("unloggable-made", self.pid);
             self.note_unloggable(&cause);
             self.model.irregular = Some(cause);
             // The state after the call stands in the checkpoint: the call itself is never replayed.
@@ -320,6 +375,11 @@ impl Unit {
         let lazy = w.futex || w.child;
         self.thread(vtid).state = State::Blocked(w);
         self.current = None;
+        self.offer_signals();
+        if self.can_wait_inside(vtid) {
+            self.make_ready(vtid);
+            return Ok(());
+        }
         if lazy { Ok(()) } else { self.park(vtid) }
     }
 
@@ -383,42 +443,51 @@ impl Unit {
             }
         }
         let time = now();
-        let due = self.shared.checkpoint.load(Relaxed)
-            || (time - self.checkpoint_at >= self.checkpoint_every && self.log.bytes > 0)
-            || self.log.bytes >= self.checkpoint_log;
+        let before = self.sii;
+        self.follow_shim();
+        if self.sii != before {
+            // It makes calls that we do not see.
+            self.last_entry = time;
+        }
+        let due = self.checkpoint_due();
         let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
-        let starving = self.current.is_some_and(|c| {
-            !self.ready.is_empty() || self.outside.signals.get(&c).is_some_and(|q| !q.is_empty()) || others
-        });
+        let starving = self.current.is_some_and(|c| !self.ready.is_empty() || self.has_signals(c) || others);
         if let Some(vtid) = self.current {
+            if due || (self.slice_over() && time - self.last_tick > TICK_NS) {
+                self.last_tick = time;
+                self.call_back();
+            }
             let waited = if due { 20_000_000 } else { PREEMPT_NS };
             if (due || starving) && time - self.turn_since.max(self.last_entry) > waited {
                 return self.preempt(vtid);
             }
             return Ok(());
         }
-        if due { self.checkpoint() } else { Ok(()) }
+        if due && self.hold_turn() { self.checkpoint() } else { Ok(()) }
     }
 
     /// Stops a thread in the middle of its computation. Replay could not find that point again, so a
     /// checkpoint is taken there (DESIGN rule 4) and execution goes on from it.
     fn preempt(&mut self, vtid: i32) -> Result<()> {
         let tid = self.tid(vtid);
+        self.call_back();
         tracee::interrupt(tid)?;
         loop {
-            match tracee::wait_one(tid)? {
-                Event::Stop(_) => break,
-                Event::Seccomp => {
-                    // It came to a call by itself. The stop follows when it is continued.
-                    let regs = tracee::get_regs(tid)?;
-                    let t = self.thread(vtid);
-                    t.place = Place::Stopped;
-                    t.regs = regs;
-                    t.state = State::Entry;
-                    self.current = None;
-                    self.make_ready(vtid);
-                    return if self.checkpoint_due() { self.checkpoint() } else { Ok(()) };
+            let Some(event) = tracee::wait_tick(tid)? else {
+                tracee::interrupt(tid)?;
+                continue;
+            };
+            match event {
+                Event::Stop(_) => {
+                    if !self.is_in_shim(tracee::get_regs(tid)?.rip) {
+                        break;
+                    }
+                    // It comes out by itself: served, or at the filter. Until the next tick, that is: interrupted
+                    // at once it might never execute an instruction, being on our own processor.
+                    self.go_on(tid)?;
                 }
+                // It came to a call by itself. The stop follows when it is continued.
+                Event::Seccomp => return self.on_event(tid, event),
                 event => {
                     self.on_event(tid, event)?;
                     if self.current != Some(vtid) {
@@ -428,6 +497,7 @@ impl Unit {
             }
         }
         let regs = tracee::get_regs(tid)?;
+        self.stopped_with_turn(vtid);
         let t = self.thread(vtid);
         t.regs = regs;
         t.place = Place::Stopped;
@@ -439,9 +509,15 @@ impl Unit {
         self.deliver_preempted(vtid)
     }
 
+    /// A checkpoint was asked for, is due by time or log, or a recovery would take too long: replay takes its
+    /// time for each event. That last reason must not spend more than a share of the time on checkpoints.
     fn checkpoint_due(&self) -> bool {
+        let age = now().saturating_sub(self.checkpoint_at);
+        let events = self.sii - self.snapshot.as_ref().map_or(0, |s| s.sii);
         self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed)
-            || now() - self.checkpoint_at >= self.checkpoint_every
+            || (age >= self.checkpoint_every && events > 0)
+            || self.log.bytes() >= self.checkpoint_log
+            || (events * self.replay_ns > self.replay_max && age > self.pause_ns * PAUSE_SHARE)
     }
 
     /// A thread or process that is not of the unit: its child, or a new one.

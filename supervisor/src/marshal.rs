@@ -130,7 +130,7 @@ impl Prepared {
                     };
                     match gather(tid, &pieces) {
                         Ok(b) => {
-                            digest.add_bytes(&b);
+                            add_pieces(&mut digest, &b, &pieces);
                             p.data = Some(p.bufs.len());
                             p.give_iov(i, count, b);
                         }
@@ -220,9 +220,9 @@ impl Prepared {
             tracee::read_mem(tid, name.0, &mut bufs[0])?;
             tracee::read_mem(tid, control.0, &mut bufs[1])?;
             bufs[2] = gather(tid, &pieces)?;
-            for b in &bufs {
-                digest.add_bytes(b);
-            }
+            digest.add_bytes(&bufs[0]);
+            digest.add_bytes(&bufs[1]);
+            add_pieces(digest, &bufs[2], &pieces);
         }
         let first = self.bufs.len();
         let iov = Box::new(libc::iovec { iov_base: bufs[2].as_mut_ptr().cast(), iov_len: bufs[2].len() });
@@ -247,9 +247,14 @@ impl Prepared {
         Ok(())
     }
 
-    /// Makes the call. The result is as the kernel returns it.
+    /// Makes the call. The result is as the kernel returns it; a signal of our own does not end it.
     pub fn run(&mut self, nr: u64) -> i64 {
-        raw_call(nr, &self.args)
+        loop {
+            let result = raw_call(nr, &self.args);
+            if result != -i64::from(libc::EINTR) {
+                return result;
+            }
+        }
     }
 
     /// The data of a write-like call.
@@ -376,6 +381,16 @@ fn gather(tid: i32, pieces: &[(u64, usize)]) -> Result<Vec<u8>> {
         at += n;
     }
     Ok(b)
+}
+
+/// Gathered data goes into the digest piece by piece, as it lies in the program.
+fn add_pieces(digest: &mut Digest, data: &[u8], pieces: &[(u64, usize)]) {
+    let mut rest = data;
+    for (_, n) in pieces {
+        let (piece, behind) = rest.split_at((*n).min(rest.len()));
+        digest.add_bytes(piece);
+        rest = behind;
+    }
 }
 
 fn scatter(data: &[u8], pieces: &[(u64, usize)], write: &mut impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {

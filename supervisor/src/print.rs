@@ -41,6 +41,9 @@ pub fn print_record(out: &mut dyn Write, record: &Record<'_>) -> io::Result<()> 
         Kind::Exec => write!(out, "+++ new image +++")?,
     }
     if record.kind == Kind::Call {
+        if h.flags & flag::FAST != 0 {
+            write!(out, " fast")?;
+        }
         for (addr, bytes) in record.outputs() {
             let text: String =
                 bytes.iter().take(SHOWN).flat_map(|b| std::ascii::escape_default(*b)).map(char::from).collect();

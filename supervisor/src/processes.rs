@@ -124,7 +124,7 @@ impl Unit {
         let t = self.thread(vtid);
         let (tid, regs) = (t.tid, t.regs);
         let pointers = [request.parent_tid, request.child_tid, request.sp, request.tls];
-        let made = launch::clone_through_gate(tid, &regs, flags, pointers, None)?;
+        let made = self.clone_and_keep(vtid, tid, &regs, flags, pointers, None)?;
         let child = match made {
             Ok(child) => child,
             Err(e) => return Ok(err(e.raw_os_error().unwrap_or(libc::EAGAIN)).into_with()),
@@ -161,12 +161,38 @@ impl Unit {
         if request.flags & libc::CLONE_SETTLS as u64 != 0 {
             regs.fs_base = request.tls;
         }
+        if self.uses_shim() {
+            regs.gs_base = 0;
+            match self.restore_sites(child) {
+                // Killed meanwhile: its end is reported.
+                Ok(()) | Err(Halt::Died) => {}
+                Err(e) => return Err(e),
+            }
+        }
         let done = self.complete(vtid, nr, i64::from(child), digest, outs);
         let started = tracee::set_regs(child, &regs).and_then(|()| tracee::cont(child, 0));
         if let Err(tracee::TraceError::Sys { .. }) = started {
             started?;
         }
         done
+    }
+
+    /// [`launch::clone_through_gate`]; signals that arrive meanwhile are kept for the caller.
+    fn clone_and_keep(
+        &mut self,
+        vtid: i32,
+        tid: i32,
+        regs: &libc::user_regs_struct,
+        flags: u64,
+        pointers: [u64; 4],
+        set_tid: Option<i32>,
+    ) -> Result<std::result::Result<i32, std::io::Error>> {
+        let mut caught = Vec::new();
+        let made = launch::clone_through_gate(tid, regs, flags, pointers, set_tid, &mut |info| caught.push(info));
+        for info in caught {
+            self.keep_signal(vtid, info);
+        }
+        Ok(made?)
     }
 
     /// Makes a thread inside the unit. It stands in user code without the turn.
@@ -181,7 +207,7 @@ impl Unit {
         let (tid, mut regs) = (t.tid, t.regs);
         let pointers = [request.parent_tid, request.child_tid, request.sp, request.tls];
         let set_tid = want.filter(|_| self.set_tid);
-        let made = launch::clone_through_gate(tid, &regs, request.flags, pointers, set_tid)?;
+        let made = self.clone_and_keep(vtid, tid, &regs, request.flags, pointers, set_tid)?;
         let new = match made {
             Ok(new) => new,
             Err(e) => return Ok(Err(e)),
@@ -219,8 +245,10 @@ impl Unit {
                 clear_tid,
                 robust: (0, 0),
                 yielded: false,
+                sent_back: 0,
             },
         );
+        self.give_area(known)?;
         Ok(Ok(known))
     }
 
@@ -252,7 +280,7 @@ impl Unit {
 
     pub(crate) fn exit_thread(&mut self, vtid: i32, digest: u64) -> Result<Outcome> {
         self.begin_record(ftrun_abi::record::Kind::Call);
-        self.append(vtid, libc::SYS_exit as u16, 0, digest, 0);
+        self.append(vtid, libc::SYS_exit as u16, 0, digest, 0)?;
         self.end_thread(vtid)?;
         Ok(Outcome::Handled)
     }
@@ -278,7 +306,17 @@ impl Unit {
                     Event::Ended(status) if self.threads.len() == 1 => return Err(Halt::Ended(status)),
                     Event::Ended(_) => break,
                     Event::Seccomp => return Err(Halt::Broken("a thread did not end".into())),
-                    _ => tracee::cont(tid, 0)?,
+                    Event::Signal(_) => {
+                        // The process's, perhaps: another thread has to take it.
+                        let info = tracee::get_siginfo(tid)?;
+                        let other = self.threads.keys().copied().find(|v| *v != vtid);
+                        let (_, code, _) = tracee::siginfo_head(&info);
+                        if let Some(other) = other.filter(|_| code != libc::SI_TKILL) {
+                            self.keep_signal(other, info);
+                        }
+                        tracee::cont(tid, 0)?;
+                    }
+                    Event::Stop(_) | Event::Other(_) => tracee::cont(tid, 0)?,
                 }
             }
         }
@@ -288,6 +326,7 @@ impl Unit {
         self.model.affinity.remove(&vtid);
         self.outside.begun.remove(&vtid);
         self.current = None;
+        self.offer_signals();
         if clear != 0 {
             if let Some(other) = self.threads.values().next().map(|t| t.tid)
                 && let Err(e @ tracee::TraceError::Gone(_)) = tracee::write_mem(other, clear, &[0; 4])
@@ -302,7 +341,7 @@ impl Unit {
     pub(crate) fn exit_group(&mut self, vtid: i32, code: u64, digest: u64) -> Result<Outcome> {
         self.ending = true;
         self.begin_record(ftrun_abi::record::Kind::Exit);
-        self.append(vtid, libc::SYS_exit_group as u16, code as i64, digest, 0);
+        self.append(vtid, libc::SYS_exit_group as u16, code as i64, digest, 0)?;
         self.end_process(vtid, code)
     }
 

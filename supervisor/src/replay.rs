@@ -4,13 +4,16 @@
 //! at: the invariant of [`crate::live`]. No input and no output call is made. A call that differs from its
 //! event in number, arguments or input memory is a [`Divergence`], and ends the recovery.
 
-use ftrun_abi::record::{Kind, Record, flag};
+use std::sync::atomic::Ordering::SeqCst;
+
+use ftrun_abi::fast::REPLAY;
+use ftrun_abi::record::{Header, Kind, Record, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
 
 use crate::divergence::{Divergence, describe, describe_call};
 use crate::live::Outcome;
 use crate::marshal::Prepared;
-use crate::signals::{Trapped, apply_trapped, trapped};
+use crate::signals::{ANY_THREAD, Trapped, apply_trapped};
 use crate::tracee::{self, Event, SigInfo};
 use crate::unit::{Halt, Place, Result, State, Unit, Waiting};
 
@@ -18,10 +21,10 @@ impl Unit {
     /// Applies every record of the log above the unit's SII. Returns how many.
     pub fn replay(&mut self) -> Result<u64> {
         self.replaying = true;
+        self.futex_results.clear();
         crate::fault::point("replay-begin", self.pid);
-        let records = std::mem::take(&mut self.log.records);
-        let result = self.replay_records(&records);
-        self.log.records = records;
+        self.log.drop_unloggable();
+        let result = self.replay_records();
         self.replaying = false;
         let n = result?;
         for (vtid, queue) in std::mem::take(&mut self.regenerated) {
@@ -31,24 +34,36 @@ impl Unit {
         Ok(n)
     }
 
-    fn replay_records(&mut self, records: &std::collections::VecDeque<(u64, Box<[u8]>)>) -> Result<u64> {
+    fn replay_records(&mut self) -> Result<u64> {
         let mut n = 0;
-        for (i, (sii, bytes)) in records.iter().enumerate() {
-            if *sii <= self.sii {
+        // Where the shim goes on, too: it takes the events that it can, and leaves the others to us.
+        let from = self.log.begin();
+        let control = self.log.control();
+        control.replay_at.store(from, SeqCst);
+        control.sii.store(self.sii, SeqCst);
+        control.mode.store(REPLAY, SeqCst);
+        while let Some((bytes, next)) = self.log.read_at(self.log.control().replay_at.load(SeqCst)) {
+            let bytes = bytes.to_vec();
+            let (record, _) =
+                Record::parse(&bytes).map_err(|e| Halt::Broken(format!("an event in memory is damaged: {e}")))?;
+            let sii = record.header.sii;
+            self.log.control().replay_at.store(next, SeqCst);
+            if sii <= self.sii {
                 continue;
             }
-            let parse = |b: &[u8]| Record::parse(b).map(|r| r.0.header).ok();
-            let (record, _) =
-                Record::parse(bytes).map_err(|e| Halt::Broken(format!("the record of event {sii} is damaged: {e}")))?;
-            let next = records.get(i + 1).and_then(|(_, b)| parse(b));
+            let next = self.next_header();
             let vtid = record.header.tid as i32;
             if !self.threads.contains_key(&vtid) {
-                return Err(self.diverged(&record, *sii, format!("the unit has no thread {vtid}")));
+                return Err(self.diverged(&record, sii, format!("the unit has no thread {vtid}")));
             }
-            self.sii = *sii;
+            self.sii = sii;
+            self.log.control().sii.store(sii, SeqCst);
+            if self.off_line {
+                self.shared.events.store(sii, SeqCst);
+            }
             crate::fault::point("replay-event", self.pid);
             self.current = Some(vtid);
-            let runs = self.apply(&record, *sii)?;
+            let runs = self.apply(&record, sii)?;
             n += 1;
             let signal_follows = next.is_some_and(|h| {
                 h.kind == Kind::Signal as u16 && h.flags & flag::AFTER_CALL != 0 && h.tid as i32 == vtid
@@ -63,8 +78,18 @@ impl Unit {
                 Applied::Running => self.run_to_call(vtid, next.as_ref())?,
                 Applied::Gone => {}
             }
+            // What the shim has taken meanwhile.
+            let taken = self.log.control().sii.load(SeqCst);
+            n += taken - self.sii;
+            self.sii = taken;
         }
         Ok(n)
+    }
+
+    /// The event that replay comes to next.
+    fn next_header(&self) -> Option<Header> {
+        let (bytes, _) = self.log.read_at(self.log.control().replay_at.load(SeqCst))?;
+        Some(Record::parse(bytes).ok()?.0.header)
     }
 
     fn diverged(&self, record: &Record<'_>, sii: u64, found: String) -> Halt {
@@ -124,10 +149,13 @@ impl Unit {
             info.copy_from_slice(bytes.get(..128).ok_or_else(|| Halt::Broken("a short siginfo".into()))?);
         }
         let signal = i32::from(h.nr);
-        if let Some(queue) = self.regenerated.get_mut(&vtid)
-            && let Some(i) = queue.iter().position(|q| tracee::siginfo_head(q).0 == signal)
-        {
-            queue.remove(i);
+        for to in [vtid, ANY_THREAD] {
+            if let Some(queue) = self.regenerated.get_mut(&to)
+                && let Some(i) = queue.iter().position(|q| tracee::siginfo_head(q).0 == signal)
+            {
+                queue.remove(i);
+                break;
+            }
         }
         let mut mask = None;
         if h.flags & flag::SUSPENDED != 0 {
@@ -187,6 +215,7 @@ impl Unit {
                 self.local_effect(vtid, nr, &args, result)?;
             }
             _ if row.class == Class::Local && row.place == Who::Unit && !failed => {
+                self.before_arch_prctl(vtid, nr, &args)?;
                 let r = self.execute_again(vtid, nr, self.real_ids(&row, &args), record)?;
                 self.local_effect(vtid, nr, &args, r)?;
                 if r != result {
@@ -292,16 +321,25 @@ impl Unit {
     }
 
     /// Lets a running thread come to its next call (or trapped instruction).
-    fn run_to_call(&mut self, vtid: i32, next: Option<&ftrun_abi::record::Header>) -> Result<()> {
+    fn run_to_call(&mut self, vtid: i32, next: Option<&Header>) -> Result<()> {
         let tid = self.tid(vtid);
         if next.is_none() && !self.arrive_last {
             // From here on it is live, and may compute for long.
             return Ok(());
         }
         loop {
-            match tracee::wait_one(tid)? {
+            let event = match tracee::wait_tick(tid)? {
+                Some(event) => event,
+                // The shim has taken the last event: from there on it is live.
+                None if !self.arrive_last && self.next_header().is_none() => return Ok(()),
+                None => continue,
+            };
+            match event {
                 Event::Seccomp => break,
-                Event::Signal(libc::SIGSEGV) if self.at_trapped(vtid)? => {
+                Event::Signal(libc::SIGSEGV) if self.is_in_shim(tracee::get_regs(tid)?.rip) => {
+                    self.fault_in_shim(vtid)?;
+                }
+                Event::Signal(libc::SIGSEGV | libc::SIGILL) if self.at_trapped(vtid)? => {
                     self.thread(vtid).place = Place::Stopped;
                     return Ok(());
                 }
@@ -310,14 +348,14 @@ impl Unit {
                 _ => tracee::cont(tid, 0)?,
             }
         }
-        let regs = tracee::get_regs(tid)?;
-        let t = self.thread(vtid);
-        t.regs = regs;
-        t.place = Place::Stopped;
-        t.state = State::Entry;
+        let regs = self.arrived(vtid)?;
+        let next = self.next_header();
+        let next = next.as_ref();
         // A futex call was tried as soon as the thread came to it, and may have changed the list.
         let signal_first = next.is_some_and(|n| n.kind == Kind::Signal as u16 && n.tid as i32 == vtid && n.flags == 0);
-        if regs.orig_rax == libc::SYS_futex as u64 && !signal_first {
+        // The last thread's has not been tried when its process died, or the log would say so: it is made live.
+        let untried = next.is_none() && !self.arrive_last;
+        if regs.orig_rax == libc::SYS_futex as u64 && !signal_first && !untried {
             let args = tracee::args_of(&regs);
             match self.futex_step(vtid, &args)? {
                 Outcome::Block(_) => {
@@ -336,7 +374,7 @@ impl Unit {
     fn at_trapped(&mut self, vtid: i32) -> Result<bool> {
         let tid = self.tid(vtid);
         let (_, code, _) = tracee::siginfo_head(&tracee::get_siginfo(tid)?);
-        Ok(code > 0 && trapped(tid, tracee::get_regs(tid)?.rip)?.is_some())
+        Ok(code > 0 && self.trapped_at(tid, tracee::get_regs(tid)?.rip)?.is_some())
     }
 }
 

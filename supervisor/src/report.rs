@@ -164,6 +164,10 @@ impl Error {
             Self::Log(LogError::Version { .. }) => {
                 "use the version of ftrun that wrote it, or remove the unit with `ftrun rm`".into()
             }
+            Self::Log(LogError::Corrupt { .. } | LogError::Gap { .. }) => {
+                "everything before it is sound; `ftrun verify` says what else is damaged, `ftrun rm` removes the unit"
+                    .into()
+            }
             Self::Log(_) | Self::Output(_) => String::new(),
             Self::Bug { .. } => "this is a bug in ftrun: please report it with the output of `ftrun doctor`".into(),
         };

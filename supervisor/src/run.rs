@@ -5,6 +5,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use std::time::Duration;
 use ftrun_ckpt::dirty;
 
 use crate::cli::RunOptions;
+use crate::evlog::EventLog;
 use crate::journal::Journal;
 use crate::launch::Program;
 use crate::lifecycle::End;
@@ -62,6 +64,9 @@ pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
     board.code.store(-1, Ordering::SeqCst);
     let keeper = std::process::id() as i32;
     let unit_fds = inherited();
+    // Who started us may ignore SIGCHLD; ignored, it would reap our children before we have their status.
+    // SAFETY: the default action, in a process with one thread.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     // SAFETY: signal sets are plain data; the mask of this thread, the only one, is changed.
     let old_mask = unsafe {
         let mut all: libc::sigset_t = std::mem::zeroed();
@@ -136,6 +141,10 @@ fn keep(supervisor: i32, board: &Board) -> i32 {
         }
     }
 }
+
+/// Room for events beyond those that make a checkpoint due: two of the longest, and what the disk has not
+/// taken yet.
+const LOG_SLACK: u64 = 64 << 20;
 
 struct Control {
     writer: Service,
@@ -222,13 +231,15 @@ fn try_supervisor(
     let backend = dirty::choose();
     status.dirty_backend = backend.name().to_owned();
     let status = Arc::new(Mutex::new(status));
-    let journal = service.run(|| -> Result<Journal, Error> {
+    let (log, journal) = service.run(|| -> Result<_, Error> {
+        let log = EventLog::new(options.checkpoint_log_bytes + LOG_SLACK)
+            .map_err(|e| Error::environment(format!("memory for the event log: {e}"), "lower --checkpoint-log"))?;
         dir.write_status(&lock(&status))?;
-        let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir())?;
+        let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir(), &log)?;
         let listener = dir.bind_control()?;
         let handler = Control { writer: journal.writer(), shared: Arc::clone(&shared), status: Arc::clone(&status) };
         crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
-        Ok(journal)
+        Ok((log, journal))
     })?;
     // SAFETY: no arguments.
     let tracer = unsafe { libc::syscall(libc::SYS_gettid) };
@@ -239,20 +250,28 @@ fn try_supervisor(
             .map_err(|e| Error::environment(format!("--cwd {}: {e}", cwd.display()), "name a directory that exists"))?;
     }
     catch_signals();
-    let mut unit = Unit::new(service.clone(), Arc::clone(&shared), Arc::clone(&status), backend);
+    log.control().kill_in.store(crate::fault::in_shim(), Ordering::SeqCst);
+    // Never dropped: it owns descriptors of the service thread's table, and this process ends with it.
+    let mut unit =
+        ManuallyDrop::new(Unit::new(service.clone(), log, Arc::clone(&shared), Arc::clone(&status), backend));
     unit.journal = Some(journal);
     unit.board_pid = Some(&board.pid);
     unit.checkpoint_every = options.checkpoint_every.as_nanos() as u64;
+    unit.replay_max = options.recover_within.as_nanos() as u64;
     unit.checkpoint_log = options.checkpoint_log_bytes;
     unit.set_tid = can_set_tid();
     unit.choose_cpu();
+    unit.shim = options.shim;
+    unit.vdso_clock = service.run(|| crate::vdso::clock_gettime(crate::vdso::areas()));
     let program = Program {
         path: program.path.clone(),
         argv: program.argv.clone(),
         envp: program.envp.clone(),
         sigmask: mask_word(old_mask),
+        ignored: program.ignored,
     };
     let end = unit.supervise(&program);
+    let unit = &mut *unit;
     if let Some(journal) = &mut unit.journal {
         journal.flush();
     }
@@ -439,7 +458,8 @@ fn program(options: &RunOptions) -> Result<Program, Error> {
         s.extend(v.into_vec());
         envp.push(CString::new(s).map_err(|_| Error::environment("a variable contains a NUL byte", ""))?);
     }
-    Ok(Program { path: c(path.as_os_str())?, argv, envp, sigmask: 0 })
+    let ignored = crate::dispositions::ignored();
+    Ok(Program { path: c(path.as_os_str())?, argv, envp, sigmask: 0, ignored })
 }
 
 fn set_id_text(path: &Path) -> String {

@@ -5,15 +5,21 @@
 //! exceptions are taken care of: files mapped shared are mapped private, and process ids are virtual.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use ftrun_abi::record::Record;
 use ftrun_ckpt::dirty::Kind;
 use ftrun_ckpt::pages::{Page, PageStore};
 use ftrun_ckpt::state::{Mapping, PAGE_BYTES, Snapshot, ThreadState};
 
+use crate::evlog::EventLog;
 use crate::service::Service;
 use crate::unit::{Halt, Model, PREEMPTED, Shared, Unit};
+
+/// Shortest time after which a shadow that comes to no call is given up.
+const STALL: Duration = Duration::from_secs(60);
 
 /// A checkpoint.
 pub type State = (Snapshot, PageStore);
@@ -41,7 +47,7 @@ pub enum Finding {
 pub fn replay(
     service: &Service,
     from: State,
-    records: Vec<(u64, Box<[u8]>)>,
+    mut records: Vec<(u64, Box<[u8]>)>,
     to: Option<&State>,
 ) -> Result<Finding, String> {
     let (mut snapshot, pages) = from;
@@ -52,7 +58,12 @@ pub fn replay(
     for m in &mut snapshot.maps {
         m.shared &= !has_file(m);
     }
-    let mut unit = Unit::new(service.clone(), Arc::new(Shared::default()), Arc::new(Mutex::default()), Kind::Full);
+    if cause.as_ref().is_some_and(|c| c != PREEMPTED) {
+        // The last event led to the checkpoint, which holds its effect.
+        records.pop();
+    }
+    let log = service.run(|| log_of(&records)).map_err(|e| format!("memory for the events: {e}"))?;
+    let mut unit = Unit::new(service.clone(), log, Arc::new(Shared::default()), Arc::new(Mutex::default()), Kind::Full);
     unit.off_line = true;
     unit.vpid = snapshot.threads.first().map_or(0, |t| t.tid);
     if unit.vpid == 0 {
@@ -61,13 +72,18 @@ pub fn replay(
     }
     unit.pages = pages;
     unit.snapshot = Some(Arc::new(snapshot));
-    unit.log.records = records.into();
-    if cause.as_ref().is_some_and(|c| c != PREEMPTED) {
-        // The last event led to the checkpoint, which holds its effect.
-        unit.log.records.pop_back();
-    }
     unit.arrive_last = to.is_some() && cause.is_none();
-    let finding = match run(&mut unit) {
+    // What took the unit so long may take the shadow some times longer.
+    let taken = to.zip(unit.snapshot.as_deref()).map(|((to, _), from)| to.at_ns.saturating_sub(from.at_ns));
+    let limit = STALL + taken.map_or(STALL, |ns| 4 * Duration::from_nanos(ns));
+    let watch = Arc::new(Watch { shared: Arc::clone(&unit.shared), limit, ..Watch::default() });
+    service.run({
+        let watch = Arc::clone(&watch);
+        || std::thread::spawn(move || watch.keep())
+    });
+    let result = run(&mut unit);
+    watch.over.store(true, Relaxed);
+    let finding = match result {
         Ok(()) if cause.is_some() => Ok(Finding::NotComparable(cause.unwrap_or_default())),
         Ok(()) => match to {
             None => Ok(Finding::Replayed),
@@ -75,13 +91,62 @@ pub fn replay(
         },
         Err(Halt::Ended(_)) => Ok(Finding::Replayed),
         Err(Halt::Diverged(d)) => Ok(Finding::Different(d.to_string())),
+        Err(Halt::Died) if watch.gave_up.load(Relaxed) => {
+            let seconds = limit.as_secs();
+            Ok(Finding::Different(format!(
+                "the replayed program came to no call for {seconds} s at event {}",
+                unit.sii
+            )))
+        }
         Err(Halt::Died) => {
             Ok(Finding::Different(format!("the replayed process died at event {}; the unit did not", unit.sii)))
         }
         Err(h) => Err(h.to_string()),
     };
     unit.bury();
+    // It owns a descriptor of the service thread's table.
+    let log = unit.log;
+    service.run(move || drop(log));
     finding
+}
+
+/// A log in memory that holds these records.
+fn log_of(records: &[(u64, Box<[u8]>)]) -> std::io::Result<EventLog> {
+    let bytes: usize = records.iter().map(|r| r.1.len() + 16).sum();
+    // Half of a ring is what one record may take.
+    let largest = records.iter().map(|r| r.1.len()).max().unwrap_or(0);
+    let mut log = EventLog::new((bytes + 2 * largest + 4096) as u64)?;
+    for (_, record) in records {
+        log.append(record).map_err(|_full| std::io::Error::other("the events do not fit"))?;
+    }
+    Ok(log)
+}
+
+/// Ends a shadow that computes for ever, so that its tracer does not wait for ever.
+#[derive(Default)]
+struct Watch {
+    shared: Arc<Shared>,
+    limit: Duration,
+    over: AtomicBool,
+    gave_up: AtomicBool,
+}
+
+impl Watch {
+    fn keep(&self) {
+        let mut seen = (self.shared.events.load(Relaxed), Instant::now());
+        while !self.over.load(Relaxed) {
+            std::thread::sleep(Duration::from_millis(20));
+            let (events, pid) = (self.shared.events.load(Relaxed), self.shared.pid.load(Relaxed));
+            if events != seen.0 {
+                seen = (events, Instant::now());
+            } else if seen.1.elapsed() > self.limit && pid > 0 && !self.over.load(Relaxed) {
+                self.gave_up.store(true, Relaxed);
+                // SAFETY: a child that its tracer has not buried: it does that after `over`.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+                return;
+            }
+        }
+    }
 }
 
 fn run(unit: &mut Unit) -> Result<(), Halt> {

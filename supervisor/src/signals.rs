@@ -24,6 +24,9 @@ enum Disposition {
     Handler,
 }
 
+/// Key of [`crate::unit::Outside::signals`] for signals that were sent to the process.
+pub(crate) const ANY_THREAD: i32 = 0;
+
 /// Calls that a handler ends with `EINTR` even with `SA_RESTART` (signal(7)).
 const NEVER_RESTARTED: [i64; 13] = [
     libc::SYS_poll,
@@ -77,13 +80,22 @@ impl Unit {
             return;
         }
         let own = self.sent_by_unit(&info);
+        let (_, code, _) = tracee::siginfo_head(&info);
+        let to = if code == libc::SI_TKILL { vtid } else { ANY_THREAD };
         let queue = if own && self.replaying {
-            self.regenerated.entry(vtid).or_default()
+            self.regenerated.entry(to).or_default()
         } else {
-            self.outside.signals.entry(vtid).or_default()
+            self.outside.signals.entry(to).or_default()
         };
         if signal >= 32 || !queue.iter().any(|i| tracee::siginfo_head(i).0 == signal) {
             queue.push_back(info);
+        }
+        if to == ANY_THREAD {
+            self.offered = false;
+        }
+        if !self.replaying && self.current != Some(vtid) {
+            // It may wait, and was disturbed only for a moment: it has to look at its call again.
+            self.make_ready(vtid);
         }
     }
 
@@ -110,8 +122,14 @@ impl Unit {
         let (_, code, _) = tracee::siginfo_head(&info);
         let running = self.thread(vtid).place == Place::Program;
         let fault = matches!(signal, libc::SIGSEGV | libc::SIGBUS | libc::SIGFPE | libc::SIGILL | libc::SIGTRAP);
+        if running && fault && code > 0 && self.is_in_shim(tracee::get_regs(tid)?.rip) {
+            return self.fault_in_shim(vtid);
+        }
         if running && fault && code > 0 {
-            if signal == libc::SIGSEGV && self.trapped_instruction(vtid)? {
+            if matches!(signal, libc::SIGSEGV | libc::SIGILL) && self.trapped_instruction(vtid)? {
+                return Ok(());
+            }
+            if signal == libc::SIGSEGV && self.enters_guarded(vtid)? {
                 return Ok(());
             }
             if self.disposition(signal) != Disposition::Handler {
@@ -129,12 +147,13 @@ impl Unit {
             }
             Disposition::Handler => {
                 self.keep_signal(vtid, info);
+                self.call_back();
                 if self.thread(vtid).place == Place::Parked {
                     self.thread(vtid).place = Place::Stopped;
                     self.make_ready(vtid);
                     return Ok(());
                 }
-                Ok(tracee::cont(tid, 0)?)
+                self.go_on(tid)
             }
         }
     }
@@ -144,7 +163,7 @@ impl Unit {
     fn trapped_instruction(&mut self, vtid: i32) -> Result<bool> {
         let tid = self.tid(vtid);
         let mut regs = tracee::get_regs(tid)?;
-        let Some(length) = trapped(tid, regs.rip)? else { return Ok(false) };
+        let Some(length) = self.trapped_at(tid, regs.rip)? else { return Ok(false) };
         if self.replaying {
             return Err(Halt::Broken("a trapped instruction in replay reached the live path".into()));
         }
@@ -152,7 +171,7 @@ impl Unit {
         self.begin_record(Kind::Insn);
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         self.output(0, &bytes)?;
-        self.append(vtid, length.0, 0, regs.rip, 0);
+        self.append(vtid, length.0, 0, regs.rip, 0)?;
         apply_trapped(&mut regs, length, values);
         tracee::set_regs(tid, &regs)?;
         tracee::cont(tid, 0)?;
@@ -161,33 +180,50 @@ impl Unit {
 
     /// The next kept signal that can be delivered to a stopped thread under its mask.
     fn next_signal(&mut self, vtid: i32, mask: Option<u64>) -> Result<Option<SigInfo>> {
-        if self.outside.signals.get(&vtid).is_none_or(|q| q.is_empty()) {
+        if !self.has_signals(vtid) {
             return Ok(None);
         }
         let mask = match mask {
             Some(m) => m,
             None => tracee::get_sigmask(self.tid(vtid))?,
         };
-        let queue = self.outside.signals.remove(&vtid).unwrap_or_default();
         let mut found = None;
-        for info in queue {
-            let (signal, ..) = tracee::siginfo_head(&info);
-            match self.disposition(signal) {
-                Disposition::Handler if found.is_none() && mask & (1 << (signal - 1)) == 0 => found = Some(info),
-                Disposition::Fatal if found.is_none() && mask & (1 << (signal - 1)) == 0 => {
-                    self.ending = true;
-                    found = Some(info);
+        for to in [vtid, ANY_THREAD] {
+            for info in self.outside.signals.remove(&to).unwrap_or_default() {
+                let (signal, ..) = tracee::siginfo_head(&info);
+                match self.disposition(signal) {
+                    Disposition::Handler if found.is_none() && mask & (1 << (signal - 1)) == 0 => found = Some(info),
+                    Disposition::Fatal if found.is_none() && mask & (1 << (signal - 1)) == 0 => {
+                        self.ending = true;
+                        found = Some(info);
+                    }
+                    Disposition::Ignore => {}
+                    _ => self.outside.signals.entry(to).or_default().push_back(info),
                 }
-                Disposition::Ignore => {}
-                _ => self.outside.signals.entry(vtid).or_default().push_back(info),
             }
         }
         Ok(found)
     }
 
+    /// A thread has left signals of the process to the others (it masks them, or has ended): each other thread
+    /// looks at them, once.
+    pub(crate) fn offer_signals(&mut self) {
+        if !self.offered && self.outside.signals.get(&ANY_THREAD).is_some_and(|q| !q.is_empty()) {
+            self.offered = true;
+            for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
+                self.make_ready(vtid);
+            }
+        }
+    }
+
+    /// Signals are kept that this thread may take.
+    pub(crate) fn has_signals(&self, vtid: i32) -> bool {
+        [vtid, ANY_THREAD].iter().any(|to| self.outside.signals.get(to).is_some_and(|q| !q.is_empty()))
+    }
+
     /// A signal is due for a thread whose call is about to be tried. True if the thread was given it.
     pub(crate) fn interrupted(&mut self, vtid: i32) -> Result<bool> {
-        if self.outside.signals.get(&vtid).is_none_or(|q| q.is_empty()) || self.model.woken.contains(&vtid) {
+        if !self.has_signals(vtid) || self.model.woken.contains(&vtid) {
             return Ok(false);
         }
         let t = self.thread(vtid);
@@ -229,7 +265,7 @@ impl Unit {
         for (addr, bytes) in &outs {
             self.output(*addr, bytes)?;
         }
-        self.append(vtid, nr as u16, result, begun.digest, 0);
+        self.append(vtid, nr as u16, result, begun.digest, 0)?;
         self.finish_call(vtid, result, &outs)?;
         self.log_signal(vtid, &info, Self::signal_flags(true, false), None)?;
         self.deliver(vtid, &info, None).map(|()| true)
@@ -281,7 +317,7 @@ impl Unit {
             self.output(1, &mask.to_le_bytes())?;
         }
         let (signal, ..) = tracee::siginfo_head(info);
-        self.append(vtid, signal as u16, 0, 0, flags);
+        self.append(vtid, signal as u16, 0, 0, flags)?;
         crate::fault::point("signal-logged", self.pid);
         Ok(())
     }
@@ -299,7 +335,9 @@ impl Unit {
         t.state = State::Running;
         t.xstate = None;
         let (tid, regs, slot) = (t.tid, t.regs, crate::launch::GATE.slot(t.slot));
+        self.masks.remove(&vtid);
         self.current = Some(vtid);
+        self.has_turn(vtid);
         tracee::tgkill(pid, tid, signal)?;
         match mask {
             Some(mask) => {
@@ -329,6 +367,8 @@ impl Unit {
         }
         let action = &mut self.model.actions[signal as usize - 1];
         let handled = action[0] > 1;
+        self.allow_shim();
+        let action = &mut self.model.actions[signal as usize - 1];
         if action[1] & libc::SA_RESETHAND as u64 != 0 {
             *action = [0; 4];
         }
@@ -373,22 +413,6 @@ fn clean_frame(tid: i32, info: &SigInfo) -> Result<()> {
 /// An instruction that traps: its length, and which one it is by the first distinguishing byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Trapped(pub(crate) u16);
-
-/// The trapped instruction at `rip`, if there is one.
-pub(crate) fn trapped(tid: i32, rip: u64) -> Result<Option<Trapped>> {
-    let mut code = [0u8; 3];
-    match tracee::read_some(tid, rip, &mut code) {
-        Err(e @ tracee::TraceError::Gone(_)) => return Err(e.into()),
-        Err(_) => return Ok(None),
-        Ok(_) => {}
-    }
-    Ok(match code {
-        [0x0f, 0x31, _] => Some(Trapped(0x31)),
-        [0x0f, 0x01, 0xf9] => Some(Trapped(0xf9)),
-        [0x0f, 0xa2, _] => Some(Trapped(0xa2)),
-        _ => None,
-    })
-}
 
 fn execute_trapped(which: Trapped, eax: u32, ecx: u32) -> [u64; 4] {
     if which.0 == 0xa2 {

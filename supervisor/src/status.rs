@@ -158,6 +158,23 @@ pub struct Calls {
     pub fast: u64,
 }
 
+/// A call site whose calls stop.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlowSite {
+    /// Its address in the program.
+    pub address: String,
+    /// The file that is mapped there; empty if none is.
+    pub file: String,
+    /// The function that it is in, if the file says.
+    pub symbol: Option<String>,
+    /// The call that was made there last.
+    pub call: String,
+    /// How often.
+    pub calls: u64,
+    /// Why its calls are not served in the process.
+    pub why: String,
+}
+
 /// The state of a unit.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -189,6 +206,9 @@ pub struct Status {
     pub last_recovery: Option<RecoveryInfo>,
     /// System calls so far.
     pub calls: Calls,
+    /// The sites with the most slow calls, as of the last checkpoint.
+    #[serde(default)]
+    pub slow_sites: Vec<SlowSite>,
     /// The program as given.
     pub program: String,
     /// Its arguments, without the program.
@@ -275,6 +295,10 @@ impl fmt::Display for Status {
         writeln!(f, "  incarnation  {} ({} recoveries)", self.incarnation, self.recoveries)?;
         writeln!(f, "  events       {}", self.events)?;
         writeln!(f, "  calls        {} slow, {} fast", self.calls.slow, self.calls.fast)?;
+        for s in &self.slow_sites {
+            let place = s.symbol.as_deref().unwrap_or(&s.address);
+            writeln!(f, "    {:>10} {} at {place} in {}: {}", s.calls, s.call, s.file, s.why)?;
+        }
         write!(f, "  unloggable   {}", self.unloggable.count)?;
         let causes = self.unloggable.by_cause.iter();
         let causes: Vec<_> = causes.map(|(cause, n)| format!("{cause} {n}")).collect();

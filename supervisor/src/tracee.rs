@@ -246,18 +246,25 @@ fn decode(status: c_int) -> Event {
 /// Waits for the next event of one thread, across interruptions.
 pub fn wait_one(tid: i32) -> Result<Event> {
     loop {
-        match wait(tid, 0) {
-            Ok(Some((_, event))) => return Ok(event),
-            // A main thread that was killed is not reported while its process has other threads that
-            // nobody has waited for.
-            Ok(None) if is_zombie(tid) => match wait(tid, libc::WNOHANG) {
-                Ok(Some((_, event))) => return Ok(event),
-                _ => return Err(TraceError::Gone(tid)),
-            },
-            Ok(None) => {}
-            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Err(TraceError::Gone(tid)),
-            Err(source) => return Err(TraceError::Sys { op: "waitpid", tid, source }),
+        if let Some(event) = wait_tick(tid)? {
+            return Ok(event);
         }
+    }
+}
+
+/// Waits for the next event of one thread; `None` at a tick of the supervisor's clock.
+pub fn wait_tick(tid: i32) -> Result<Option<Event>> {
+    match wait(tid, 0) {
+        Ok(Some((_, event))) => Ok(Some(event)),
+        // A main thread that was killed is not reported while its process has other threads that
+        // nobody has waited for.
+        Ok(None) if is_zombie(tid) => match wait(tid, libc::WNOHANG) {
+            Ok(Some((_, event))) => Ok(Some(event)),
+            _ => Err(TraceError::Gone(tid)),
+        },
+        Ok(None) => Ok(None),
+        Err(e) if e.raw_os_error() == Some(libc::ECHILD) => Err(TraceError::Gone(tid)),
+        Err(source) => Err(TraceError::Sys { op: "waitpid", tid, source }),
     }
 }
 

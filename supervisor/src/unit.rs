@@ -100,6 +100,8 @@ pub enum Place {
     Program,
     /// Waiting in a call behind the gate.
     Parked,
+    /// Waiting in the shim, without the turn.
+    Waiting,
 }
 
 /// One thread.
@@ -127,6 +129,8 @@ pub struct Thread {
     pub robust: (u64, u64),
     /// It let others go first (`sched_yield`).
     pub yielded: bool,
+    /// The last event when it was last sent back into the process to wait there.
+    pub sent_back: u64,
 }
 
 /// A timer of `timer_create(2)` or `setitimer(2)`.
@@ -174,6 +178,8 @@ pub struct Model {
     /// Why the checkpoint was taken, when the events before it do not lead there by replay: the call that
     /// could not be logged, [`PREEMPTED`], or `execve`.
     pub irregular: Option<String>,
+    /// Call sites that have been rewritten.
+    pub sites: crate::fast::Sites,
     /// Processors that threads asked for (sched_setaffinity(2)), by thread.
     pub affinity: BTreeMap<i32, Vec<u8>>,
     /// Processor that the unit is bound to.
@@ -231,7 +237,8 @@ pub struct Outside {
     pub timers: BTreeMap<i32, Timer>,
     /// Interval timers by `ITIMER_*`.
     pub itimers: BTreeMap<i32, Timer>,
-    /// Signals that arrived and have not been delivered, by thread.
+    /// Signals that arrived and have not been delivered, by thread; 0 for those sent to the process, -1 for
+    /// what is known of children whose SIGCHLD is on its way.
     pub signals: HashMap<i32, VecDeque<SigInfo>>,
 }
 
@@ -246,19 +253,12 @@ pub struct Shared {
     pub events: AtomicU64,
     /// Calls on the slow path so far.
     pub slow: AtomicU64,
+    /// Calls served in the process so far.
+    pub fast: AtomicU64,
     /// Process id of the unit.
     pub pid: std::sync::atomic::AtomicI32,
     /// Checkpoints taken.
     pub checkpoints: AtomicU64,
-}
-
-/// The log since the checkpoint before last, in memory.
-#[derive(Debug, Default)]
-pub struct EventLog {
-    /// Records in order: (SII, bytes).
-    pub records: VecDeque<(u64, Box<[u8]>)>,
-    /// Their size.
-    pub bytes: u64,
 }
 
 /// A unit under supervision.
@@ -295,7 +295,7 @@ pub struct Unit {
     /// Signals that replay produced anew and the log has not delivered yet.
     pub regenerated: HashMap<i32, VecDeque<SigInfo>>,
     /// The log.
-    pub log: EventLog,
+    pub log: crate::evlog::EventLog,
     /// Where new records are also sent to be kept on disk.
     pub journal: Option<crate::journal::Journal>,
     /// The newest checkpoint.
@@ -322,9 +322,15 @@ pub struct Unit {
     pub checkpoint_log: u64,
     /// When the last one was taken.
     pub checkpoint_at: u64,
+    /// Expected time of replay that makes a checkpoint due, nanoseconds.
+    pub replay_max: u64,
+    /// What an event takes in replay, nanoseconds: as measured in the last recovery.
+    pub(crate) replay_ns: u64,
+    /// How long the last checkpoint kept the unit waiting, nanoseconds.
+    pub(crate) pause_ns: u64,
     /// An unloggable call was made: a checkpoint must follow.
     pub unloggable: Option<String>,
-    /// Signal masks read for a checkpoint.
+    /// Signal masks of threads, read for a checkpoint since they last ran.
     pub(crate) masks: HashMap<i32, u64>,
     /// Results of futex calls that replay has tried ahead of their events.
     pub(crate) futex_results: HashMap<i32, i64>,
@@ -336,6 +342,22 @@ pub struct Unit {
     pub(crate) board_pid: Option<&'static std::sync::atomic::AtomicI32>,
     /// The signal of a fault that made the unit fail.
     pub(crate) failed_signal: Option<i32>,
+    /// When the running thread was last asked to pass the turn.
+    pub(crate) last_tick: u64,
+    /// Every thread has looked at the signals kept for any of them.
+    pub(crate) offered: bool,
+    /// Calls may be served inside the process.
+    pub(crate) shim: bool,
+    /// Call sites by the address at which their stubs stop.
+    pub(crate) stubs: HashMap<u64, u64>,
+    /// What is known of instructions in the files that the program has mapped.
+    pub(crate) scans: crate::scan::Scanned,
+    /// Address of the kernel's clock in the unit, 0 if there is none.
+    pub(crate) vdso_clock: u64,
+    /// Slow calls by site.
+    pub(crate) hot: crate::hot::Hot,
+    /// What is known of padding in the files that the program has mapped.
+    pub(crate) files: crate::patch::Files,
     /// The processor that the unit is bound to.
     pub(crate) cpu: Option<u32>,
     /// The processors that it was given.
@@ -349,6 +371,7 @@ impl Unit {
     /// A unit that has not been started.
     pub fn new(
         service: Service,
+        log: crate::evlog::EventLog,
         shared: Arc<Shared>,
         status: Arc<std::sync::Mutex<crate::status::Status>>,
         backend: ftrun_ckpt::dirty::Kind,
@@ -369,7 +392,7 @@ impl Unit {
             off_line: false,
             arrive_last: false,
             regenerated: HashMap::new(),
-            log: EventLog::default(),
+            log,
             journal: None,
             snapshot: None,
             pages: PageStore::new(),
@@ -383,6 +406,9 @@ impl Unit {
             checkpoint_every: 1_000_000_000,
             checkpoint_log: 64 << 20,
             checkpoint_at: 0,
+            replay_max: 150_000_000,
+            replay_ns: 25_000,
+            pause_ns: 0,
             unloggable: None,
             masks: HashMap::new(),
             futex_results: HashMap::new(),
@@ -390,6 +416,14 @@ impl Unit {
             backend,
             board_pid: None,
             failed_signal: None,
+            last_tick: 0,
+            offered: false,
+            shim: false,
+            stubs: HashMap::new(),
+            scans: crate::scan::Scanned::default(),
+            vdso_clock: 0,
+            hot: crate::hot::Hot::default(),
+            files: crate::patch::Files::default(),
             cpu: None,
             given_cpus: Vec::new(),
             took_signal: false,
@@ -413,13 +447,17 @@ impl Unit {
         id == 0 || id == self.vpid || self.threads.contains_key(&id)
     }
 
-    /// The arguments of a call with the kernel's process and thread ids.
+    /// The arguments with which the unit makes a call, live as in replay: the kernel's process and thread ids,
+    /// and pages that are given up at once rather than when the kernel likes.
     pub(crate) fn real_ids(&self, row: &ftrun_abi::table::Row, args: &[u64; 6]) -> [u64; 6] {
         let mut real = *args;
         for (i, arg) in row.args.iter().enumerate() {
             if *arg == ftrun_abi::table::Arg::Pid && args[i] != 0 && self.is_own(args[i] as i32) {
                 real[i] = self.real_id(args[i] as i32) as u64;
             }
+        }
+        if i64::from(row.nr) == libc::SYS_madvise && args[2] as i32 == libc::MADV_FREE {
+            real[2] = libc::MADV_DONTNEED as u64;
         }
         real
     }
@@ -430,17 +468,28 @@ impl Unit {
     }
 
     /// Appends the record under construction to the log as the next event.
-    pub fn append(&mut self, vtid: i32, nr: u16, result: i64, digest: u64, flags: u32) {
+    ///
+    /// # Errors
+    /// The log is full, and its events are still needed.
+    pub fn append(&mut self, vtid: i32, nr: u16, result: i64, digest: u64, flags: u32) -> Result<()> {
         let sii = self.sii + 1;
         self.record.tid(vtid as u32).nr(nr).flags(flags).result(result).digest(digest).sii(sii);
-        let bytes: Box<[u8]> = self.record.finish().into();
-        self.sii += 1;
-        self.log.bytes += bytes.len() as u64;
-        if let Some(journal) = &mut self.journal {
-            journal.append(self.sii, &bytes);
+        let record = self.record.finish();
+        if self.log.append(record).is_err() {
+            if let Some(journal) = &mut self.journal {
+                journal.flush();
+            }
+            if self.log.append(record).is_err() {
+                return Err(Halt::Broken("the event log is full of events without a checkpoint".into()));
+            }
         }
-        self.log.records.push_back((self.sii, bytes));
+        self.sii = sii;
+        self.log.control().sii.store(sii, std::sync::atomic::Ordering::SeqCst);
+        if let Some(journal) = &mut self.journal {
+            journal.follow(&self.log);
+        }
         self.shared.events.store(self.sii, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
     }
 
     /// Starts a record.
@@ -457,7 +506,9 @@ impl Unit {
         t.xstate = None;
         t.yielded = false;
         let (tid, regs) = (t.tid, t.regs);
+        self.masks.remove(&vtid);
         self.current = Some(vtid);
+        self.allow_shim();
         tracee::set_regs(tid, &regs)?;
         tracee::cont(tid, 0)?;
         Ok(())
@@ -479,10 +530,12 @@ impl Unit {
     /// Takes a thread out of its wait; it stands in a stop afterwards.
     pub fn unpark(&mut self, vtid: i32) -> Result<()> {
         let t = self.thread(vtid);
-        if t.place != Place::Parked {
-            return Ok(());
-        }
         let tid = t.tid;
+        match t.place {
+            Place::Parked => {}
+            Place::Waiting => return self.call_in(vtid),
+            Place::Stopped | Place::Program => return Ok(()),
+        }
         tracee::interrupt(tid)?;
         loop {
             match tracee::wait_one(tid)? {

@@ -121,6 +121,15 @@ pub fn own(name: &str) -> Result<PathBuf, Error> {
     found.ok_or_else(|| error!("no {name} in {}; run cargo build --workspace --bins", target.display()))
 }
 
+/// A program of this package in release mode, for what is timed.
+pub fn own_release(name: &str) -> Result<PathBuf, Error> {
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let built = BUILT.get_or_init(|| build_ftrun().map_err(|e| e.0));
+    let ftrun = built.as_ref().map_err(|e| Error(e.clone()))?;
+    let path = ftrun.with_file_name(name);
+    if path.is_file() { Ok(path) } else { Err(error!("the build made no {}", path.display())) }
+}
+
 /// An installed program, looked for in PATH and in the directories of administrators' programs.
 ///
 /// The system's own directories come first: what a version manager puts into PATH before them is often a

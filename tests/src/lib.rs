@@ -3,6 +3,7 @@
 //! - [`binaries`] finds or builds what a test runs: `ftrun`, the programs of `tests/programs`, Python.
 //! - [`mod@unit`] starts one unit in a directory of its own, kills it, stops it, shows its logs on failure.
 //! - [`wire`] is one checked connection; [`clients`] speak the protocols and keep a model of what must be so.
+//! - [`generator`] loads a server as fast as it answers, for benchmarks.
 //! - [`load`] drives many clients while a killer strikes, and reports what they saw.
 //! - [`scenarios`] puts these together, one function for each program; tests, demo and soak share them.
 //!
@@ -11,6 +12,7 @@
 
 pub mod binaries;
 pub mod clients;
+pub mod generator;
 pub mod load;
 pub mod process;
 pub mod rng;

@@ -63,6 +63,18 @@ pub fn proc_number(pid: i32, key: &str) -> Option<i32> {
     proc_status(pid).ok()?.get(key)?.parse().ok()
 }
 
+/// Lets this process, and what it starts, have so many descriptors open.
+pub fn allow_descriptors(count: u64) -> Result<(), crate::Error> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let of = |e: nix::errno::Errno| crate::error!("RLIMIT_NOFILE: {e}");
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(of)?;
+    if soft >= count {
+        return Ok(());
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, count, hard.max(count))
+        .map_err(|e| crate::error!("{count} open descriptors (ulimit -n) are needed, {hard} are allowed: {e}"))
+}
+
 /// Whether we are root.
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()

@@ -43,6 +43,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("forks", forks),
     ("files", files),
     ("memory", memory),
+    ("descriptors", descriptors),
     ("spin", spin),
     ("alarm-spin", alarm_spin),
 ];
@@ -218,7 +219,8 @@ pub fn memcached_t4(load: &Load) -> Result<Report, Error> {
     memcached(load, "4")
 }
 
-fn memcached(load: &Load, threads: &str) -> Result<Report, Error> {
+/// A launch of memcached with so many worker threads.
+pub fn memcached_launch(threads: &str) -> Result<Launch, Error> {
     let mut launch = Launch::new("memcached")?;
     let port = free_port()?;
     launch.run(need("memcached")?, ["-l", "127.0.0.1", "-U", "0", "-t", threads, "-p", &port.to_string()]);
@@ -226,7 +228,12 @@ fn memcached(load: &Load, threads: &str) -> Result<Report, Error> {
         launch.add_args(["-u", "root"]);
     }
     launch.ready(Ready::Port(port));
-    let unit = launch.start()?;
+    Ok(launch)
+}
+
+fn memcached(load: &Load, threads: &str) -> Result<Report, Error> {
+    let unit = memcached_launch(threads)?.start()?;
+    let port = unit.port;
     let report = load::run(load, &unit, clients(|n, rng| Memcached::connect(port, n, rng)));
     conclude(&unit, report)
 }
@@ -242,12 +249,11 @@ fn web_files(dir: &Path, seed: u64) -> Result<Arc<Files>, Error> {
     Ok(Arc::new(files))
 }
 
-/// nginx without a master process: files up to 1 MiB on keep-alive connections, and uploads to an upstream.
-pub fn nginx(load: &Load) -> Result<Report, Error> {
+/// A launch of nginx without a master process that serves its working directory, with these further lines for
+/// its `http` and its `server` block.
+pub fn nginx_launch(http: &str, server: &str) -> Result<Launch, Error> {
     let mut launch = Launch::new("nginx")?;
     let (port, work) = (free_port()?, launch.work());
-    let upstream = Upstream::start()?;
-    let files = web_files(&work, load.seed)?;
     let user = if is_root() { "user root;\n" } else { "" };
     let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|kind| format!("    {kind}_temp_path {}/{kind};\n", work.display()))
@@ -255,18 +261,26 @@ pub fn nginx(load: &Load) -> Result<Report, Error> {
     let config = format!(
         "{user}daemon off;\nmaster_process off;\nerror_log stderr;\npid {dir}/nginx.pid;\n\
          events {{ worker_connections 256; }}\n\
-         http {{\n    access_log {dir}/access.log;\n    keepalive_requests 100000000;\n    keepalive_timeout 600;\n\
-         client_max_body_size 8m;\n{temporary}\
-         server {{\n        listen 127.0.0.1:{port};\n        root {dir};\n\
-         location /upload {{ proxy_pass http://127.0.0.1:{up}; proxy_read_timeout 60; }}\n    }}\n}}\n",
+         http {{\n    keepalive_requests 100000000;\n    keepalive_timeout 600;\n{http}\n{temporary}\
+         server {{\n        listen 127.0.0.1:{port};\n        root {dir};\n{server}\n    }}\n}}\n",
         dir = work.display(),
-        up = upstream.port,
     );
     let file = work.join("nginx.conf");
     std::fs::write(&file, config)?;
     launch.run(need("nginx")?, [Path::new("-p"), &work, Path::new("-c"), &file]);
     launch.ready(Ready::Port(port));
+    Ok(launch)
+}
+
+/// nginx: files up to 1 MiB on keep-alive connections, and uploads to an upstream.
+pub fn nginx(load: &Load) -> Result<Report, Error> {
+    let upstream = Upstream::start()?;
+    let server =
+        format!("location /upload {{ proxy_pass http://127.0.0.1:{}; proxy_read_timeout 60; }}", upstream.port);
+    let launch = nginx_launch("access_log access.log; client_max_body_size 8m;", &server)?;
+    let files = web_files(&launch.work(), load.seed)?;
     let unit = launch.start()?;
+    let port = unit.port;
     let connect = |n, rng| Ok(Http::connect(port, n, rng, &files)?.uploading("/upload"));
     let mut report = load::run(load, &unit, clients(connect));
     if let Err(fault) = upstream.check() {
@@ -347,11 +361,16 @@ pub fn thread_echo(load: &Load) -> Result<Report, Error> {
 
 /// A shell that becomes `env`, which becomes the server.
 pub fn exec_chain(load: &Load) -> Result<Report, Error> {
+    echo_server(load, exec_chain_launch()?)
+}
+
+/// A shell that executes `env`, which executes the echo server.
+pub fn exec_chain_launch() -> Result<Launch, Error> {
     let mut launch = Launch::new("exec-chain")?;
     let program = launch.copy(&guest("epoll_echo")?)?;
     let script = format!("cd . && exec env CHAIN=1 '{}'", program.display());
     launch.run("/bin/sh", ["-c", &script]);
-    echo_server(load, launch)
+    Ok(launch)
 }
 
 /// A tokio server with four worker threads.
@@ -453,6 +472,25 @@ pub fn timers(load: &Load) -> Result<Report, Error> {
 /// fork, pipe, SIGCHLD, waitpid.
 pub fn forks(load: &Load) -> Result<Report, Error> {
     rounds(load, guest_launch("forks")?, |_, _| Ok(()))
+}
+
+/// Descriptors that come and go, positions in files, connections to itself; the file that grows holds each line once.
+pub fn descriptors(load: &Load) -> Result<Report, Error> {
+    descriptors_of(load, guest_launch("descriptors")?)
+}
+
+/// As [`descriptors`], launched in some way.
+pub fn descriptors_of(load: &Load, launch: Launch) -> Result<Report, Error> {
+    rounds(load, launch, |unit, count| {
+        let want: String = (1..=count).map(|n| format!("line {n}\n")).collect();
+        let got = std::fs::read_to_string(unit.work().join("ledger"))?;
+        let lines = got.lines().count();
+        if got == want {
+            Ok(())
+        } else {
+            Err(Fault::error(format!("the ledger has {lines} lines after {count} rounds")))
+        }
+    })
 }
 
 /// Files and directories; what is left is what the last rounds leave.

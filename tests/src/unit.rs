@@ -41,8 +41,11 @@ pub struct Launch {
     argv: Vec<OsString>,
     options: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
+    through: Vec<OsString>,
     uid: Option<u32>,
     ready: Ready,
+    /// Without ftrun, whatever the mode of this run: the words that stand before the program, if any.
+    instead: Option<Vec<OsString>>,
 }
 
 impl Launch {
@@ -54,12 +57,18 @@ impl Launch {
         for part in ["work", "state"] {
             std::fs::create_dir(dir.path().join(part))?;
         }
-        Ok(Self { name, dir, argv: Vec::new(), options: Vec::new(), env: Vec::new(), uid: None, ready: Ready::AtOnce })
+        let (argv, options, env, through) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Ok(Self { name, dir, argv, options, env, through, uid: None, ready: Ready::AtOnce, instead: None })
     }
 
     /// The program's working directory.
     pub fn work(&self) -> PathBuf {
         self.dir.path().join("work")
+    }
+
+    /// The state directory of `ftrun`.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.path().join("state")
     }
 
     /// Sets the program and its arguments.
@@ -87,6 +96,18 @@ impl Launch {
         self
     }
 
+    /// Runs the program without ftrun, under another tool whose words these are, or bare if there are none.
+    pub fn without_ftrun<A: AsRef<OsStr>>(&mut self, words: impl IntoIterator<Item = A>) -> &mut Self {
+        self.instead = Some(words.into_iter().map(|a| a.as_ref().to_owned()).collect());
+        self
+    }
+
+    /// Starts it all by a program that executes its last arguments, as nohup(1) does.
+    pub fn through<A: AsRef<OsStr>>(&mut self, starter: impl IntoIterator<Item = A>) -> &mut Self {
+        self.through = starter.into_iter().map(|a| a.as_ref().to_owned()).collect();
+        self
+    }
+
     /// Runs it all as another user (we have to be root), who gets the directory.
     pub fn as_user(&mut self, uid: u32) -> &mut Self {
         self.uid = Some(uid);
@@ -109,9 +130,10 @@ impl Launch {
     /// Starts the unit and waits until it is ready.
     pub fn start(self) -> Result<Unit, Error> {
         let mut ftrun = match binaries::mode()? {
-            Mode::Bare => None,
-            Mode::Under(path) => Some(path.clone()),
+            Mode::Under(path) if self.instead.is_none() => Some(path.clone()),
+            Mode::Under(_) | Mode::Bare => None,
         };
+        let tool = self.instead.clone().unwrap_or_default();
         if let Some(uid) = self.uid {
             if let Some(path) = &mut ftrun {
                 *path = self.copy(path)?;
@@ -120,15 +142,20 @@ impl Launch {
                 std::os::unix::fs::chown(dir, Some(uid), Some(uid))?;
             }
         }
-        let mut command = match &ftrun {
-            None => Command::new(&self.argv[0]),
+        let mut line = self.through.clone();
+        match &ftrun {
+            None => line.extend(tool.iter().cloned()),
             Some(ftrun) => {
-                let mut command = Command::new(ftrun);
-                command.args(["run", "--name", &self.name]).args(&self.options).arg("--").arg(&self.argv[0]);
-                command
+                line.extend([ftrun.into(), "run".into(), "--name".into(), self.name.clone().into()]);
+                line.extend(self.options.iter().cloned());
+                let more = std::env::var("FTRUN_TEST_OPTIONS").unwrap_or_default();
+                line.extend(more.split_whitespace().map(OsString::from));
+                line.push("--".into());
             }
-        };
-        command.args(&self.argv[1..]).envs(self.env.iter().map(|(k, v)| (k, v)));
+        }
+        line.extend(self.argv.iter().cloned());
+        let mut command = Command::new(&line[0]);
+        command.args(&line[1..]).envs(self.env.iter().map(|(k, v)| (k, v)));
         command.env("FTRUN_STATE_DIR", self.dir.path().join("state")).current_dir(self.work());
         let (out, err) = (self.dir.path().join("stdout"), self.dir.path().join("stderr"));
         command.stdin(Stdio::null()).stdout(File::create(out)?).stderr(File::create(err)?).process_group(0);
@@ -139,6 +166,7 @@ impl Launch {
         let unit = Unit {
             name: self.name,
             ftrun,
+            under_a_tool: !tool.is_empty(),
             uid: self.uid,
             port: match self.ready {
                 Ready::Port(port) => port,
@@ -162,6 +190,7 @@ pub struct Unit {
     /// The port it listens at; 0 if it has none.
     pub port: u16,
     ftrun: Option<PathBuf>,
+    under_a_tool: bool,
     uid: Option<u32>,
     child: Mutex<Child>,
     dir: Option<tempfile::TempDir>,
@@ -189,6 +218,11 @@ impl Unit {
     /// The program's working directory.
     pub fn work(&self) -> PathBuf {
         self.path().join("work")
+    }
+
+    /// Where `ftrun` keeps what belongs to this unit.
+    pub fn stored(&self) -> PathBuf {
+        self.path().join("state/units").join(&self.name)
     }
 
     /// What the program (and ftrun) has printed to stdout.
@@ -320,17 +354,9 @@ impl Unit {
             let of = |key: &str| status[key].as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
             let owners = [of("supervisor_pid"), of("keeper_pid")];
             let pid = if of("pid") > 0 { of("pid") } else { self.last_killed.load(Ordering::Relaxed) };
-            if let Some(process) = (pid > 0).then(|| Process::open(pid).ok()).flatten()
-                && belongs_to(pid, owners)
-                && !process.ended_within(Duration::ZERO)
-            {
-                let sent = Instant::now();
-                process.signal(libc::SIGKILL)?;
-                if !process.ended_within(LIMIT) {
-                    return Err(error!("process {pid} lives on after SIGKILL"));
-                }
+            if let Some(killed) = strike(pid, owners)? {
                 self.last_killed.store(pid, Ordering::Relaxed);
-                return Ok(Killed { pid, sent, gone: Instant::now() });
+                return Ok(killed);
             }
             if let Some(status) = self.child().try_wait()? {
                 return Err(error!("ftrun ended: {status}"));
@@ -338,6 +364,36 @@ impl Unit {
             std::thread::sleep(LOOK_AGAIN);
         }
         Err(error!("no living process to kill in {} s: {}", LIMIT.as_secs(), self.status()?))
+    }
+
+    /// Kills the unit's root process so many times, each time as soon as it is there again: in the middle of
+    /// being built, restored and replayed. `pause` says how long to wait before kill number n.
+    ///
+    /// Asking for the status takes longer than that, so this needs the process id to stay what it is.
+    pub fn kill_rapidly(&self, count: u64, mut pause: impl FnMut(u64) -> Duration) -> Result<(), Error> {
+        if !self.may_choose_pids() {
+            return (0..count).try_for_each(|n| {
+                std::thread::sleep(pause(n));
+                self.kill9().map(drop)
+            });
+        }
+        let status = self.status()?;
+        let of = |key: &str| status[key].as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
+        let (pid, owners) = (of("pid"), [of("supervisor_pid"), of("keeper_pid")]);
+        for n in 0..count {
+            std::thread::sleep(pause(n));
+            let start = Instant::now();
+            while strike(pid, owners)?.is_none() {
+                if let Some(status) = self.child().try_wait()? {
+                    return Err(error!("ftrun ended before kill {n}: {status}"));
+                }
+                if start.elapsed() > LIMIT {
+                    return Err(error!("no process {pid} for kill {n} in {} s: {}", LIMIT.as_secs(), self.status()?));
+                }
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
     }
 
     /// Waits until the unit runs and has been recovered at least `count` times.
@@ -359,6 +415,11 @@ impl Unit {
         }
     }
 
+    /// Whether what was started has ended.
+    pub fn has_ended(&self) -> Result<bool, Error> {
+        Ok(self.child().try_wait()?.is_some())
+    }
+
     /// Waits for the end of what was started, and returns its status.
     pub fn wait(&self) -> Result<ExitStatus, Error> {
         let status = self.wait_quietly()?;
@@ -367,7 +428,10 @@ impl Unit {
     }
 
     fn wait_quietly(&self) -> Result<ExitStatus, Error> {
-        // An ended child stays a zombie, with its number, until it is waited for here.
+        if let Some(status) = self.child().try_wait()? {
+            return Ok(status);
+        }
+        // A child that ends now stays a zombie, with its number, until it is waited for here.
         let process = Process::open(self.started_pid());
         if let Ok(process) = process
             && !process.ended_within(LIMIT)
@@ -377,10 +441,29 @@ impl Unit {
         Ok(self.child().wait()?)
     }
 
-    /// Asks for the end (`ftrun stop`, or SIGTERM for a bare program) and waits for it.
+    /// System calls so far that were slow, and that were fast.
+    pub fn calls(&self) -> Result<(u64, u64), Error> {
+        let status = self.status()?;
+        let number = |key: &str| {
+            status["calls"][key].as_u64().ok_or_else(|| error!("ftrun status --json: no calls.{key} in {status}"))
+        };
+        Ok((number("slow")?, number("fast")?))
+    }
+
+    /// The program's own process when it runs without ftrun: the one that was started, or the tool's child.
+    fn bare_pid(&self) -> i32 {
+        let started = self.started_pid();
+        let child = || {
+            let children = std::fs::read_to_string(format!("/proc/{started}/task/{started}/children")).ok()?;
+            children.split_whitespace().next()?.parse().ok()
+        };
+        if self.under_a_tool { child().unwrap_or(started) } else { started }
+    }
+
+    /// Asks for the end (`ftrun stop`, or SIGTERM for a program without ftrun) and waits for it.
     pub fn stop(&self) -> Result<ExitStatus, Error> {
         if self.is_bare() {
-            Process::open(self.started_pid())?.signal(libc::SIGTERM)?;
+            Process::open(self.bare_pid())?.signal(libc::SIGTERM)?;
         } else {
             let output = self.ftrun(["stop", &self.name])?;
             if !output.status.success() {
@@ -437,7 +520,7 @@ impl Unit {
         // The keeper first, or it would start a new supervisor; then the supervisor, which takes the unit along.
         let status = self.status().unwrap_or_default();
         let named = ["keeper_pid", "supervisor_pid", "pid"].map(|key| status[key].as_i64().unwrap_or(0));
-        let started = std::iter::once(self.started_pid());
+        let started = [self.bare_pid(), self.started_pid()].into_iter();
         let pids = started.chain(named.into_iter().filter_map(|pid| i32::try_from(pid).ok()));
         let processes: Vec<_> = pids.filter(|pid| *pid > 1).filter_map(|pid| Process::open(pid).ok()).collect();
         for process in processes {
@@ -469,6 +552,20 @@ impl Drop for Unit {
             eprintln!("---- end of {log}:\n{}", tail(&path.join(log), 20));
         }
     }
+}
+
+/// Kills process `pid` if it is there and belongs to one of `owners`, and waits for its death.
+fn strike(pid: i32, owners: [i32; 2]) -> Result<Option<Killed>, Error> {
+    let Some(process) = (pid > 0).then(|| Process::open(pid).ok()).flatten() else { return Ok(None) };
+    if !belongs_to(pid, owners) || process.ended_within(Duration::ZERO) {
+        return Ok(None);
+    }
+    let sent = Instant::now();
+    process.signal(libc::SIGKILL)?;
+    if !process.ended_within(LIMIT) {
+        return Err(error!("process {pid} lives on after SIGKILL"));
+    }
+    Ok(Some(Killed { pid, sent, gone: Instant::now() }))
 }
 
 /// Whether `pid` is traced by, or a child of, one of these processes.

@@ -158,6 +158,44 @@ fn signals_given_to_ftrun_reach_the_program() -> Result<(), Error> {
     Ok(())
 }
 
+/// Starts its arguments with these signals ignored, as nohup(1) does with SIGHUP.
+const IGNORING: [&str; 4] = ["/bin/sh", "-c", "trap '' HUP PIPE CHLD USR2; exec \"$@\"", "sh"];
+
+/// To break it: do not read the dispositions before Rust's runtime starts, or give the first process none.
+#[test]
+fn signals_that_were_ignored_stay_ignored() -> Result<(), Error> {
+    let cli = cli!();
+    let script = "for s in HUP PIPE USR2; do kill -$s $$; done; echo alive; exit 3";
+    let mut command = Command::new(IGNORING[0]);
+    command.args(&IGNORING[1..]).arg(&cli.ftrun).args(["--", "/bin/sh", "-c", script]);
+    let output = command.env("FTRUN_STATE_DIR", cli.dir.path().join("state")).output()?;
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), "alive\n");
+    // What was not ignored is not.
+    for signal in [libc::SIGPIPE, libc::SIGHUP] {
+        assert_eq!(cli.shell(&format!("kill -{signal} $$"))?.status.code(), Some(128 + signal));
+    }
+
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.ready(Ready::Line).through(IGNORING);
+    let unit = launch.start()?;
+    let mut client =
+        ftrun_tests::clients::Echo::connect(unit.port, ftrun_tests::rng::Rng::new(1), true).map_err(Error::from)?;
+    for recoveries in 0..3 {
+        for signal in [libc::SIGHUP, libc::SIGPIPE, libc::SIGUSR2] {
+            Process::open(unit.await_recoveries(recoveries)?["pid"].as_i64().unwrap_or(0) as i32)?.signal(signal)?;
+            client.ask(b"still there")?;
+        }
+        assert_eq!(unit.recoveries()?, recoveries);
+        unit.kill9()?;
+        client.ask(b"back")?;
+    }
+    // The default action of a signal that was not ignored.
+    Process::open(unit.await_recoveries(3)?["pid"].as_i64().unwrap_or(0) as i32)?.signal(libc::SIGUSR1)?;
+    assert_eq!(unit.wait()?.code(), Some(128 + libc::SIGUSR1), "{}", unit.stderr()?);
+    Ok(())
+}
+
 #[test]
 fn a_request_to_end_is_not_resurrected() -> Result<(), Error> {
     let _ = cli!();

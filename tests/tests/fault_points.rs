@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ftrun_tests::binaries::is_bare;
 use ftrun_tests::load::Load;
-use ftrun_tests::scenarios::{echo_server, guest_launch, rounds};
+use ftrun_tests::scenarios::{descriptors_of, echo_server, exec_chain_launch, guest_launch, rounds};
 use ftrun_tests::unit::Launch;
 use ftrun_tests::{Error, error};
 
@@ -19,7 +19,7 @@ fn points() -> Vec<&'static str> {
 }
 
 /// Which of the groups below walks a point: by its name's first word.
-const GROUPS: [&str; 5] = ["call-", "signal-", "checkpoint-", "restore-", "replay-"];
+const GROUPS: [&str; 8] = ["call-", "signal-", "checkpoint-", "restore-", "replay-", "shim-", "unloggable-", "exec-"];
 
 fn of(group: &str) -> Vec<&'static str> {
     points().into_iter().filter(|p| p.starts_with(group)).collect()
@@ -39,9 +39,18 @@ fn walk(
         for pass in passes {
             let fault = format!("{point}:{pass}");
             let load = Load { clients: 4, at_least: Duration::from_millis(800), ..Load::from_env().kills(kills) };
-            let guest = if group == "signal-" { "timers" } else { "epoll_echo" };
-            let mut launch = guest_launch(guest)?;
+            let mut launch = match group {
+                "exec-" => exec_chain_launch()?,
+                "signal-" => guest_launch("timers")?,
+                "unloggable-" => guest_launch("unlogged")?,
+                "shim-" => guest_launch("descriptors")?,
+                _ => guest_launch("epoll_echo")?,
+            };
             launch.env("FTRUN_FAULT", &fault).options(["--checkpoint-every", "100ms"]);
+            if group == "call-" {
+                // With the shim few calls pass these points.
+                launch.options(["--no-shim"]);
+            }
             run(&load, launch).map_err(|e| error!("with FTRUN_FAULT={fault}: {e}"))?;
         }
     }
@@ -68,8 +77,32 @@ fn every_point_is_walked() {
 
 #[test]
 fn killed_around_a_call() -> Result<(), Error> {
-    // Early in the program's own start, in ld.so; at its first connections; in the middle of its work.
-    walk("call-", &[3, 60, 500], 0, echo)
+    // Early in the start, in ld.so; at its end; at the connections. Later calls are served by the shim.
+    walk("call-", &[3, 60, 120], 0, echo)
+}
+
+#[test]
+fn killed_inside_the_shim() -> Result<(), Error> {
+    // A call has three seams: begun; made but not logged; logged but not reported. They are passed one after the
+    // other, through two rounds in which each kind of call is made.
+    for pass in 1..=60 {
+        walk("shim-", &[pass], 0, |load, launch| {
+            let load = Load { at_least: Duration::from_millis(150), ..load.clone() };
+            let report = descriptors_of(&load, launch)?;
+            if report.recoveries == 0 { Err(error!("the unit was not killed:\n{report}")) } else { Ok(()) }
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn killed_between_an_unloggable_call_and_its_checkpoint() -> Result<(), Error> {
+    walk("unloggable-", &[1, 3], 0, alone)
+}
+
+#[test]
+fn killed_inside_an_exec() -> Result<(), Error> {
+    walk("exec-", &[1, 2], 0, echo)
 }
 
 #[test]

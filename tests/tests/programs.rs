@@ -42,6 +42,7 @@ survives! {
     forks;
     files;
     memory;
+    descriptors;
     spin;
     alarm_spin;
 }

@@ -40,29 +40,30 @@ fn own_uffd() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Four pages that only the test touches.
+/// Four pages that only the test touches, between two that nobody may. Without those the kernel could merge the
+/// mapping with one that another thread makes beside it, and then all of it counts as written.
 struct Pages(*mut u8);
 
 const PAGES: u64 = 4;
 const LEN: usize = (PAGES * PAGE_BYTES) as usize;
+const GUARD: usize = PAGE_BYTES as usize;
 
 impl Pages {
     fn map() -> Result<Self, String> {
-        // SAFETY: a fresh mapping.
-        let at = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                LEN,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error().to_string());
+        let failed = || io::Error::last_os_error().to_string();
+        // SAFETY: a fresh mapping, and a change of a part of it.
+        unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let at = libc::mmap(std::ptr::null_mut(), LEN + 2 * GUARD, libc::PROT_NONE, flags, -1, 0);
+            if at == libc::MAP_FAILED {
+                return Err(failed());
+            }
+            let pages = Self(at.cast::<u8>().add(GUARD));
+            if libc::mprotect(pages.0.cast(), LEN, libc::PROT_READ | libc::PROT_WRITE) != 0 {
+                return Err(failed());
+            }
+            Ok(pages)
         }
-        Ok(Self(at.cast()))
     }
 
     fn write(&self, page: u64, value: u8) {
@@ -85,7 +86,7 @@ impl Pages {
 impl Drop for Pages {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and nothing refers to it.
-        unsafe { libc::munmap(self.0.cast(), LEN) };
+        unsafe { libc::munmap(self.0.sub(GUARD).cast(), LEN + 2 * GUARD) };
     }
 }
 

@@ -26,7 +26,7 @@ pub struct Entry {
 pub struct Chain {
     dir: PathBuf,
     entries: BTreeMap<u64, Entry>,
-    damaged: Vec<Error>,
+    damaged: BTreeMap<u64, Error>,
 }
 
 impl Chain {
@@ -37,7 +37,7 @@ impl Chain {
     /// The directory cannot be read.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         let io = |source| Error::Io { path: dir.to_owned(), source };
-        let mut chain = Self { dir: dir.to_owned(), entries: BTreeMap::new(), damaged: Vec::new() };
+        let mut chain = Self { dir: dir.to_owned(), entries: BTreeMap::new(), damaged: BTreeMap::new() };
         for item in std::fs::read_dir(dir).map_err(io)? {
             let name = item.map_err(io)?.file_name();
             let Some(sii) = name.to_str().and_then(parse_name) else {
@@ -47,7 +47,9 @@ impl Chain {
                 Ok(entry) => {
                     chain.entries.insert(sii, entry);
                 }
-                Err(e) => chain.damaged.push(e),
+                Err(e) => {
+                    chain.damaged.insert(sii, e);
+                }
             }
         }
         Ok(chain)
@@ -81,9 +83,9 @@ impl Chain {
         Ok(())
     }
 
-    /// Files whose header is not in order.
-    pub fn damaged(&self) -> &[Error] {
-        &self.damaged
+    /// Files whose header is not in order: the sii of their names, ascending, and what is wrong.
+    pub fn damaged(&self) -> impl DoubleEndedIterator<Item = (u64, &Error)> {
+        self.damaged.iter().map(|(sii, e)| (*sii, e))
     }
 
     /// All checkpoints, ascending.
@@ -191,6 +193,21 @@ impl Chain {
             count += 1;
         }
         Ok(count)
+    }
+
+    /// Deletes every checkpoint but `sii`, which must be a base. Damaged files stay.
+    ///
+    /// # Errors
+    /// A file cannot be deleted.
+    pub fn keep_only(&mut self, sii: u64) -> Result<(), Error> {
+        assert!(self.entries.get(&sii).is_some_and(|e| e.parent.is_none()), "a base stands alone");
+        // Children before parents, as in `prune`.
+        let drop: Vec<u64> = self.entries.keys().rev().copied().filter(|s| *s != sii).collect();
+        for sii in drop {
+            remove(&self.path(sii))?;
+            self.entries.remove(&sii);
+        }
+        Ok(())
     }
 
     /// Deletes what writes that broke off have left. Only while nobody writes here.

@@ -5,6 +5,7 @@
 //! system call or needs libc, so that the shim can use all of it.
 #![cfg_attr(not(feature = "std"), no_std)]
 
+pub mod fast;
 pub mod record;
 pub mod ring;
 pub mod table;

@@ -4,7 +4,7 @@
 //! 0    magic, version, capacity
 //! 64   head: bytes ever written, stored by the producer
 //! 128  tail: bytes ever released, stored by the consumer
-//! 192  data, `capacity` bytes
+//! 192  data, `capacity` bytes, a power of two
 //! ```
 //!
 //! A record is framed by 8 bytes, `{ length u32, tag u32 }`, begins at a multiple of 8 and is
@@ -125,7 +125,8 @@ impl Ring {
     /// and nothing else writes to it.
     pub unsafe fn create(ptr: *mut u8, len: usize) -> Result<Ring, RingError> {
         let (header, data) = parts(ptr, len)?;
-        let capacity = (len - Self::HEADER_BYTES) as u64 & !7;
+        let available = (len - Self::HEADER_BYTES) as u64;
+        let capacity = if available.is_power_of_two() { available } else { available.next_power_of_two() / 2 };
         // SAFETY: `parts` checked alignment and size; the caller gives us the memory.
         unsafe {
             header.write(RingHeader {
@@ -162,7 +163,7 @@ impl Ring {
         if capacity > (len - Self::HEADER_BYTES) as u64 {
             return Err(RingError::TooSmall);
         }
-        if capacity < CAPACITY_MIN || !capacity.is_multiple_of(8) {
+        if capacity < CAPACITY_MIN || !capacity.is_power_of_two() {
             return Err(RingError::Corrupt);
         }
         let ring = Ring { header, data, capacity, reserved: 0, tail_seen: 0, peeked: 0 };
@@ -195,7 +196,7 @@ impl Ring {
         if head < self.tail_seen || !head.is_multiple_of(8) {
             return None; // overwritten: the consumer reports it
         }
-        let to_end = self.capacity - head % self.capacity;
+        let to_end = self.capacity - self.place(head);
         let pad = if to_end < total { to_end } else { 0 };
         let end = head.checked_add(pad + total)?;
         if end - self.tail_seen > self.capacity {
@@ -218,6 +219,21 @@ impl Ring {
         Some(unsafe { core::slice::from_raw_parts_mut(self.data.as_ptr().add(at as usize), len) })
     }
 
+    /// Producer: makes the reserved record shorter; what stays is where it was.
+    pub fn shrink(&mut self, len: usize) {
+        if self.reserved != 0 {
+            let head = self.head().load(Ordering::Relaxed);
+            let (_, tag) = self.read_frame(head);
+            let to_end = self.capacity - self.place(head);
+            let at = if tag == TAG_PAD { head + to_end } else { head };
+            let end = at + framed(len as u64);
+            if end <= self.reserved {
+                self.write_frame(at, len as u32, TAG_RECORD);
+                self.reserved = end;
+            }
+        }
+    }
+
     /// Producer: makes the reserved record visible, all at once. Does nothing if there is none.
     pub fn commit(&mut self) {
         if self.reserved != 0 {
@@ -238,7 +254,7 @@ impl Ring {
             if filled == 0 {
                 return Ok(None);
             }
-            let at = tail % self.capacity;
+            let at = self.place(tail);
             let room = filled.min(self.capacity - at);
             if filled > self.capacity || !filled.is_multiple_of(8) || !at.is_multiple_of(8) {
                 return Err(RingError::Corrupt);
@@ -275,6 +291,98 @@ impl Ring {
         }
     }
 
+    /// Position behind the last committed record: bytes ever written.
+    pub fn end(&self) -> u64 {
+        self.head().load(Ordering::Acquire)
+    }
+
+    /// Position of the oldest record that has not been released.
+    pub fn begin(&self) -> u64 {
+        self.tail().load(Ordering::Acquire)
+    }
+
+    /// The record at a position from [`Ring::begin`] on, and the position behind it; `None` at the end.
+    pub fn read_at(&self, mut position: u64) -> Result<Option<(&[u8], u64)>, RingError> {
+        loop {
+            // Acquire: the frames and records up to the head are there to be read.
+            let filled = self.end().checked_sub(position).ok_or(RingError::Corrupt)?;
+            if filled == 0 {
+                return Ok(None);
+            }
+            let at = self.place(position);
+            let room = filled.min(self.capacity - at);
+            if filled > self.capacity || !filled.is_multiple_of(8) || !at.is_multiple_of(8) {
+                return Err(RingError::Corrupt);
+            }
+            let (len, tag) = self.read_frame(position);
+            let total = framed(u64::from(len));
+            if total > room {
+                return Err(RingError::Corrupt);
+            }
+            match tag {
+                TAG_RECORD => {
+                    let start = (at + FRAME) as usize;
+                    // SAFETY: `start + len` is within the data, as `total <= room`. The producer
+                    // leaves bytes from tail to head alone.
+                    let record = unsafe { core::slice::from_raw_parts(self.data.as_ptr().add(start), len as usize) };
+                    return Ok(Some((record, position + total)));
+                }
+                TAG_PAD if at + total == self.capacity => position += total,
+                _ => return Err(RingError::Corrupt),
+            }
+        }
+    }
+
+    /// Consumer: gives back the room of everything before a position that [`Ring::read_at`] returned.
+    pub fn release_to(&mut self, position: u64) {
+        if position <= self.end() {
+            // Release: our reads of the records come before the producer's next use of the room. The
+            // largest of several readers' positions stays.
+            self.tail().fetch_max(position, Ordering::Release);
+        }
+    }
+
+    /// Producer: takes back the records from a position on; no reader may have seen them.
+    pub fn truncate_to(&mut self, position: u64) {
+        if (self.begin()..=self.end()).contains(&position) {
+            self.reserved = 0;
+            self.head().store(position, Ordering::Release);
+        }
+    }
+
+    /// Begins anew at the start of the memory, which is warmer than what lies ahead. All records must have been
+    /// released, and nobody may use the ring meanwhile. Says whether that was so.
+    pub fn rewind(&mut self) -> bool {
+        let empty = self.begin() == self.end();
+        if empty {
+            // The tail first: it is never ahead of the head.
+            self.tail().store(0, Ordering::SeqCst);
+            self.head().store(0, Ordering::SeqCst);
+            (self.reserved, self.tail_seen, self.peeked) = (0, 0, 0);
+        }
+        empty
+    }
+
+    /// The record that a producer had reserved and not committed when it died.
+    pub fn uncommitted(&self) -> Option<&[u8]> {
+        let mut position = self.end();
+        let (len, tag) = self.read_frame(position);
+        let room = self.capacity - self.place(position);
+        if tag == TAG_PAD {
+            if framed(u64::from(len)) != room {
+                return None;
+            }
+            position += room;
+        }
+        let (len, tag) = self.read_frame(position);
+        let at = self.place(position) + FRAME;
+        if tag != TAG_RECORD || u64::from(len) > self.capacity - at {
+            return None;
+        }
+        // SAFETY: within the data; the producer is dead, so nobody writes there.
+        Some(unsafe { core::slice::from_raw_parts(self.data.as_ptr().add(at as usize), len as usize) })
+    }
+
     fn head(&self) -> &AtomicU64 {
         // SAFETY: the memory is valid while the handle lives, by the contract of create and attach.
         unsafe { &(*self.header.as_ptr()).head.0 }
@@ -285,8 +393,13 @@ impl Ring {
         unsafe { &(*self.header.as_ptr()).tail.0 }
     }
 
+    /// Where a position lies in the data: the capacity is a power of two.
+    fn place(&self, position: u64) -> u64 {
+        position & (self.capacity - 1)
+    }
+
     fn frame(&self, position: u64) -> *mut u64 {
-        let at = position % self.capacity;
+        let at = self.place(position);
         // SAFETY: positions and the capacity are multiples of 8, so 8 bytes at `at` are data.
         unsafe { self.data.as_ptr().add(at as usize).cast() }
     }

@@ -68,7 +68,7 @@ impl fmt::Display for Lost {
 #[non_exhaustive]
 pub enum LogError {
     /// The operating system refused an operation.
-    #[error("cannot {op} {}", path.display())]
+    #[error("cannot {op} {}: {source}", path.display())]
     Io {
         /// What was tried.
         op: &'static str,

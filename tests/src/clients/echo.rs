@@ -7,7 +7,7 @@ use crate::wire::{Fault, Wire, excerpt};
 /// Checks one answer of an echo server: `count` lines by this sender, more than `highest` in all.
 ///
 /// Returns the new total and what follows the echoed text.
-pub(super) fn check(reply: &[u8], count: u64, highest: u64, text: &[u8]) -> Result<(u64, Vec<u8>), Fault> {
+pub fn check(reply: &[u8], count: u64, highest: u64, text: &[u8]) -> Result<(u64, Vec<u8>), Fault> {
     let unreadable = || Fault::error(format!("not an echo of line {count}: {}", excerpt(reply)));
     let mut parts = reply.splitn(3, |b| *b == b' ');
     let mut number = || {
@@ -53,6 +53,12 @@ impl Echo {
     /// Sends one line and checks its answer; returns what follows the echo.
     pub fn ask(&mut self, text: &[u8]) -> Result<Vec<u8>, Fault> {
         self.ask_all(&[text.to_vec()])
+    }
+
+    /// Sends one line, checks its answer, and returns how many lines the server says that it has answered.
+    pub fn told(&mut self, text: &[u8]) -> Result<u64, Fault> {
+        self.ask(text)?;
+        Ok(self.highest)
     }
 
     /// Sends lines in one go and checks all answers; returns what follows the last echo.

@@ -9,7 +9,7 @@ mod signals;
 mod udp;
 mod upstream;
 
-pub use echo::{Echo, Visitor};
+pub use echo::{Echo, Visitor, check as check_echo};
 pub use http::{Files, Http, pattern};
 pub use memcached::Memcached;
 pub use redis::{Redis, Saver};

@@ -16,7 +16,9 @@ fn package(program: &str) -> (&str, Option<&str>) {
         "redis-server" => ("redis-server", Some("redis-server")),
         "memcached" => ("memcached", Some("memcached")),
         "nginx" => ("nginx-light", Some("nginx")),
+        "redis-benchmark" => ("redis-tools", None),
         "cc" => ("gcc", None),
+        "qemu-system-x86_64" => ("qemu-system-x86", None),
         other => (other, None),
     }
 }

@@ -2,8 +2,10 @@
 
 mod bench;
 mod install;
+mod vm;
 
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use ftrun_tests::binaries::{build_ftrun, target_dir, workspace};
@@ -40,6 +42,12 @@ enum Task {
         #[command(subcommand)]
         what: Bench,
     },
+    /// Run programs under ftrun on a Debian kernel in a virtual machine, where dirty pages are found another way
+    Vm {
+        /// The way that is expected there
+        #[arg(long, default_value = "soft-dirty")]
+        backend: String,
+    },
     /// Kill one program many times while clients check every reply
     Soak {
         /// Which program; `list` shows them
@@ -51,6 +59,9 @@ enum Task {
         /// How many clients
         #[arg(long, default_value_t = 8)]
         clients: usize,
+        /// How long it lasts at least
+        #[arg(long)]
+        seconds: Option<u64>,
         /// Repeat the run with this seed
         #[arg(long)]
         seed: Option<u64>,
@@ -60,17 +71,20 @@ enum Task {
 #[derive(Debug, Subcommand)]
 enum Bench {
     /// Time from SIGKILL to the next reply on the same connection, for redis with so much data
-    Recovery(bench::Recovery),
+    Recovery(bench::recovery::Options),
+    /// What programs do in a second: bare, under ftrun with and without its fast path, and under strace
+    Throughput(bench::throughput::Options),
+    /// What one system call costs: bare, and under ftrun with and without its fast path
+    Calls(bench::calls::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Demo { kills, clients } => demo(kills, clients),
         Task::Test { args } => return test(&args).unwrap_or_else(|e| complain(&e)),
-        Task::Bench { what: Bench::Recovery(options) } => {
-            install::ensure(&["redis-server"]).and_then(|()| under_release()).and_then(|()| bench::recovery(&options))
-        }
-        Task::Soak { program, kills, clients, seed } => soak(&program, kills, clients, seed),
+        Task::Bench { what } => bench(&what),
+        Task::Vm { backend } => vm::run(&backend),
+        Task::Soak { program, kills, clients, seconds, seed } => soak(&program, kills, clients, seconds, seed),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -89,6 +103,21 @@ fn under_release() -> Result<(), Error> {
     ftrun_tests::binaries::mode().map(|_| ())
 }
 
+fn bench(what: &Bench) -> Result<(), Error> {
+    let needed = match what {
+        Bench::Recovery(_) => vec!["redis-server"],
+        Bench::Throughput(options) => options.programs()?,
+        Bench::Calls(_) => vec!["cc"],
+    };
+    install::ensure(&needed)?;
+    under_release()?;
+    match what {
+        Bench::Recovery(options) => bench::recovery::run(options),
+        Bench::Throughput(options) => bench::throughput::run(options),
+        Bench::Calls(options) => bench::calls::run(options),
+    }
+}
+
 fn demo(kills: u64, clients: usize) -> Result<(), Error> {
     install::ensure(&["redis-server"])?;
     under_release()?;
@@ -99,7 +128,7 @@ fn demo(kills: u64, clients: usize) -> Result<(), Error> {
     Ok(())
 }
 
-fn soak(program: &str, kills: u64, clients: usize, seed: Option<u64>) -> Result<(), Error> {
+fn soak(program: &str, kills: u64, clients: usize, seconds: Option<u64>, seed: Option<u64>) -> Result<(), Error> {
     if program == "list" {
         for (name, _) in scenarios::ALL {
             println!("{name}");
@@ -111,7 +140,8 @@ fn soak(program: &str, kills: u64, clients: usize, seed: Option<u64>) -> Result<
     install::ensure(install::SERVERS)?;
     under_release()?;
     let defaults = Load::from_env().kills(kills);
-    let load = Load { clients, seed: seed.unwrap_or(defaults.seed), ..defaults };
+    let at_least = seconds.map_or(defaults.at_least, Duration::from_secs);
+    let load = Load { clients, at_least, seed: seed.unwrap_or(defaults.seed), ..defaults };
     println!("{program}: {clients} clients, {kills} kills, seed {}", load.seed);
     println!("{}", scenario(&load)?);
     Ok(())

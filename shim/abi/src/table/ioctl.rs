@@ -45,7 +45,7 @@ const FLEXIBLE: Row = UNKNOWN.note("the argument is longer than its number says"
 
 /// An `ioctl` that is not listed, but whose number says which way its argument goes and how long
 /// it is. The argument may still hold further addresses, so the call stays unknown.
-pub(super) const BY_SIZE: [Row; 4] = [
+pub(super) static BY_SIZE: [Row; 4] = [
     UNKNOWN,
     unknown(NR, "ioctl", &[Fd, Hex, In(Len::IocSize(1))]),
     unknown(NR, "ioctl", &[Fd, Hex, Out(Len::IocSize(1), Used::All)]),

@@ -266,17 +266,23 @@ pub fn by_name(name: &str) -> Option<&'static Row> {
 /// row of class [`Class::Unknown`] for a number without one (its `nr` is then `u16::MAX` if the
 /// number does not fit).
 pub fn lookup(nr: u64, args: &[u64; 6]) -> Row {
-    let Some(row) = by_number(nr) else {
-        return Row { nr: u16::try_from(nr).unwrap_or(u16::MAX), ..UNLISTED };
-    };
+    match find(nr, args) {
+        Some(row) => *row,
+        None => Row { nr: u16::try_from(nr).unwrap_or(u16::MAX), ..UNLISTED },
+    }
+}
+
+/// As [`lookup`], without a copy; `None` for a number without a row.
+pub fn find(nr: u64, args: &[u64; 6]) -> Option<&'static Row> {
+    let row = by_number(nr)?;
     let (first, end) = RANGES[usize::from(row.nr)];
     for i in usize::from(first)..usize::from(end) {
         let key = &KEYS[i];
         if args[usize::from(key.arg)] as u32 & key.mask == key.value && COMMANDS[i].matches(args) {
-            return COMMANDS[i].row;
+            return Some(&COMMANDS[i].row);
         }
     }
-    if row.nr == ioctl::NR { ioctl::BY_SIZE[(args[1] >> 30 & 3) as usize] } else { *row }
+    Some(if row.nr == ioctl::NR { &ioctl::BY_SIZE[(args[1] >> 30 & 3) as usize] } else { row })
 }
 
 impl Len {

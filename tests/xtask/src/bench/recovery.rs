@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 /// Options of the benchmark.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Recovery {
+pub(crate) struct Options {
     /// MiB of data in redis
     #[arg(long, value_delimiter = ',', default_value = "1,64,512")]
     sizes: Vec<u64>,
@@ -79,7 +79,7 @@ impl Row {
 }
 
 /// Runs the benchmark; prints a table.
-pub(crate) fn recovery(options: &Recovery) -> Result<(), Error> {
+pub(crate) fn run(options: &Options) -> Result<(), Error> {
     if is_bare() {
         return Err(error!("FTRUN_TEST_BARE is set: there is nothing to measure"));
     }
@@ -90,20 +90,17 @@ pub(crate) fn recovery(options: &Recovery) -> Result<(), Error> {
     print(&rows);
     if let Some(path) = &options.json {
         let rows: Vec<_> = rows.iter().map(Row::json).collect();
-        let machine =
-            json!({ "kernel": kernel(), "cpus": std::thread::available_parallelism().map_or(0, usize::from) });
-        let all = json!({ "bench": "recovery", "program": "redis-server --save ''", "machine": machine, "rows": rows });
-        std::fs::write(path, format!("{all:#}\n")).map_err(|e| error!("{}: {e}", path.display()))?;
+        let program = "redis-server --save ''";
+        super::write_json(
+            path,
+            &json!({ "bench": "recovery", "program": program, "machine": super::machine(), "rows": rows }),
+        )?;
     }
     Ok(())
 }
 
-fn kernel() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
-}
-
 /// One connection works for a random while; then the kill, and the next request on that connection.
-fn measure(mib: u64, options: &Recovery) -> Result<Row, Error> {
+fn measure(mib: u64, options: &Options) -> Result<Row, Error> {
     let mut row = Row { mib, ..Row::default() };
     let mut rng = Rng::part(options.seed, mib);
     let unit = redis_launch(&["--save", ""])?.start()?;

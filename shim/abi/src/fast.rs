@@ -1,0 +1,306 @@
+//! What the supervisor and the shim inside the process share on the fast path: addresses, the control
+//! page, and one area for each thread.
+//!
+//! ```text
+//! 0x6f00_0000_0000  gate and scratch memory (the supervisor's business)
+//! 0x6f00_7000_0000  the kernel's shared object (vdso(7)) and its data
+//! 0x6f00_8000_0000  the shim's code
+//! 0x6f00_9000_0000  areas of the threads
+//! 0x6f01_0000_0000  control page, then the event ring: shared with the supervisor, not with children
+//! ```
+
+use core::sync::atomic::{AtomicU32, AtomicU64};
+
+/// First address of everything of ours in the unit.
+pub const REGION_BASE: u64 = 0x6f00_0000_0000;
+/// First address behind it.
+pub const REGION_END: u64 = 0x6f02_0000_0000;
+/// Where the kernel's shared object is moved.
+pub const VDSO_BASE: u64 = 0x6f00_7000_0000;
+/// Room for it and its data, bytes.
+pub const VDSO_BYTES_MAX: u64 = 1 << 20;
+/// Where the shim's code is linked to run.
+pub const CODE_BASE: u64 = 0x6f00_8000_0000;
+/// Room for the shim's code, bytes.
+pub const CODE_BYTES_MAX: u64 = 1 << 20;
+/// Where the areas of threads begin.
+pub const AREAS_BASE: u64 = 0x6f00_9000_0000;
+/// Bytes of the area of one thread: [`Area`], then the stack that its calls run on.
+pub const AREA_BYTES: u64 = 32 << 10;
+/// Where the control page is; the ring follows at [`RING_BASE`].
+pub const CONTROL_BASE: u64 = 0x6f01_0000_0000;
+/// Bytes of the control page.
+pub const CONTROL_BYTES: u64 = 64 << 10;
+/// Where the event ring is.
+pub const RING_BASE: u64 = CONTROL_BASE + CONTROL_BYTES;
+/// Descriptors about which [`Control::fds`] can know something.
+pub const FDS_MAX: usize = 16384;
+/// Most events that one call of `epoll_wait` is given.
+pub const EPOLL_EVENTS_MAX: usize = 128;
+
+/// [`Control::mode`]: calls are made and logged.
+pub const RECORD: u32 = 0;
+/// [`Control::mode`]: results are taken from the ring.
+pub const REPLAY: u32 = 1;
+
+/// [`Control::pending`]: no operation is in doubt.
+pub const NOTHING: u64 = 0;
+/// [`Control::pending`]: a `recvmmsg` into the uncommitted record at the ring's head.
+pub const RECEIVE: u64 = 1;
+/// [`Control::pending`]: a `sendmmsg`.
+pub const SEND: u64 = 2;
+/// [`Control::pending`]: an `epoll_wait` into [`Control::events`].
+pub const EPOLL: u64 = 3;
+/// [`Control::pending`]: a call that opens the descriptor [`Control::pending_fd`], the lowest free one.
+pub const OPEN: u64 = 4;
+/// [`Control::pending`]: a `close` of the open descriptor [`Control::pending_fd`].
+pub const CLOSE: u64 = 5;
+/// [`Control::pending`]: a `sendfile` that moves [`Control::offset`] on from [`Control::pending_from`].
+pub const TRANSFER: u64 = 6;
+/// [`Control::pending`]: a `write` that moves the position of the file [`Control::pending_fd`] on from
+/// [`Control::pending_from`].
+pub const WRITE_FILE: u64 = 7;
+/// [`Control::pending`]: a `read` into the uncommitted record, which sets the position of the file
+/// [`Control::pending_fd`] from [`Control::pending_from`] to [`Control::offset`] in the end.
+pub const READ_FILE: u64 = 8;
+/// [`Control::pending`]: an `epoll_ctl` that adds the descriptor [`Control::pending_fd`], which was in no set.
+pub const ENROL: u64 = 9;
+/// [`Control::pending`]: a `sendmmsg` of [`Control::pending_from`] bytes on a socket in blocking mode: what is
+/// left is the supervisor's to send.
+pub const SEND_ALL: u64 = 10;
+
+/// What is known of a descriptor, [`Control::fds`]: nothing yet.
+pub const FD_UNKNOWN: u8 = 0;
+/// A socket in nonblocking mode.
+pub const FD_SOCKET_NONBLOCKING: u8 = 1;
+/// A socket in blocking mode.
+pub const FD_SOCKET_BLOCKING: u8 = 2;
+/// Something else: its calls are the supervisor's.
+pub const FD_OTHER: u8 = 3;
+/// A regular file.
+pub const FD_FILE: u8 = 4;
+/// Added to one of the above: a new connection, in no epoll set yet.
+pub const FD_FRESH: u8 = 0x80;
+
+/// Ranges of addresses in [`Control::code`].
+pub const CODE_RANGES: usize = 64;
+/// Most bytes of an address that `accept` returns here.
+pub const ADDRESS_BYTES: usize = 128;
+
+/// `struct mmsghdr` with one piece of memory, as the kernel reads and writes it.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct Message {
+    /// `msg_hdr.msg_name`.
+    pub name: u64,
+    /// `msg_hdr.msg_namelen`.
+    pub name_len: u64,
+    /// `msg_hdr.msg_iov`.
+    pub iov: u64,
+    /// `msg_hdr.msg_iovlen`.
+    pub iov_len: u64,
+    /// `msg_hdr.msg_control`.
+    pub control: u64,
+    /// `msg_hdr.msg_controllen`.
+    pub control_len: u64,
+    /// `msg_hdr.msg_flags`.
+    pub flags: u64,
+    /// `msg_len`: the kernel writes it when the operation has taken effect. [`NOT_YET`] before.
+    pub len: AtomicU64,
+    /// The `struct iovec`: address.
+    pub piece: u64,
+    /// And length.
+    pub piece_len: u64,
+}
+
+/// [`Message::len`] before the kernel has written it (it writes the lower half).
+pub const NOT_YET: u64 = u32::MAX as u64;
+
+/// [`Control::turn`]: whoever wants it may take it.
+pub const NOBODY: u32 = 0;
+/// [`Control::turn`]: the supervisor has it.
+pub const HELD: u32 = u32::MAX;
+/// Calls that a thread may make while another wants the turn.
+pub const CALLS_PER_TURN: u32 = 64;
+/// Threads that can wait in the process; others wait with the supervisor.
+pub const SLOTS: usize = 256;
+
+/// [`Slot::state`]: the thread does not wait in the process.
+pub const RUNS: u32 = 0;
+/// [`Slot::state`]: it waits in the kernel, or is about to.
+pub const WAITS: u32 = 1;
+/// [`Slot::state`]: what it waited for is there, perhaps, and it wants the turn to look.
+pub const WANTS: u32 = 2;
+/// [`Slot::state`]: somebody is giving it the turn.
+pub const GRANTED: u32 = 3;
+
+/// A thread's waiting.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Slot {
+    /// [`RUNS`], [`WAITS`], [`WANTS`] or [`GRANTED`].
+    pub state: AtomicU32,
+    /// Futex word: changes when the thread is given the turn.
+    pub word: AtomicU32,
+    /// The thread, as the program knows it.
+    pub tid: AtomicU32,
+    /// Not zero: the call that the thread comes to the supervisor with has waited already, and was disturbed.
+    pub waited: AtomicU32,
+    /// Not zero: the call with [`Slot::digest`] is made again, and its wait still ends at [`Slot::deadline`].
+    pub again: AtomicU32,
+    /// Zero.
+    pub reserved: AtomicU32,
+    /// The digest of that call.
+    pub digest: AtomicU64,
+    /// `CLOCK_MONOTONIC` nanoseconds at which that wait ends by itself; 0 for never.
+    pub deadline: AtomicU64,
+}
+
+/// What the supervisor and the shim share. Only one of them runs at a time, except for [`Control::slow`].
+#[derive(Debug)]
+#[repr(C)]
+pub struct Control {
+    /// Not zero: every call goes to the supervisor.
+    pub slow: AtomicU32,
+    /// [`RECORD`] or [`REPLAY`].
+    pub mode: AtomicU32,
+    /// Not zero: a call may wait in the process, because no other thread needs the turn before
+    /// [`Control::wait_until`] unless the supervisor says so.
+    pub may_wait: AtomicU32,
+    /// The thread that has the turn, as the program knows it; [`NOBODY`] when it can be taken, and [`HELD`] when
+    /// the supervisor has it. Threads in user code, and those that serve a call, have it.
+    pub turn: AtomicU32,
+    /// Calls of the thread that has the turn since it got it.
+    pub turn_calls: AtomicU32,
+    /// Threads that want the turn.
+    pub wanting: AtomicU32,
+    /// Not zero: the supervisor wants it, and is told by a signal when nobody has it.
+    pub shared: AtomicU32,
+    /// The supervisor's thread that is told.
+    pub tracer: AtomicU32,
+    /// Not zero: the unit has one thread.
+    pub single: AtomicU32,
+    /// `CLOCK_MONOTONIC` nanoseconds after which no call may wait in the process; 0 for never.
+    pub wait_until: AtomicU64,
+    /// Number of the last event.
+    pub sii: AtomicU64,
+    /// Replay: position in the ring of the next record.
+    pub replay_at: AtomicU64,
+    /// Bytes of the ring, header included.
+    pub ring_bytes: AtomicU64,
+    /// Address of `__vdso_clock_gettime`; 0 when the shim may not use it.
+    pub clock_gettime: AtomicU64,
+    /// Calls served here.
+    pub fast: AtomicU64,
+    /// The program's own process id.
+    pub pid: AtomicU64,
+    /// The id of its parent.
+    pub parent: AtomicU64,
+    /// Calls that may be served before one has to stop.
+    pub budget: AtomicU64,
+    /// The operation in doubt: [`NOTHING`], or one of [`RECEIVE`] and its like.
+    pub pending: AtomicU64,
+    /// Number of the last event when it was begun.
+    pub pending_sii: AtomicU64,
+    /// For the operation in doubt: thread, number of the call, digest, address of its buffer.
+    pub pending_call: [AtomicU64; 4],
+    /// For the operation in doubt: a descriptor.
+    pub pending_fd: AtomicU64,
+    /// For [`ENROL`]: the epoll set.
+    pub pending_set: AtomicU64,
+    /// For the operation in doubt: a position in a file, or bytes to send.
+    pub pending_from: AtomicU64,
+    /// A position in a file that the operation in doubt moves.
+    pub offset: AtomicU64,
+    /// The address that `accept` returns, and its length.
+    pub address: [u8; ADDRESS_BYTES],
+    /// Room, then length of the address.
+    pub address_len: AtomicU32,
+    /// Not zero: descriptors share open files, so that a change of one changes others.
+    pub duplicated: AtomicU32,
+    /// Every descriptor below this one is open.
+    pub free_fd: AtomicU64,
+    /// Threads that wait for a futex.
+    pub futex_waiters: AtomicU32,
+    /// Not zero: the unit has no children that could use its open files.
+    pub alone: AtomicU32,
+    /// Not zero: the program ignores `SIGPIPE`.
+    pub ignores_pipe: AtomicU32,
+    /// Ranges in use of [`Control::code`].
+    pub code_ranges: AtomicU32,
+    /// Addresses that may hold code, first and end: the supervisor has to know what happens to them.
+    pub code: [[AtomicU64; 2]; CODE_RANGES],
+    /// What each thread waits for.
+    pub slots: [Slot; SLOTS],
+    /// Fault injection: kill the process at the nth seam from now; 0 never.
+    pub kill_in: AtomicU64,
+    /// The process to kill then, and to ask the kernel about.
+    pub real_pid: AtomicU64,
+    /// The message of the operation in doubt.
+    pub message: Message,
+    /// Events of `epoll_wait`.
+    pub events: [[u8; 12]; EPOLL_EVENTS_MAX],
+    /// What is known of each descriptor.
+    pub fds: [u8; FDS_MAX],
+}
+
+/// What belongs to one thread; its address is in the thread's `gs` base.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Area {
+    /// The program's stack pointer while the shim runs.
+    pub user_sp: u64,
+    /// The shim's own stack: where it begins.
+    pub stack: u64,
+    /// The shim's entry point.
+    pub entry: u64,
+    /// Where the thread goes on when the supervisor has to serve its call.
+    pub slow: u64,
+    /// The thread's id as the program knows it.
+    pub tid: u64,
+    /// Address of this area.
+    pub this: u64,
+}
+
+const _: () = {
+    use core::mem::{offset_of, size_of};
+    assert!(offset_of!(Area, user_sp) == 0);
+    assert!(offset_of!(Area, stack) == 8);
+    assert!(offset_of!(Area, entry) == 16);
+    assert!(offset_of!(Area, slow) == 24);
+    assert!(offset_of!(Area, this) == 40);
+    assert!(offset_of!(Message, len) == 56);
+    assert!(offset_of!(Message, piece) == 64);
+    assert!(size_of::<Control>() <= CONTROL_BYTES as usize);
+};
+
+/// What the entry of the shim saves of a thread, at the top of the thread's shim stack.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Frame {
+    /// `xmm0` to `xmm15`.
+    pub vectors: [[u64; 2]; 16],
+    /// `r15 r14 r13 r12 rbp rbx`: the shim's own code restores them, but a fault in it may not.
+    pub kept: [u64; 6],
+    /// `r9 r8 r10 rdx rsi rdi`: the arguments, last first.
+    pub args: [u64; 6],
+    /// `rflags`.
+    pub flags: u64,
+    /// `rax`: the call's number, then its result.
+    pub rax: u64,
+    /// The stub's slow part; for a call that was served, where the program goes on.
+    pub back: u64,
+}
+
+/// Address of the [`Frame`] of a thread whose area is at `area`, while its call is being served.
+pub const fn frame_at(area: u64) -> u64 {
+    area + AREA_BYTES - FRAME_TOP
+}
+
+/// From the frame's begin to the area's end.
+pub const FRAME_TOP: u64 = core::mem::size_of::<Frame>() as u64 + 8;
+
+/// The area of the thread in slot `slot`.
+pub const fn area(slot: usize) -> u64 {
+    AREAS_BASE + slot as u64 * AREA_BYTES
+}

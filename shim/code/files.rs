@@ -1,0 +1,225 @@
+//! Descriptors come and go, and files are read and written. What a kill leaves open is told afterwards by the
+//! descriptor table and by positions in files, which outlive the process (ARCHITECTURE.md, "In doubt").
+
+use core::sync::atomic::Ordering::Relaxed;
+
+use ftrun_abi::fast::{
+    ADDRESS_BYTES, CLOSE, Control, ENROL, FD_FILE, FD_FRESH, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX, OPEN,
+    READ_FILE, TRANSFER, WRITE_FILE,
+};
+use ftrun_abi::record::HEADER_BYTES;
+
+use crate::call::{Call, EAGAIN, EFAULT, EINTR, syscall, word};
+use crate::log::{DATA, commit, end, fill, has_room, log, once, ring, seam, settled, size};
+use crate::memory::copy;
+use crate::nr;
+use crate::sockets::{RECEIVE_MAX, kind};
+
+/// Descriptors that others may have, too: standard input and output.
+const STANDARD: u64 = 3;
+
+/// A descriptor is open.
+fn is_open(fd: u64) -> bool {
+    const F_GETFD: u64 = 1;
+    syscall(nr::FCNTL, [fd, F_GETFD, 0, 0, 0, 0]) >= 0
+}
+
+/// The lowest descriptor that is not open: what the kernel gives out next.
+fn lowest_free(control: &Control) -> u64 {
+    let mut fd = control.free_fd.load(Relaxed);
+    while is_open(fd) {
+        fd += 1;
+    }
+    control.free_fd.store(fd, Relaxed);
+    fd
+}
+
+/// A call that makes a descriptor: `open`, `openat`, `socket`, `dup`, and `accept` on a socket in
+/// nonblocking mode.
+pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
+    let accepts = matches!(call.number, nr::ACCEPT | nr::ACCEPT4);
+    if accepts && kind(control, call.args[0]) != FD_SOCKET_NONBLOCKING {
+        return None;
+    }
+    let digest = call.digest()?;
+    let (to, len_at) = if accepts { (call.args[1], call.args[2]) } else { (0, 0) };
+    let mut own = *call;
+    let mut room = 0;
+    if to != 0 {
+        room = word(len_at).min(ADDRESS_BYTES as u32);
+        control.address_len.store(room, Relaxed);
+        own.args[1] = (&raw const control.address) as u64;
+        own.args[2] = (&raw const control.address_len) as u64;
+    }
+    if !has_room(control, size(ADDRESS_BYTES as u64) + size(4)) {
+        return None;
+    }
+    let fd = lowest_free(control);
+    control.pending_fd.store(fd, Relaxed);
+    control.pending_from.store(u64::from(room), Relaxed);
+    control.offset.store(len_at, Relaxed);
+    let result = once(control, OPEN, call, digest, to, || own.make());
+    if result == EINTR || result == EFAULT {
+        end(control);
+        return None;
+    }
+    let mut outs = [(0, 0); 2];
+    let mut used = 0;
+    if result >= 0 {
+        if let Some(known) = control.fds.get_mut(result as usize) {
+            *known = if accepts { FD_FRESH | FD_UNKNOWN } else { FD_UNKNOWN };
+        }
+        if call.number == nr::DUP {
+            control.duplicated.store(1, Relaxed);
+        }
+        if to != 0 {
+            let len = control.address_len.load(Relaxed);
+            // SAFETY: the program's memory; a fault there is the supervisor's to handle.
+            unsafe {
+                copy(to as *mut u8, control.address.as_ptr(), len.min(room) as usize);
+                (len_at as *mut u32).write_unaligned(len);
+            }
+            outs = [(to, u64::from(len.min(room))), (len_at, 4)];
+            used = 2;
+        }
+    }
+    settled(control, call, digest, result, &outs[..used])
+}
+
+/// `close`.
+pub(crate) fn close(control: &mut Control, call: &Call) -> Option<i64> {
+    let fd = call.args[0];
+    if fd >= FDS_MAX as u64 || !is_open(fd) {
+        return None;
+    }
+    let digest = call.digest()?;
+    if !has_room(control, HEADER_BYTES) {
+        return None;
+    }
+    control.fds[fd as usize] = FD_UNKNOWN;
+    control.free_fd.fetch_min(fd, Relaxed);
+    control.pending_fd.store(fd, Relaxed);
+    let result = once(control, CLOSE, call, digest, 0, || call.make());
+    settled(control, call, digest, result, &[])
+}
+
+/// `epoll_ctl`: a change, or the entry of a new connection.
+pub(crate) fn enrol(control: &mut Control, call: &Call) -> Option<i64> {
+    const EPOLL_CTL_ADD: u64 = 1;
+    let [set, op, fd, event, ..] = call.args;
+    let fresh = control.fds.get(fd as usize).is_some_and(|known| known & FD_FRESH != 0);
+    if op != EPOLL_CTL_ADD || !fresh || event == 0 {
+        return None;
+    }
+    let digest = call.digest()?;
+    if !has_room(control, HEADER_BYTES) {
+        return None;
+    }
+    control.pending_fd.store(fd, Relaxed);
+    control.pending_set.store(set, Relaxed);
+    let result = once(control, ENROL, call, digest, 0, || call.make());
+    if result == EFAULT {
+        end(control);
+        return None;
+    }
+    control.fds[fd as usize] &= !FD_FRESH;
+    settled(control, call, digest, result, &[])
+}
+
+/// `sendfile` of a file, from a position of its own, to a socket in nonblocking mode.
+pub(crate) fn transfer(control: &mut Control, call: &Call) -> Option<i64> {
+    let [output, input, at, ..] = call.args;
+    let quiet = control.ignores_pipe.load(Relaxed) != 0;
+    if at == 0 || !quiet || kind(control, output) != FD_SOCKET_NONBLOCKING || kind(control, input) != FD_FILE {
+        return None;
+    }
+    let digest = call.digest()?;
+    if !has_room(control, size(8)) {
+        return None;
+    }
+    // SAFETY: the program's memory; a fault there is the supervisor's to handle.
+    let from = unsafe { (at as *const u64).read_unaligned() };
+    control.pending_from.store(from, Relaxed);
+    control.offset.store(from, Relaxed);
+    let mut own = *call;
+    own.args[2] = (&raw const control.offset) as u64;
+    let result = once(control, TRANSFER, call, digest, at, || own.make());
+    if result < 0 && result != EAGAIN {
+        end(control);
+        return None;
+    }
+    // SAFETY: as above.
+    unsafe { (at as *mut u64).write_unaligned(control.offset.load(Relaxed)) };
+    let outs = [(at, 8)];
+    settled(control, call, digest, result, if result < 0 { &[] } else { &outs })
+}
+
+/// Nobody but this process moves the position of the file.
+fn is_ours(control: &mut Control, fd: u64) -> bool {
+    fd >= STANDARD && control.alone.load(Relaxed) != 0 && kind(control, fd) == FD_FILE
+}
+
+/// The position of a file, from where a call is about to move it.
+fn position(fd: u64) -> Option<u64> {
+    const SEEK_CUR: u64 = 1;
+    u64::try_from(syscall(nr::LSEEK, [fd, 0, SEEK_CUR, 0, 0, 0])).ok()
+}
+
+/// `write` to a file: what a kill leaves open is told by its position.
+pub(crate) fn write(control: &mut Control, call: &Call) -> Option<i64> {
+    let [fd, at, len, ..] = call.args;
+    if len == 0 || at == 0 || !is_ours(control, fd) {
+        return None;
+    }
+    let digest = call.digest()?;
+    let from = position(fd)?;
+    if !has_room(control, HEADER_BYTES) {
+        return None;
+    }
+    control.pending_fd.store(fd, Relaxed);
+    control.pending_from.store(from, Relaxed);
+    control.offset.store(len, Relaxed);
+    let result = once(control, WRITE_FILE, call, digest, 0, || call.make());
+    if result < 0 {
+        end(control);
+        return None;
+    }
+    settled(control, call, digest, result, &[])
+}
+
+/// `read` from a file: the data first, then the position.
+pub(crate) fn read(control: &mut Control, call: &Call) -> Option<i64> {
+    const SEEK_SET: u64 = 0;
+    let [fd, to, len, ..] = call.args;
+    if len == 0 || len > RECEIVE_MAX || to == 0 || !is_ours(control, fd) {
+        return None;
+    }
+    let digest = call.digest()?;
+    let from = position(fd)?;
+    let mut ring = ring(control)?;
+    let record = ring.reserve(size(len))?;
+    let data = record[DATA..].as_mut_ptr();
+    let got = syscall(nr::PREAD64, [fd, data as u64, len, from, 0, 0]);
+    if got <= 0 {
+        return if got == 0 { log(control, call, digest, 0, &[]) } else { None };
+    }
+    control.pending_fd.store(fd, Relaxed);
+    control.pending_from.store(from, Relaxed);
+    control.offset.store(from + got as u64, Relaxed);
+    let seek = || syscall(nr::LSEEK, [fd, from + got as u64, SEEK_SET, 0, 0, 0]);
+    let moved = once(control, READ_FILE, call, digest, to, seek);
+    if moved < 0 {
+        end(control);
+        return None;
+    }
+    ring.shrink(size(got as u64));
+    // SAFETY: the record that was reserved above, made shorter.
+    let record = unsafe { core::slice::from_raw_parts_mut(data.sub(DATA), size(got as u64)) };
+    fill(record, control, call, digest, got, Some((to, got as u64)));
+    commit(control, &mut ring);
+    seam(control);
+    end(control);
+    // SAFETY: the program's buffer; a fault there is the supervisor's to handle.
+    unsafe { copy(to as *mut u8, data, got as usize) };
+    Some(got)
+}

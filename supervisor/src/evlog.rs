@@ -1,0 +1,271 @@
+//! The event log in memory: a ring, shared with the shim, that holds every event since the newest
+//! checkpoint and those before it that have not been written to disk yet.
+//!
+//! The tracer and the shim never run at the same time, so together they are the ring's one producer. Two
+//! read: replay, from the newest checkpoint on, and the journal's thread, which writes events to disk. What
+//! neither needs any more is given back.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ftrun_abi::fast::{CONTROL_BYTES, Control};
+use ftrun_abi::record::{Record, flag};
+use ftrun_abi::ring::Ring;
+
+/// Shared memory: a control page and a ring.
+#[derive(Debug)]
+struct Memory {
+    file: File,
+    at: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: the memory is shared between processes anyway; everything in it is accessed through atomics and
+// through the ring, whose contract the users of this module keep.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn new(bytes: usize) -> std::io::Result<Self> {
+        // SAFETY: a name and flags; the descriptor is owned by the file made from it.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"ftrun-log".as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            File::from_raw_fd(fd)
+        };
+        file.set_len(bytes as u64)?;
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        // SAFETY: a fresh mapping of a file of this size.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, prot, flags, file.as_raw_fd(), 0) };
+        if at == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        let at = NonNull::new(at.cast()).ok_or_else(|| std::io::Error::other("a mapping at 0"))?;
+        Ok(Self { file, at, bytes })
+    }
+
+    fn ring_bytes(&self) -> usize {
+        self.bytes - CONTROL_BYTES as usize
+    }
+
+    fn ring(&self) -> Ring {
+        // SAFETY: the ring was created in this memory, which lives as long as `self`, and handles are used
+        // by its one producer and by readers that the module documentation describes.
+        let ring = unsafe { Ring::attach(self.at.as_ptr().add(CONTROL_BYTES as usize), self.ring_bytes()) };
+        match ring {
+            Ok(ring) => ring,
+            Err(e) => panic!("the unit has overwritten its event log: {e}"),
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`; handles on the ring do not outlive their `Arc` of this.
+        unsafe { libc::munmap(self.at.as_ptr().cast(), self.bytes) };
+    }
+}
+
+/// The ring is full of events that are still needed.
+#[derive(Debug)]
+pub struct Full;
+
+/// The log.
+#[derive(Debug)]
+pub struct EventLog {
+    memory: Arc<Memory>,
+    ring: Ring,
+    /// Position of the first event after the newest checkpoint.
+    begin: u64,
+    kept: Arc<Kept>,
+}
+
+/// Up to where each reader needs events no more.
+#[derive(Debug, Default)]
+struct Kept {
+    checkpoint: AtomicU64,
+    journal: AtomicU64,
+}
+
+/// The journal's end of the log.
+#[derive(Debug)]
+pub struct LogTail {
+    #[expect(dead_code, reason = "the ring is in it")]
+    memory: Arc<Memory>,
+    ring: Ring,
+    kept: Arc<Kept>,
+    position: u64,
+}
+
+impl EventLog {
+    /// An empty log with room for `bytes` of events.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn new(bytes: u64) -> std::io::Result<Self> {
+        let ring_bytes = ((bytes as usize).next_power_of_two() + Ring::HEADER_BYTES).next_multiple_of(4096);
+        let memory = Arc::new(Memory::new(CONTROL_BYTES as usize + ring_bytes)?);
+        // SAFETY: fresh memory that nobody else uses yet.
+        let ring = unsafe { Ring::create(memory.at.as_ptr().add(CONTROL_BYTES as usize), memory.ring_bytes()) };
+        let ring = ring.map_err(std::io::Error::other)?;
+        let kept = Arc::new(Kept::default());
+        kept.journal.store(u64::MAX, Ordering::SeqCst);
+        let log = Self { memory, ring, begin: 0, kept };
+        log.control().ring_bytes.store(log.memory.ring_bytes() as u64, Ordering::SeqCst);
+        Ok(log)
+    }
+
+    /// The page that is shared with the shim.
+    pub fn control(&self) -> &Control {
+        // SAFETY: the first bytes of the memory, zero or as shim and supervisor left them; every bit pattern
+        // is a `Control`. What is not atomic in it is read while the unit's threads are stopped.
+        unsafe { self.memory.at.cast::<Control>().as_ref() }
+    }
+
+    /// Forgets what was known of descriptors: of one, or of all. No thread of the unit is in the shim.
+    pub fn forget_fds(&mut self, fd: Option<usize>) {
+        // SAFETY: as for `control`; the shim, the only other user of the table, does not run.
+        let fds = unsafe { &mut (*self.memory.at.cast::<Control>().as_ptr()).fds };
+        match fd {
+            Some(fd) => {
+                if let Some(known) = fds.get_mut(fd) {
+                    *known = ftrun_abi::fast::FD_UNKNOWN;
+                }
+            }
+            None => fds.fill(ftrun_abi::fast::FD_UNKNOWN),
+        }
+    }
+
+    /// Descriptor and size of the memory, for mapping it into the unit. The descriptor is of the thread that
+    /// made the log.
+    pub fn file(&self) -> (i32, u64) {
+        (self.memory.file.as_raw_fd(), self.memory.bytes as u64)
+    }
+
+    /// Adds a record.
+    ///
+    /// # Errors
+    /// There is no room; what is needed no more must be written to disk, or a checkpoint be taken.
+    pub fn append(&mut self, record: &[u8]) -> Result<(), Full> {
+        let Some(room) = self.ring.reserve(record.len()) else { return Err(Full) };
+        room.copy_from_slice(record);
+        self.ring.commit();
+        Ok(())
+    }
+
+    /// Position of the first event after the newest checkpoint.
+    pub fn begin(&self) -> u64 {
+        self.begin
+    }
+
+    /// Position behind the last event.
+    pub fn end(&self) -> u64 {
+        self.ring.end()
+    }
+
+    /// Bytes of events since the newest checkpoint.
+    pub fn bytes(&self) -> u64 {
+        self.end() - self.begin
+    }
+
+    /// The record at a position, and the position behind it; `None` at the end.
+    pub fn read_at(&self, position: u64) -> Option<(&[u8], u64)> {
+        match self.ring.read_at(position) {
+            Ok(found) => found,
+            Err(e) => panic!("the unit has overwritten its event log: {e}"),
+        }
+    }
+
+    /// A checkpoint holds the effect of every event so far.
+    pub fn checkpointed(&mut self) {
+        self.begin = self.end();
+        self.kept.checkpoint.store(self.begin, Ordering::SeqCst);
+        release(&mut self.ring, &self.kept);
+    }
+
+    /// Begins the memory anew if no event in it is needed any more. The unit is stopped.
+    pub fn rewind(&mut self, tail: &mut LogTail) {
+        if tail.position == self.end() && self.begin == self.end() && self.ring.rewind() {
+            (self.begin, tail.position) = (0, 0);
+            tail.ring = self.memory.ring();
+            self.kept.checkpoint.store(0, Ordering::SeqCst);
+            self.kept.journal.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// The process died between a call that cannot be logged and the checkpoint that must follow it: what the
+    /// call did to the process is lost with it, so that the call has to be made again.
+    pub fn drop_unloggable(&mut self) {
+        let (mut position, mut last) = (self.begin, None);
+        while let Some((record, next)) = self.read_at(position) {
+            last = Some((position, is_unloggable(record)));
+            position = next;
+        }
+        if let Some((position, true)) = last {
+            self.ring.truncate_to(position);
+        }
+    }
+
+    /// The record that the shim had begun when its process died.
+    pub fn uncommitted(&self) -> Option<&[u8]> {
+        self.ring.uncommitted()
+    }
+
+    /// The journal's end: events from now on are kept until it has written them.
+    pub fn tail(&self) -> LogTail {
+        self.kept.journal.store(self.end(), Ordering::SeqCst);
+        LogTail {
+            memory: Arc::clone(&self.memory),
+            ring: self.memory.ring(),
+            kept: Arc::clone(&self.kept),
+            position: self.end(),
+        }
+    }
+}
+
+impl LogTail {
+    /// The next record that has not been taken, without taking it.
+    pub fn peek(&self) -> Option<&[u8]> {
+        self.ring.read_at(self.position).ok().flatten().map(|(record, _)| record)
+    }
+
+    /// Takes the record that [`LogTail::peek`] shows.
+    pub fn take(&mut self) {
+        if let Ok(Some((_, next))) = self.ring.read_at(self.position) {
+            self.position = next;
+        }
+    }
+
+    /// Gives back what was taken.
+    pub fn give_back(&mut self) {
+        self.kept.journal.store(self.position, Ordering::SeqCst);
+        release(&mut self.ring, &self.kept);
+    }
+
+    /// Passes over what the newest checkpoint makes needless.
+    pub fn skip_to_checkpoint(&mut self) {
+        self.position = self.position.max(self.kept.checkpoint.load(Ordering::SeqCst));
+        self.give_back();
+    }
+
+    /// Bytes that have not been taken.
+    pub fn bytes(&self) -> u64 {
+        self.ring.end() - self.position
+    }
+}
+
+/// Only the checkpoint after this event can stand for it.
+fn is_unloggable(record: &[u8]) -> bool {
+    Record::parse(record).is_ok_and(|(r, _)| r.header.flags & flag::UNLOGGABLE != 0)
+}
+
+fn release(ring: &mut Ring, kept: &Kept) {
+    let (a, b) = (kept.checkpoint.load(Ordering::SeqCst), kept.journal.load(Ordering::SeqCst));
+    ring.release_to(a.min(b));
+}
