@@ -1,7 +1,7 @@
 //! Family-based logging through failures.
 
 use super::*;
-use crate::protocols::sim::{Plan, Violation, explore, run, small, sweep};
+use crate::protocols::sim::{Plan, Violation, explore, run, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 5, false);
@@ -29,6 +29,15 @@ fn every_order_of_a_small_system() {
     plan.down_at_most = 1;
     let explored = explore::<Node>(&plan, 1, 3, 40_000).expect("no violation");
     assert!(explored.states > 1_000 && explored.ends > 0, "{explored:?}");
+}
+
+/// What was shown is recoverable at that moment, whoever fails then.
+#[test]
+fn what_was_shown_is_recoverable() {
+    let shown = |seed| {
+        run_failing_after_output::<Node>(&plan(seed)).unwrap_or_else(|violation| panic!("seed {seed}: {violation}"))
+    };
+    assert!((0..300).map(shown).sum::<u64>() > 400);
 }
 
 /// Elnozahy's recovery does not block live processes; the other one does (§5).

@@ -1,7 +1,7 @@
 //! Groups through failures.
 
 use super::*;
-use crate::protocols::sim::{Plan, Violation, explore, small, sweep};
+use crate::protocols::sim::{Plan, Violation, explore, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, false);
@@ -10,6 +10,15 @@ fn plan(seed: u64) -> Plan<Options> {
     plan.down_at_most = plan.workload.units - 1;
     plan.costs.jitter = [2_000, 12_000, 300][(seed % 3) as usize];
     plan
+}
+
+/// What was shown is recoverable at that moment, whoever fails then.
+#[test]
+fn what_was_shown_is_recoverable() {
+    let shown = |seed| {
+        run_failing_after_output::<Member>(&plan(seed)).unwrap_or_else(|violation| panic!("seed {seed}: {violation}"))
+    };
+    assert!((0..300).map(shown).sum::<u64>() > 400);
 }
 
 /// Any number of failures as long as one member has the state.

@@ -87,6 +87,11 @@ impl Recorder {
             }
             Event::Timer(FORWARD) => {
                 for unit in 0..self.workload.units {
+                    // A checkpoint that was under way when its unit failed may have been stored after the
+                    // unit was put into an older one, and what it would replay from there is discarded.
+                    if self.reached[unit] < self.disk.checkpoint[unit].sii() {
+                        self.recover(unit, actions);
+                    }
                     self.forward_from(unit, self.reached[unit] + 1, actions);
                 }
                 actions.push(Action::Timer { timer: FORWARD, after: FORWARD_EVERY });
@@ -117,7 +122,9 @@ impl Recorder {
                     actions.push(Action::Send { to: from, packet: Packet::Recorded { to: message.to, ssn } });
                 }
             }
-            Packet::Reached(sii) => self.reached[from] = self.reached[from].max(sii),
+            // The last word counts, not the greatest: it may be older than the unit's last failure, and
+            // what it then skips would not be sent again. The unit soon speaks for itself.
+            Packet::Reached(sii) => self.reached[from] = sii,
             Packet::Checkpoint(process) if process.sii() > self.disk.checkpoint[from].sii() => {
                 if self.options.bug == Some(Bug::DiscardEarly) {
                     self.disk.stream[from] = self.disk.stream[from].split_off(&(process.sii() + 1));
@@ -126,26 +133,30 @@ impl Recorder {
                 self.write(Record::Checkpoint(process), bytes, actions);
             }
             Packet::Hello => {
-                let checkpoint = self.disk.checkpoint[from].clone();
-                self.reached[from] = checkpoint.sii();
+                self.reached[from] = self.disk.checkpoint[from].sii();
                 // Skipping the first message shifts the stream by one.
                 if self.options.bug == Some(Bug::ReplayOneLess) {
                     let after: Vec<Message> = self.disk.stream[from].values().skip(1).cloned().collect();
                     if !after.is_empty() {
-                        self.disk.stream[from] = (checkpoint.sii() + 1..).zip(after).collect();
+                        self.disk.stream[from] = (self.reached[from] + 1..).zip(after).collect();
                         self.disk.last[from] -= 1;
                     }
                 }
-                let packet = Packet::Recover {
-                    ignore_up_to: self.disk.sent[from].clone(),
-                    until: self.disk.last[from],
-                    checkpoint: Box::new(checkpoint),
-                };
-                actions.push(Action::Send { to: from, packet });
+                self.recover(from, actions);
                 self.forward_from(from, self.reached[from] + 1, actions);
             }
             _ => {}
         }
+    }
+
+    /// Puts a process into the state of its latest checkpoint (§3.4, step 2).
+    fn recover(&self, unit: usize, actions: &mut Vec<Action>) {
+        let packet = Packet::Recover {
+            ignore_up_to: self.disk.sent[unit].clone(),
+            until: self.disk.last[unit],
+            checkpoint: Box::new(self.disk.checkpoint[unit].clone()),
+        };
+        actions.push(Action::Send { to: unit, packet });
     }
 
     fn forward_from(&self, unit: usize, sii: Sii, actions: &mut Vec<Action>) {

@@ -1,7 +1,7 @@
 //! Publishing through failures.
 
 use super::*;
-use crate::protocols::sim::{Crash, Plan, Violation, explore, run, sweep};
+use crate::protocols::sim::{Crash, Plan, Violation, explore, run, run_failing_after_output, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, true);
@@ -14,6 +14,15 @@ fn plan(seed: u64) -> Plan<Options> {
 fn survives_any_failures() {
     let report = sweep::<Node>(0..1_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
     assert!(report.crashes > 1_000 && report.messages > 10_000, "{report:?}");
+}
+
+/// What was shown is recoverable at that moment, whoever fails then.
+#[test]
+fn what_was_shown_is_recoverable() {
+    let shown = |seed| {
+        run_failing_after_output::<Node>(&plan(seed)).unwrap_or_else(|violation| panic!("seed {seed}: {violation}"))
+    };
+    assert!((0..300).map(shown).sum::<u64>() > 400);
 }
 
 /// A plan with a bug must break an invariant within so many seeds.

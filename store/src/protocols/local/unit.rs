@@ -100,7 +100,7 @@ impl Unit {
                 actions.push(Action::Send { to: self.recorder(), packet: Packet::Reached(reached) });
             }
             Packet::Recover { checkpoint, ignore_up_to, until } => {
-                if self.process.is_some() {
+                if self.process.as_ref().is_some_and(|process| process.sii() >= checkpoint.sii()) {
                     return; // A repeated answer to a repeated question.
                 }
                 self.ignore_up_to = ignore_up_to;

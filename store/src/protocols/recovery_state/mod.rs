@@ -9,6 +9,8 @@
 //!
 //! [`recovery_state_exhaustive`](super::model::recovery_state_exhaustive) is the oracle of all.
 
+#[cfg(test)]
+mod lemmas;
 mod load;
 mod printed;
 mod streaming;

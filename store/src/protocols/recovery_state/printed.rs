@@ -103,7 +103,12 @@ impl Incremental {
 
 /// `FIND_REC` (Johnson, figure 4.2; lemma 4.1): a recoverable state above `rv` in which process `k`
 /// is at least in `sigma`. The least one; in `rv` if there is one.
-fn find_rec(execution: &Execution, stable: &impl Fn(usize, Sii) -> bool, rv: &mut [Sii], (k, sigma): At) -> bool {
+pub(super) fn find_rec(
+    execution: &Execution,
+    stable: &impl Fn(usize, Sii) -> bool,
+    rv: &mut [Sii],
+    (k, sigma): At,
+) -> bool {
     rv[k] = sigma;
     let mut max: Vec<Sii> = rv.to_vec();
     let raise = |max: &mut Vec<Sii>, at: At| {

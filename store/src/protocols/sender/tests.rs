@@ -1,7 +1,9 @@
 //! Sender-based logging through failures.
 
 use super::*;
-use crate::protocols::sim::{Crash, Failing, Plan, Violation, explore, run, shrink, small, sweep};
+use crate::protocols::sim::{
+    Crash, Failing, Plan, Violation, explore, run, run_failing_after_output, shrink, small, sweep,
+};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, false);
@@ -58,6 +60,15 @@ fn more_failures_than_one_are_recovered_or_noticed() {
         }
     }
     assert!(recovered > 100 && noticed > 10, "{recovered} {noticed}");
+}
+
+/// What was shown is recoverable at that moment, whoever fails then.
+#[test]
+fn what_was_shown_is_recoverable() {
+    let shown = |seed| {
+        run_failing_after_output::<Unit>(&plan(seed)).unwrap_or_else(|violation| panic!("seed {seed}: {violation}"))
+    };
+    assert!((0..300).map(shown).sum::<u64>() > 400);
 }
 
 /// Three processes, four messages; every order with one failure.

@@ -20,6 +20,8 @@ pub enum Violation {
     },
     /// Something was shown to the world outside that had been shown before, or out of order.
     ShownTwice(Output),
+    /// Something was shown that was made beyond the current recovery state (Johnson, lemma 2.3).
+    ShownEarly(Output),
     /// A process came back with a history in which something shown was not made.
     ShownUndone(Output),
     /// The recovery state went back.
@@ -49,6 +51,9 @@ impl fmt::Display for Violation {
                     "shown twice: output {} of unit {}, made in interval {}",
                     output.number, output.unit, output.made_in
                 )
+            }
+            Self::ShownEarly(Output { unit, number, made_in, .. }) => {
+                write!(f, "shown early: output {number} of unit {unit}, made in interval {made_in}, is not recoverable")
             }
             Self::ShownUndone(output) => {
                 let Output { unit, number, made_in, .. } = output;
@@ -83,9 +88,19 @@ impl Checks {
         self.shown.get(unit).map_or(0, |shown| shown.len() as u64)
     }
 
-    pub(super) fn show(&mut self, output: &Output, by: Option<&Process>) -> Result<(), Violation> {
+    /// The world outside takes an output. `recoverable` is the current recovery state, where some node
+    /// keeps one.
+    pub(super) fn show(
+        &mut self,
+        output: &Output,
+        by: Option<&Process>,
+        recoverable: Option<&[Sii]>,
+    ) -> Result<(), Violation> {
         if output.number != self.shown(output.unit) {
             return Err(Violation::ShownTwice(output.clone()));
+        }
+        if recoverable.is_some_and(|state| output.made_in > state[output.unit]) {
+            return Err(Violation::ShownEarly(output.clone()));
         }
         if by.is_some_and(|process| process.digest_in(output.made_in) != Some(output.data)) {
             return Err(Violation::ShownUndone(output.clone()));
@@ -151,6 +166,17 @@ impl Checks {
             }
         }
         Ok(())
+    }
+
+    /// A process says that no consistent state can be recovered: then another depends on an interval
+    /// beyond the one that it got to (Johnson, definition 2.4), or did and has failed since it said so.
+    pub(super) fn gave_up<M: Machine>(&self, node: usize, machines: &[M], up: &[bool]) -> Result<(), Violation> {
+        let reached = machines[node].process().map(Process::sii);
+        let depends = |unit| live(unit, machines, up).is_none_or(|other| other.depends_on.get(node) > reached);
+        if (0..self.checked.len()).any(|unit| unit != node && depends(unit)) {
+            return Ok(());
+        }
+        Err(Violation::Broken(format!("node {node} gave up, and nobody depends on what it can't recover")))
     }
 
     /// A node failed.

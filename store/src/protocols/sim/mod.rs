@@ -191,6 +191,28 @@ pub fn run<M: Machine>(plan: &Plan<M::Options>) -> Result<Report, Violation> {
     World::<M>::new(plan, false).finish()
 }
 
+/// Carries out a plan, and on the side what would happen if, right after something was shown, the
+/// unit that showed it failed, with as many others as are tolerated. So what was shown has to be
+/// recoverable then and there. Returns how many times something was shown.
+pub fn run_failing_after_output<M: Machine>(plan: &Plan<M::Options>) -> Result<u64, Violation> {
+    let mut world = World::<M>::new(plan, false);
+    let mut shows = 0;
+    while world.next()? {
+        if let Some(unit) = world.take_shown() {
+            shows += 1;
+            let mut failing = world.clone();
+            let nodes = plan.workload.units;
+            for node in (unit..unit + nodes).map(|node| node % nodes) {
+                if failing.may_crash(node) {
+                    failing.crash(node);
+                }
+            }
+            failing.finish()?;
+        }
+    }
+    Ok(shows)
+}
+
 /// Carries out a plan and tells what happened, line by line.
 pub fn timeline<M: Machine>(plan: &Plan<M::Options>) -> (Vec<String>, Result<Report, Violation>) {
     let mut world = World::<M>::new(plan, true);

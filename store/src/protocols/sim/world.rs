@@ -42,6 +42,8 @@ pub struct World<M: Machine> {
     groups: GroupChecks,
     report: Report,
     timeline: Option<Vec<String>>,
+    /// The last unit that showed something.
+    shown: Option<usize>,
     actions: Vec<Action<M::Packet>>,
 }
 
@@ -68,13 +70,14 @@ impl<M: Machine> World<M> {
             groups: GroupChecks::new(plan.workload.units),
             report: Report::default(),
             timeline: keep_timeline.then(Vec::new),
+            shown: None,
             actions: Vec::new(),
             plan: plan.clone(),
             machines,
         }
     }
 
-    /// Runs to the end.
+    /// Runs to its end.
     pub fn finish(mut self) -> Result<Report, Violation> {
         while self.next()? {}
         Ok(self.report())
@@ -122,6 +125,12 @@ impl<M: Machine> World<M> {
         (0..self.machines.len()).map(|node| self.checks.shown(node)).collect()
     }
 
+    /// Who has shown something since this was asked last.
+    pub(super) fn take_shown(&mut self) -> Option<usize> {
+        self.shown.take()
+    }
+
+    /// Whether the plan lets this node fail now.
     pub(super) fn may_crash(&self, node: usize) -> bool {
         let out = |node: &usize| !self.up[*node] || self.machines[*node].phase() == Phase::Recovering;
         self.up[node] && (0..self.up.len()).filter(|other| *other != node).filter(out).count() < self.plan.down_at_most
@@ -199,11 +208,17 @@ impl<M: Machine> World<M> {
             }
             Action::Show(output) => {
                 self.report.outputs += 1;
+                self.shown = Some(node);
                 if self.machines[node].member().is_some() {
                     return self.groups.show(&output, self.machines[node].member());
                 }
                 let by = output.unit;
-                self.checks.show(&output, self.machines[by].process().filter(|_| by == node))?;
+                let recoverable = self.machines.iter().find_map(|machine| machine.recovery_state());
+                self.checks.show(
+                    &output,
+                    self.machines[by].process().filter(|_| by == node),
+                    recoverable.as_deref(),
+                )?;
             }
             Action::Restart(other) => {
                 if self.up[other] {
@@ -217,7 +232,10 @@ impl<M: Machine> World<M> {
             Action::Unrecoverable if self.plan.must_recover => {
                 return Err(Violation::Broken(format!("node {node} gave up on failures that should be tolerated")));
             }
-            Action::Unrecoverable => self.report.unrecoverable = true,
+            Action::Unrecoverable => {
+                self.report.unrecoverable = true;
+                return self.checks.gave_up(node, &self.machines, &self.up);
+            }
         }
         Ok(())
     }
