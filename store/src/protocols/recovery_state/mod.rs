@@ -5,7 +5,7 @@
 //! - [`Incremental`]: figures 4.2 and 4.3 as they are printed, upwards from the last answer;
 //! - [`RecoveryState`]: the incremental algorithm for a store that has to run it at every message
 //!   logged by a thousand units. It is told what was logged, keeps nothing that is below the
-//!   recovery state, and looks at no component that did not change.
+//!   recovery state, and searches only where searching can help.
 //!
 //! [`recovery_state_exhaustive`](super::model::recovery_state_exhaustive) is the oracle of all.
 
@@ -13,6 +13,7 @@
 mod lemmas;
 mod load;
 mod printed;
+mod sorted;
 mod streaming;
 #[cfg(test)]
 mod tests;
