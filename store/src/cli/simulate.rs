@@ -10,7 +10,7 @@ use crate::protocols::machine::Machine;
 use crate::protocols::process::{Pattern, Workload};
 use crate::protocols::rng::{Rng, scatter};
 use crate::protocols::sim::{Costs, Crash, Explored, Failing, Plan, Report, Violation};
-use crate::protocols::sim::{explore, run, shrink, small, timeline};
+use crate::protocols::sim::{explore, run, small, timeline};
 use crate::protocols::{family, group, local, optimistic, sender};
 
 /// Options of `ftstore simulate`.
@@ -273,25 +273,32 @@ impl Simulate {
 }
 
 fn explored<M: Machine>(plan: &Plan<M::Options>, crashes: usize, nodes: usize, states_max: usize) -> Answer {
+    let begun = std::time::Instant::now();
     match explore::<M>(plan, crashes, nodes, states_max) {
-        Ok(Explored { states, ends, complete }) => {
+        Ok(Explored { states, steps, ends, complete }) => {
+            let seconds = begun.elapsed().as_secs_f64();
             let all = if complete { "all there are" } else { "not all there are" };
-            let text = format!("{states} states ({all}), {ends} of them with everything delivered; no violation\n");
-            Answer { text, json: json!({ "states": states, "ends": ends, "complete": complete }), bad: false }
+            let text = format!(
+                "{states} states ({all}), {steps} steps, {ends} ends with everything delivered; no violation; {seconds:.1} s\n"
+            );
+            let json =
+                json!({ "states": states, "steps": steps, "ends": ends, "complete": complete, "seconds": seconds });
+            Answer { text, json, bad: false }
         }
-        Err(violation) => {
-            let violation = violation.to_string();
-            Answer { text: format!("{violation}\n"), json: json!({ "violation": violation }), bad: true }
+        Err(found) => {
+            let json = json!({ "violation": found.violation.to_string(), "timeline": found.timeline });
+            Answer { text: format!("{found}\n"), json, bad: true }
         }
     }
 }
 
 /// A run that broke an invariant: the smallest plan that does, and what happens in it.
 fn failed<M: Machine>(plan: &Plan<M::Options>, violation: Violation) -> Answer {
-    let plan = shrink::<M>(plan);
-    let violation = run::<M>(&plan).err().unwrap_or(violation);
-    let json = json!({ "violation": violation.to_string(), "plan": format!("{plan:?}") });
-    Answer { text: Failing { plan, violation }.explain::<M>(), json, bad: true }
+    let (failing, timeline) = Failing { plan: plan.clone(), violation }.shrunk::<M>();
+    let Failing { plan, violation } = failing;
+    let text = format!("{}\n{violation}\n\n{plan:#?}\n", timeline.join("\n"));
+    let json = json!({ "violation": violation.to_string(), "plan": format!("{plan:?}"), "timeline": timeline });
+    Answer { text, json, bad: true }
 }
 
 /// The communication patterns of Johnson's programs (§3.4.4), and two plain ones.

@@ -27,6 +27,7 @@ mod tests;
 mod unit;
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use super::machine::{Action, Counters, Event, Machine, Phase};
 use super::model::Sii;
@@ -132,6 +133,45 @@ pub enum Body {
     Live,
 }
 
+impl fmt::Display for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let orders = |determinants: &Determinants| {
+            let one = |(receipt, d): (&Receipt, &Determinant)| {
+                format!("{}:{} is message {} of {}", receipt.unit, receipt.sii, d.ssn, d.from)
+            };
+            determinants.iter().map(one).collect::<Vec<_>>().join(", ")
+        };
+        match &self.body {
+            Body::Message(message, with) if with.is_empty() => write!(f, "{message}")?,
+            Body::Message(message, with) => write!(f, "{message} with [{}]", orders(with))?,
+            Body::Received(ssn) => write!(f, "received {ssn} messages")?,
+            Body::Hold(with) => write!(f, "hold [{}]", orders(with))?,
+            Body::Held(receipts) => {
+                let all: Vec<String> =
+                    receipts.iter().map(|receipt| format!("{}:{}", receipt.unit, receipt.sii)).collect();
+                write!(f, "holds [{}]", all.join(", "))?;
+            }
+            Body::Checkpointed(sii, received) => {
+                write!(f, "checkpointed in interval {sii} with {received} messages received")?;
+            }
+            Body::Register => write!(f, "starts recovery, or asks whether that is over")?,
+            Body::Recovering(list) => {
+                let all: Vec<String> =
+                    list.iter().map(|(ord, unit, inc)| format!("{ord}: unit {unit} ({inc})")).collect();
+                write!(f, "recovering are [{}]", all.join(", "))?;
+            }
+            Body::Ask(_, incarnations) => write!(f, "asks for receipt orders; incarnations {incarnations:?}")?,
+            Body::Answer(_, with) => write!(f, "knows [{}]", orders(with))?,
+            Body::Gathered(with, incarnations) => {
+                write!(f, "gathered [{}]; incarnations {incarnations:?}", orders(with))?;
+            }
+            Body::Replaying(received) => write!(f, "has {received} of its messages and wants the rest")?,
+            Body::Live => write!(f, "has what it needs")?,
+        }
+        if self.incarnation > 0 { write!(f, "; incarnation {}", self.incarnation) } else { Ok(()) }
+    }
+}
+
 /// A node.
 #[derive(Clone, Debug, Hash)]
 pub enum Node {
@@ -175,6 +215,17 @@ impl Machine for Node {
             Self::Unit(unit) => Some(unit.process()),
             Self::Registrar(_) => None,
         }
+    }
+
+    fn role(&self) -> &'static str {
+        match self {
+            Self::Unit(_) => "unit",
+            Self::Registrar(_) => "registrar",
+        }
+    }
+
+    fn heeds_failures(&self) -> bool {
+        matches!(self, Self::Registrar(_))
     }
 
     fn phase(&self) -> Phase {

@@ -276,6 +276,60 @@ pub enum Packet {
     Dead { to: Site },
 }
 
+impl fmt::Display for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Data { from, number, frame, .. } => write!(f, "[{number}] {frame} ({from:?})"),
+            Self::Acknowledged { below, .. } => write!(f, "has everything below [{below}]"),
+            Self::Hello { from } => write!(f, "alive ({from:?})"),
+            Self::TakeIn { from } => write!(f, "take {from:?} in"),
+            Self::Dead { to } => write!(f, "you are dead, {to:?}"),
+        }
+    }
+}
+
+impl fmt::Display for Frame {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let says = |message: &Broadcast| format!("{:?} {:?}", message.id, message.payload);
+        match self {
+            Self::Propose { changes, committed } => {
+                write!(f, "proposes views {changes:?}, {committed} of them committed")
+            }
+            Self::ViewAcknowledged { length, missing } if missing.is_empty() => write!(f, "takes {length} views"),
+            Self::ViewAcknowledged { length, missing } => write!(f, "of {length} views misses {missing:?}"),
+            Self::Commit { changes } => write!(f, "commits {} views", changes.len()),
+            Self::Causal { message, remaining } => write!(f, "CBCAST {}, remaining {remaining:?}", says(message)),
+            Self::Ordered { message, attempt, .. } => write!(f, "ABCAST {}, attempt {attempt}", says(message)),
+            Self::Proposed { id, priority, is_final, .. } => {
+                write!(f, "{} priority {priority:?} for {id:?}", if *is_final { "has final" } else { "proposes" })
+            }
+            Self::Final { id, priority } => write!(f, "final priority {priority:?} for {id:?}"),
+            Self::Deliver { id } => write!(f, "deliver {id:?}"),
+            Self::Stranded { message, .. } => write!(f, "{:?} has lost its coordinator", message.id),
+            Self::Begin { cut, attempt } => write!(f, "GBCAST {cut:?}: flush or lock, attempt {attempt}"),
+            Self::Flushed { cut, attempt } => write!(f, "GBCAST {cut:?}: flushed or locked, attempt {attempt}"),
+            Self::Order { cut, attempt } => write!(f, "GBCAST {cut:?}: give it a priority, attempt {attempt}"),
+            Self::CutProposed { cut, priority, is_final, .. } => {
+                let word = if *is_final { "has final" } else { "proposes" };
+                write!(f, "GBCAST {cut:?}: {word} priority {priority:?}")
+            }
+            Self::CutFinal { cut, priority, .. } => write!(f, "GBCAST {cut:?}: final priority {priority:?}"),
+            Self::AtHead { cut, ids, done, .. } => {
+                let word = if *done { "done" } else { "at the head" };
+                write!(f, "GBCAST {cut:?}: {word}, after {ids:?}")
+            }
+            Self::Before { cut, ids } => write!(f, "GBCAST {cut:?}: before it {ids:?}"),
+            Self::Over { cut } => write!(f, "GBCAST {cut:?}: over"),
+            Self::Wanted { cut, queued } => {
+                write!(f, "GBCAST {cut:?}: wanted, {}", if *queued { "queued" } else { "new" })
+            }
+            Self::State(state) => write!(f, "the group's state, {} deliveries", state.replica.log.len()),
+            Self::Disposable { ids, .. } => write!(f, "forget {ids:?}"),
+            Self::Disposed { .. } => write!(f, "forgotten"),
+        }
+    }
+}
+
 impl Machine for Member {
     type Packet = Packet;
     type Options = Options;
@@ -296,6 +350,10 @@ impl Machine for Member {
 
     fn process(&self) -> Option<&Process> {
         None
+    }
+
+    fn heeds_failures(&self) -> bool {
+        true
     }
 
     fn phase(&self) -> Phase {

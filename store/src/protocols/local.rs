@@ -14,6 +14,8 @@ mod recorder;
 mod tests;
 mod unit;
 
+use std::fmt;
+
 use super::machine::{Action, Counters, Event, Machine, Phase};
 use super::model::Sii;
 use super::process::{Message, Process, Workload};
@@ -86,6 +88,27 @@ pub enum Packet {
     },
 }
 
+impl fmt::Display for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Publish(message) => write!(f, "publish {message}"),
+            Self::Recorded { to, ssn } => write!(f, "recorded up to message {ssn} to unit {to}"),
+            Self::Forward { sii, message } => write!(f, "{message} begins interval {sii}"),
+            Self::Reached(sii) => write!(f, "reached interval {sii}"),
+            Self::Alive => write!(f, "alive"),
+            Self::Checkpoint(process) => write!(f, "checkpoint in interval {}", process.sii()),
+            Self::Hello => write!(f, "wants its process"),
+            Self::Recover { checkpoint, ignore_up_to, until } => {
+                let sii = checkpoint.sii();
+                write!(
+                    f,
+                    "recover from the checkpoint in interval {sii} to {until}, ignoring sends to {ignore_up_to:?}"
+                )
+            }
+        }
+    }
+}
+
 /// A node.
 #[derive(Clone, Debug, Hash)]
 pub enum Node {
@@ -128,6 +151,13 @@ impl Machine for Node {
         match self {
             Self::Unit(unit) => unit.process(),
             Self::Recorder(_) => None,
+        }
+    }
+
+    fn role(&self) -> &'static str {
+        match self {
+            Self::Unit(_) => "unit",
+            Self::Recorder(_) => "recorder",
         }
     }
 

@@ -1,7 +1,7 @@
 //! What a protocol is to the simulator, and later to the sockets: a state machine for each node.
 
-use std::fmt::Debug;
-use std::hash::Hash;
+use std::fmt::{Debug, Display};
+use std::hash::{Hash, Hasher};
 
 use super::group::Member;
 use super::model::Sii;
@@ -76,7 +76,7 @@ pub enum Phase {
 }
 
 /// Figures that a node keeps about itself, since its last failure.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Sends and outputs that had to wait.
     pub held: u64,
@@ -90,10 +90,15 @@ pub struct Counters {
     pub log_messages: u64,
 }
 
+/// Figures do not make two states of a node different.
+impl Hash for Counters {
+    fn hash<H: Hasher>(&self, _: &mut H) {}
+}
+
 /// A node's part of a protocol. It has no clock, no randomness and does no input or output.
 pub trait Machine: Clone + Debug + Hash {
     /// What it sends.
-    type Packet: Clone + Debug + Hash;
+    type Packet: Clone + Debug + Display + Hash;
     /// Variants and deliberate bugs.
     type Options: Clone + Debug + Default;
 
@@ -115,6 +120,16 @@ pub trait Machine: Clone + Debug + Hash {
     /// The member of a group that it is.
     fn member(&self) -> Option<&Member> {
         None
+    }
+
+    /// What kind of node it is.
+    fn role(&self) -> &'static str {
+        "unit"
+    }
+
+    /// Whether [`Event::Down`] means anything to it.
+    fn heeds_failures(&self) -> bool {
+        false
     }
 
     /// How it takes part.

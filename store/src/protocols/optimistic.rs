@@ -17,6 +17,8 @@ mod store;
 mod tests;
 mod unit;
 
+use std::fmt;
+
 use super::machine::{Action, Counters, Event, Machine, Phase};
 use super::model::Sii;
 use super::process::{Message, Outbox, Output, Process, Workload};
@@ -155,6 +157,39 @@ pub enum Packet {
     },
 }
 
+impl fmt::Display for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |siis: &mut dyn Iterator<Item = Sii>| siis.map(|s| s.to_string()).collect::<Vec<_>>().join(", ");
+        let intervals = |messages: &[(Sii, Message)]| list(&mut messages.iter().map(|(sii, _)| *sii));
+        match self {
+            Self::Message { round, message } => write!(f, "{message}, round {round}"),
+            Self::Received { round, received, safe } => {
+                write!(f, "received {received} messages, {safe} of them for good, round {round}")
+            }
+            Self::Log { round, messages } => write!(f, "log intervals [{}], round {round}", intervals(messages)),
+            Self::Logged { round, siis, recovered } => {
+                let siis = list(&mut siis.iter().copied());
+                write!(f, "logged intervals [{siis}]; recoverable up to {recovered}, round {round}")
+            }
+            Self::Checkpoint { round, saved } => {
+                write!(f, "checkpoint in interval {}, round {round}", saved.process.sii())
+            }
+            Self::Hello { heard, life } => write!(f, "wants its process; has heard of round {heard}; life {life}"),
+            Self::Stop { round } => write!(f, "stop for round {round}"),
+            Self::Stopped { round, of, saved, messages, life } => {
+                let state = saved.as_ref().map_or("nothing".to_owned(), |s| format!("interval {}", s.process.sii()));
+                let unlogged = intervals(messages);
+                write!(f, "stopped for round {round} with {state} of round {of}, unlogged [{unlogged}]; life {life}")
+            }
+            Self::Resume { round, to, saved, life, .. } => {
+                let from = saved.process.sii();
+                write!(f, "resume in interval {to} from the checkpoint in {from}, round {round}; life {life}")
+            }
+            Self::Resumed { round } => write!(f, "resumed, round {round}"),
+        }
+    }
+}
+
 /// A node.
 #[derive(Clone, Debug, Hash)]
 pub enum Node {
@@ -197,6 +232,13 @@ impl Machine for Node {
         match self {
             Self::Unit(unit) => unit.process(),
             Self::Store(_) => None,
+        }
+    }
+
+    fn role(&self) -> &'static str {
+        match self {
+            Self::Unit(_) => "unit",
+            Self::Store(_) => "store",
         }
     }
 

@@ -5,6 +5,8 @@
 //! which covers every message that it received in order, so two processes with the same digest went
 //! through the same history. That makes orphans and lost messages visible to the checks.
 
+use std::fmt;
+
 use super::model::{DependencyVector, Sii};
 use super::rng::scatter;
 
@@ -65,6 +67,12 @@ pub struct Message {
     pub data: u64,
 }
 
+impl fmt::Display for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "message {} of {}→{} (sent in interval {})", self.ssn, self.from, self.to, self.sent_in)
+    }
+}
+
 /// Something that the world outside sees.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Output {
@@ -76,6 +84,12 @@ pub struct Output {
     pub made_in: Sii,
     /// Digest of that state; it stands for the data.
     pub data: u64,
+}
+
+impl fmt::Display for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "output {} of unit {} (made in interval {})", self.number, self.unit, self.made_in)
+    }
 }
 
 /// What a process does in a state interval.

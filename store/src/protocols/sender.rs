@@ -21,6 +21,8 @@ mod log;
 mod tests;
 mod unit;
 
+use std::fmt;
+
 use super::machine::{Action, Counters, Event, Machine, Phase};
 use super::model::Sii;
 use super::process::{Message, Process, Workload};
@@ -123,6 +125,39 @@ pub enum Body {
         /// Which.
         life: u32,
     },
+}
+
+impl fmt::Display for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pairs = |pairs: &[(u64, Option<Rsn>)]| {
+            let rsn = |rsn: Option<Rsn>| rsn.map_or("none".to_owned(), |rsn| rsn.to_string());
+            pairs.iter().map(|&(ssn, of)| format!("message {ssn} RSN {}", rsn(of))).collect::<Vec<_>>().join(", ")
+        };
+        let mut parts = Vec::new();
+        if !self.rsns.is_empty() {
+            parts.push(format!("returns {}", pairs(&self.rsns)));
+        }
+        if !self.acks.is_empty() {
+            parts.push(format!("acknowledges {}", pairs(&self.acks)));
+        }
+        match &self.body {
+            Body::Nothing => {}
+            Body::Message(message) => parts.push(message.to_string()),
+            Body::Checkpointed { received } => parts.push(format!("checkpointed with {received} messages received")),
+            Body::WantLog { sii, .. } => parts.push(format!("wants what is logged for it after interval {sii}")),
+            Body::Log { messages, depends_on, .. } => {
+                let all: Vec<String> = messages.iter().map(|(rsn, message)| format!("{rsn}: {message}")).collect();
+                let on = depends_on.map_or("nothing".to_owned(), |sii| format!("interval {sii}"));
+                parts.push(format!("log [{}]; depends on {on} of it", all.join(", ")));
+            }
+            Body::Replayed { received, .. } => parts.push(format!("has replayed {received} of its messages")),
+            Body::Noted { .. } => parts.push("noted".to_owned()),
+        }
+        if self.life > 0 {
+            parts.push(format!("life {}", self.life));
+        }
+        f.write_str(&parts.join("; "))
+    }
 }
 
 impl Machine for Unit {

@@ -74,16 +74,16 @@ impl Unit {
     pub(super) fn new(process: Process, options: Options) -> Self {
         let outbox = Outbox::new(process.sent.len());
         let depinfo = Determinants::new();
-        Self::restored(options, Saved { process, outbox, depinfo, outputs: VecDeque::new(), incarnation: 0 }, 0)
+        Self::restored(options, Saved { process, outbox, depinfo, outputs: VecDeque::new(), incarnation: 0 })
     }
 
-    fn restored(options: Options, disk: Saved, next_token: u64) -> Self {
+    fn restored(options: Options, disk: Saved) -> Self {
         let units = disk.process.sent.len();
         Self {
             options,
             units,
             writes: VecDeque::new(),
-            next_token,
+            next_token: 0,
             process: disk.process.clone(),
             outbox: disk.outbox.clone(),
             depinfo: disk.depinfo.clone(),
@@ -106,7 +106,7 @@ impl Unit {
         if self.options.bug != Some(Bug::IncarnationFromCheckpoint) {
             self.disk.incarnation = self.incarnation + 1;
         }
-        *self = Self::restored(self.options, self.disk.clone(), self.next_token);
+        *self = Self::restored(self.options, self.disk.clone());
         if self.options.bug == Some(Bug::IncarnationFromCheckpoint) {
             self.incarnation += 1;
         }
@@ -344,8 +344,9 @@ impl Unit {
                 incarnation: self.incarnation,
             };
             let bytes = saved.process.checkpoint_bytes() + saved.outbox.bytes();
-            let token = self.next_token;
-            self.next_token += 1;
+            // A name is free again when nothing is under way.
+            let token = if self.writes.is_empty() { 0 } else { self.next_token };
+            self.next_token = token + 1;
             self.writes.push_back((token, saved));
             actions.push(Action::Write { token, bytes });
         }

@@ -169,7 +169,8 @@ impl Member {
         if old {
             self.transmit_all();
         }
-        if self.rounds.is_multiple_of(COLLECT_EVERY) {
+        self.rounds = (self.rounds + 1) % COLLECT_EVERY;
+        if self.rounds == 0 {
             self.collect();
         }
     }

@@ -99,7 +99,10 @@ impl Links {
                 let packet = Packet::Data { from: me, to: peer, number, frame: frame.clone() };
                 out.push(Action::Send { to: peer.node, packet });
             }
-            out.push(Action::Send { to: peer.node, packet: Packet::Hello { from: me } });
+            // Anything is a sign of life.
+            if link.unacknowledged.is_empty() {
+                out.push(Action::Send { to: peer.node, packet: Packet::Hello { from: me } });
+            }
         }
     }
 

@@ -50,6 +50,7 @@ pub struct Member {
     snapshots: BTreeMap<Site, State>,
     state_sent: BTreeSet<Site>,
     pub(super) attempts: u64,
+    /// Rounds of the timer since ids were last collected.
     pub(super) rounds: u32,
     /// Frames to itself.
     local: VecDeque<Frame>,
@@ -58,7 +59,7 @@ pub struct Member {
     /// Broadcasts that the process will make of its own accord.
     left: u32,
     dead: bool,
-    held: u64,
+    counters: Counters,
     /// CBCASTs that had been delivered here when something was last shown.
     told: BTreeMap<Site, u64>,
 }
@@ -97,7 +98,7 @@ impl Member {
             wishes: VecDeque::new(),
             left: 1,
             dead: false,
-            held: 0,
+            counters: Counters::default(),
             told: BTreeMap::new(),
         }
     }
@@ -171,7 +172,6 @@ impl Member {
     }
 
     fn round(&mut self) {
-        self.rounds += 1;
         let peers = match self.views.changes.is_empty() {
             true => self.links.peers(),
             false => self
@@ -188,12 +188,17 @@ impl Member {
         for site in self.links.silent_for(SILENT_ROUNDS) {
             self.suspect(site);
         }
-        if self.options.wrong_suspicion == self.rounds && self.me == (Site { node: 0, incarnation: 0 }) {
-            self.suspect(Site { node: 1, incarnation: 0 });
+        if self.options.wrong_suspicion > 0 && self.me == (Site { node: 0, incarnation: 0 }) {
+            self.options.wrong_suspicion -= 1;
+            if self.options.wrong_suspicion == 0 {
+                self.suspect(Site { node: 1, incarnation: 0 });
+            }
         }
         if self.replica.is_some() && self.left > 0 {
             self.left -= 1;
-            let choice = scatter(self.workload.seed ^ scatter((self.me.node as u64) << 32 | u64::from(self.rounds)));
+            let Site { node, incarnation } = self.me;
+            let own = (node as u64) << 48 | u64::from(incarnation) << 32 | u64::from(self.left);
+            let choice = scatter(self.workload.seed ^ scatter(own));
             self.wish(choice, self.workload.hops);
         }
         self.causal_round();
@@ -393,7 +398,7 @@ impl Member {
         let mine: Vec<Id> = replica.requests.iter().filter(|(_, (by, _))| *by == self.me).map(|(&id, _)| id).collect();
         for id in mine {
             if !self.is_flushed() && self.options.bug != Some(Bug::OutputBeforeFlush) {
-                self.held += 1;
+                self.counters.held += 1;
                 self.transmit_all();
                 return;
             }
@@ -439,6 +444,6 @@ impl Member {
 
     pub(super) fn figures(&self) -> Counters {
         let log_messages = self.causal.copies.len() as u64;
-        Counters { held: self.held, log_messages, log_bytes: 100 * log_messages, ..Counters::default() }
+        Counters { log_messages, log_bytes: 100 * log_messages, ..self.counters }
     }
 }

@@ -181,8 +181,9 @@ impl Recorder {
     }
 
     fn write(&mut self, record: Record, bytes: u64, actions: &mut Vec<Action>) -> u64 {
-        let token = self.next_token;
-        self.next_token += 1;
+        // A name is free again when nothing is under way.
+        let token = if self.writes.is_empty() { 0 } else { self.next_token };
+        self.next_token = token + 1;
         self.writes.push_back((token, record));
         actions.push(Action::Write { token, bytes });
         token

@@ -195,8 +195,9 @@ impl Store {
             Record::Checkpoint { saved, .. } => saved.process.checkpoint_bytes() + saved.outbox.bytes(),
             Record::RollBack { .. } => 64,
         };
-        let token = self.next_token;
-        self.next_token += 1;
+        // A name is free again when nothing is under way.
+        let token = if self.writes.is_empty() { 0 } else { self.next_token };
+        self.next_token = token + 1;
         self.writes.push_back((token, record));
         actions.push(Action::Write { token, bytes });
     }

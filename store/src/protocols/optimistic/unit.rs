@@ -32,7 +32,7 @@ pub struct Unit {
     round: u64,
     /// The last round heard of; above `round` while that is under way.
     heard: u64,
-    held: u64,
+    counters: Counters,
     /// Counts failures; on stable storage, or a clock.
     life: u32,
 }
@@ -57,7 +57,7 @@ impl Unit {
             since_checkpoint: 0,
             round: 0,
             heard: 0,
-            held: 0,
+            counters: Counters::default(),
             life: 0,
         }
     }
@@ -190,7 +190,7 @@ impl Unit {
                 }
                 Effect::Show(output) if output.number < self.shown => {}
                 Effect::Show(output) => {
-                    self.held += 1;
+                    self.counters.held += 1;
                     self.outputs.push_back(output);
                 }
             }
@@ -247,7 +247,7 @@ impl Unit {
                 recovered: saved.process.sii().min(to),
                 round,
                 heard: round,
-                held: self.held,
+                counters: self.counters,
                 life: self.life,
                 outbox: saved.outbox,
                 outputs: saved.outputs.into_iter().filter(|output| output.number >= self.shown).collect(),
@@ -280,6 +280,6 @@ impl Unit {
 
     pub(super) fn counters(&self) -> Counters {
         let log_bytes = self.buffer.values().map(|message| u64::from(message.bytes)).sum();
-        Counters { held: self.held, log_bytes, log_messages: self.buffer.len() as u64, ..Counters::default() }
+        Counters { log_bytes, log_messages: self.buffer.len() as u64, ..self.counters }
     }
 }

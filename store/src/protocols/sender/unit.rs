@@ -64,6 +64,8 @@ pub struct Unit {
     history: Vec<BTreeMap<u64, Rsn>>,
     /// RSNs returned (or to be) and not acknowledged, by sender.
     unacknowledged: Vec<BTreeMap<u64, Option<Rsn>>>,
+    /// Whether some of these have not been returned even once.
+    unreturned: Vec<bool>,
     /// Acknowledgements that wait for a packet, by receiver.
     acks: Vec<Vec<(u64, Option<Rsn>)>>,
     /// The last life of each other process that is known.
@@ -89,10 +91,10 @@ impl Unit {
     pub(super) fn new(process: Process, options: Options) -> Self {
         let log = Log::new(process.sent.len());
         let checkpoint = Checkpoint { process, log, outputs: Vec::new() };
-        Self::restored(options, Disk { checkpoint, received: BTreeMap::new(), life: 0 }, 0)
+        Self::restored(options, Disk { checkpoint, received: BTreeMap::new(), life: 0 })
     }
 
-    fn restored(options: Options, disk: Disk, next_token: u64) -> Self {
+    fn restored(options: Options, disk: Disk) -> Self {
         let Checkpoint { process, log, .. } = disk.checkpoint.clone();
         let n = process.sent.len();
         Self {
@@ -100,11 +102,12 @@ impl Unit {
             id: process.id,
             disk,
             writes: VecDeque::new(),
-            next_token,
+            next_token: 0,
             process,
             log,
             history: vec![BTreeMap::new(); n],
             unacknowledged: vec![BTreeMap::new(); n],
+            unreturned: vec![false; n],
             acks: vec![Vec::new(); n],
             lives: vec![0; n],
             held: VecDeque::new(),
@@ -147,7 +150,7 @@ impl Unit {
             Event::Timer(_) => {
                 self.flushing = false;
                 for other in self.others() {
-                    if !self.unacknowledged[other].is_empty() || !self.acks[other].is_empty() {
+                    if self.unreturned[other] || !self.acks[other].is_empty() {
                         self.send(other, Body::Nothing, actions);
                     }
                 }
@@ -261,9 +264,7 @@ impl Unit {
                 _ => known,
             };
             self.unacknowledged[from].insert(ssn, rsn);
-            if from == self.id {
-                self.unacknowledged[from].clear();
-            }
+            self.unreturned[from] = true;
             return;
         }
         if !self.process.is_next(&message) {
@@ -277,6 +278,7 @@ impl Unit {
             self.write(Record::Received(rsn, message), bytes, actions);
         }
         self.unacknowledged[from].insert(ssn, Some(rsn));
+        self.unreturned[from] = true;
         self.since_checkpoint += 1;
         if !self.options.piggyback {
             self.send(from, Body::Nothing, actions);
@@ -303,9 +305,10 @@ impl Unit {
         self.release(actions);
         if !self.held.is_empty() {
             self.counters.held += self.held.len().min(new) as u64;
-            // What is held waits for RSNs to be acknowledged, so they are returned at once (§3.2.5).
+            // What is held waits for RSNs to be acknowledged, so they are returned at once (§3.2.5); without
+            // the optimisations they have been.
             for other in self.others() {
-                if !self.unacknowledged[other].is_empty() {
+                if self.options.piggyback && self.unreturned[other] {
                     self.send(other, Body::Nothing, actions);
                 }
             }
@@ -339,6 +342,7 @@ impl Unit {
 
     /// Sends a packet with all RSNs and acknowledgements for that node.
     fn send(&mut self, to: usize, body: Body, actions: &mut Vec<Action>) {
+        self.unreturned[to] = false;
         let packet = Packet {
             life: self.disk.life,
             rsns: self.unacknowledged[to].iter().map(|(&ssn, &rsn)| (ssn, rsn)).collect(),
@@ -350,8 +354,7 @@ impl Unit {
     }
 
     fn flush_soon(&mut self, actions: &mut Vec<Action>) {
-        let waiting =
-            |unit: &Self, other: usize| !unit.unacknowledged[other].is_empty() || !unit.acks[other].is_empty();
+        let waiting = |unit: &Self, other: usize| unit.unreturned[other] || !unit.acks[other].is_empty();
         if self.others().any(|other| waiting(self, other)) && !self.flushing {
             if !self.options.piggyback {
                 for other in self.others() {
@@ -467,8 +470,9 @@ impl Unit {
     }
 
     fn write(&mut self, record: Record, bytes: u64, actions: &mut Vec<Action>) {
-        let token = self.next_token;
-        self.next_token += 1;
+        // A name is free again when nothing is under way.
+        let token = if self.writes.is_empty() { 0 } else { self.next_token };
+        self.next_token = token + 1;
         self.writes.push_back((token, record));
         actions.push(Action::Write { token, bytes });
     }
@@ -502,7 +506,7 @@ impl Unit {
         self.disk.life += 1;
         let lives = std::mem::take(&mut self.lives);
         let n = lives.len();
-        *self = Self::restored(self.options, self.disk.clone(), self.next_token);
+        *self = Self::restored(self.options, self.disk.clone());
         self.lives = vec![0; n];
     }
 

@@ -1,6 +1,8 @@
 //! What must hold of every system at every step, whatever the protocol.
 
+use std::borrow::Borrow;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 
 use crate::protocols::machine::{Machine, Phase};
 use crate::protocols::model::Sii;
@@ -46,19 +48,10 @@ impl fmt::Display for Violation {
                 write!(f, "orphan: unit {unit} began interval {sii} with a message that unit {from} has not sent")
             }
             Self::ShownTwice(output) => {
-                write!(
-                    f,
-                    "shown twice: output {} of unit {}, made in interval {}",
-                    output.number, output.unit, output.made_in
-                )
+                write!(f, "shown twice: {output}")
             }
-            Self::ShownEarly(Output { unit, number, made_in, .. }) => {
-                write!(f, "shown early: output {number} of unit {unit}, made in interval {made_in}, is not recoverable")
-            }
-            Self::ShownUndone(output) => {
-                let Output { unit, number, made_in, .. } = output;
-                write!(f, "shown but undone: output {number} of unit {unit}, made in interval {made_in}")
-            }
+            Self::ShownEarly(output) => write!(f, "shown early: {output} is not recoverable"),
+            Self::ShownUndone(output) => write!(f, "shown but undone: {output}"),
             Self::WentBack { unit, from, to } => {
                 write!(f, "recovery state of unit {unit} went back from {from} to {to}")
             }
@@ -76,6 +69,13 @@ pub(super) struct Checks {
     /// What the world outside has been shown by each process.
     shown: Vec<Vec<Output>>,
     recovery_state: Vec<Sii>,
+}
+
+/// What later checks depend on, but for what is a function of the nodes.
+impl Hash for Checks {
+    fn hash<H: Hasher>(&self, hasher: &mut H) {
+        self.shown.hash(hasher);
+    }
 }
 
 impl Checks {
@@ -110,8 +110,13 @@ impl Checks {
     }
 
     /// After a step of `node`.
-    pub(super) fn stepped<M: Machine>(&mut self, node: usize, machines: &[M], up: &[bool]) -> Result<(), Violation> {
-        if let Some(state) = machines[node].recovery_state() {
+    pub(super) fn stepped<M: Machine, B: Borrow<M>>(
+        &mut self,
+        node: usize,
+        machines: &[B],
+        up: &[bool],
+    ) -> Result<(), Violation> {
+        if let Some(state) = machines[node].borrow().recovery_state() {
             for (unit, (&from, &to)) in self.recovery_state.iter().zip(&state).enumerate() {
                 if to < from {
                     return Err(Violation::WentBack { unit, from, to });
@@ -119,7 +124,7 @@ impl Checks {
             }
             self.recovery_state = state;
         }
-        let Some(process) = live(node, machines, up) else {
+        let Some(process) = live::<M, _>(node, machines, up) else {
             if let Some(checked) = self.checked.get_mut(node) {
                 *checked = None;
             }
@@ -129,27 +134,27 @@ impl Checks {
             Some(sii) if sii == process.sii() => Ok(()),
             Some(sii) if sii < process.sii() => {
                 self.checked[node] = Some(process.sii());
-                self.check_received(node, sii, machines, up)
+                self.check_received::<M, _>(node, sii, machines, up)
             }
             Some(_) => Err(Violation::Broken(format!("unit {node} lost history without having failed"))),
             None => {
                 self.checked[node] = Some(process.sii());
-                self.became_live(node, machines, up)
+                self.became_live::<M, _>(node, machines, up)
             }
         }
     }
 
     /// A process is back: against all that is live, both ways, and against what was shown.
-    fn became_live<M: Machine>(&self, node: usize, machines: &[M], up: &[bool]) -> Result<(), Violation> {
-        let process = machines[node].process().expect("it is live");
+    fn became_live<M: Machine, B: Borrow<M>>(&self, node: usize, machines: &[B], up: &[bool]) -> Result<(), Violation> {
+        let process = machines[node].borrow().process().expect("it is live");
         for output in &self.shown[node] {
             if process.digest_in(output.made_in) != Some(output.data) {
                 return Err(Violation::ShownUndone(output.clone()));
             }
         }
-        self.check_received(node, 0, machines, up)?;
+        self.check_received::<M, _>(node, 0, machines, up)?;
         for other in (0..self.checked.len()).filter(|&other| other != node) {
-            if let Some(peer) = live(other, machines, up) {
+            if let Some(peer) = live::<M, _>(other, machines, up) {
                 check(other, peer.history.iter().zip(1..).filter(|(interval, _)| interval.from == node), process)?;
             }
         }
@@ -157,10 +162,16 @@ impl Checks {
     }
 
     /// What a live process received after `sii` was sent by its sender, as far as that is live.
-    fn check_received<M: Machine>(&self, node: usize, sii: Sii, machines: &[M], up: &[bool]) -> Result<(), Violation> {
-        let process = machines[node].process().expect("it is live");
+    fn check_received<M: Machine, B: Borrow<M>>(
+        &self,
+        node: usize,
+        sii: Sii,
+        machines: &[B],
+        up: &[bool],
+    ) -> Result<(), Violation> {
+        let process = machines[node].borrow().process().expect("it is live");
         for from in (0..self.checked.len()).filter(|&from| from != node) {
-            if let Some(sender) = live(from, machines, up) {
+            if let Some(sender) = live::<M, _>(from, machines, up) {
                 let received = process.history.iter().zip(1..).skip(sii as usize);
                 check(node, received.filter(|(interval, _)| interval.from == from), sender)?;
             }
@@ -170,9 +181,14 @@ impl Checks {
 
     /// A process says that no consistent state can be recovered: then another depends on an interval
     /// beyond the one that it got to (Johnson, definition 2.4), or did and has failed since it said so.
-    pub(super) fn gave_up<M: Machine>(&self, node: usize, machines: &[M], up: &[bool]) -> Result<(), Violation> {
-        let reached = machines[node].process().map(Process::sii);
-        let depends = |unit| live(unit, machines, up).is_none_or(|other| other.depends_on.get(node) > reached);
+    pub(super) fn gave_up<M: Machine, B: Borrow<M>>(
+        &self,
+        node: usize,
+        machines: &[B],
+        up: &[bool],
+    ) -> Result<(), Violation> {
+        let reached = machines[node].borrow().process().map(Process::sii);
+        let depends = |unit| live::<M, _>(unit, machines, up).is_none_or(|other| other.depends_on.get(node) > reached);
         if (0..self.checked.len()).any(|unit| unit != node && depends(unit)) {
             return Ok(());
         }
@@ -188,14 +204,14 @@ impl Checks {
 
     /// Why the run is not at its end; `None` when everybody is live, everything sent was received and
     /// everything made was shown.
-    pub(super) fn missing<M: Machine>(&self, machines: &[M], up: &[bool]) -> Option<String> {
+    pub(super) fn missing<M: Machine, B: Borrow<M>>(&self, machines: &[B], up: &[bool]) -> Option<String> {
         let units = self.checked.len();
         for unit in 0..units {
-            if !live(unit, machines, up).is_some_and(Process::has_started) {
+            if !live::<M, _>(unit, machines, up).is_some_and(Process::has_started) {
                 return Some(format!("unit {unit} is not live"));
             }
         }
-        let process = |unit: usize| machines[unit].process().expect("it is live");
+        let process = |unit: usize| machines[unit].borrow().process().expect("it is live");
         for from in 0..units {
             if process(from).outputs != self.shown(from) {
                 return Some(format!(
@@ -215,8 +231,9 @@ impl Checks {
     }
 }
 
-fn live<'a, M: Machine>(node: usize, machines: &'a [M], up: &[bool]) -> Option<&'a Process> {
-    machines[node].process().filter(|_| up[node] && machines[node].phase() == Phase::Live)
+fn live<'a, M: Machine + 'a, B: Borrow<M>>(node: usize, machines: &'a [B], up: &[bool]) -> Option<&'a Process> {
+    let machine = machines[node].borrow();
+    machine.process().filter(|_| up[node] && machine.phase() == Phase::Live)
 }
 
 fn check<'a>(

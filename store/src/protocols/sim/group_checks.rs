@@ -1,6 +1,8 @@
 //! What must hold of every group: virtual synchrony (CBCAST, §3; ISIS, §2).
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{Hash, Hasher};
 
 use super::Violation;
 use crate::protocols::group::{Broadcast, Cut, Entry, Id, Kind, LABELS, Member, Payload, Replica, Site, digest_of};
@@ -16,6 +18,13 @@ pub(super) struct GroupChecks {
     shown: BTreeMap<(usize, u64), Output>,
     /// How many CBCASTs of each site had been delivered to those that showed something.
     told: BTreeMap<Site, u64>,
+}
+
+/// What later checks depend on, but for what is a function of the nodes.
+impl Hash for GroupChecks {
+    fn hash<H: Hasher>(&self, hasher: &mut H) {
+        (&self.shown, &self.told).hash(hasher);
+    }
 }
 
 impl GroupChecks {
@@ -42,8 +51,13 @@ impl GroupChecks {
     }
 
     /// After a step of `node`.
-    pub(super) fn stepped<M: Machine>(&mut self, node: usize, machines: &[M], up: &[bool]) -> Result<(), Violation> {
-        let Some(replica) = machines[node].member().and_then(Member::replica) else { return Ok(()) };
+    pub(super) fn stepped<M: Machine, B: Borrow<M>>(
+        &mut self,
+        node: usize,
+        machines: &[B],
+        up: &[bool],
+    ) -> Result<(), Violation> {
+        let Some(replica) = machines[node].borrow().member().and_then(Member::replica) else { return Ok(()) };
         if !up[node] || replica.log.len() == self.checked[node] {
             return Ok(());
         }
@@ -53,7 +67,7 @@ impl GroupChecks {
             return broken(what);
         }
         for other in (0..machines.len()).filter(|&other| other != node && up[other]) {
-            if let Some(theirs) = machines[other].member().and_then(Member::replica)
+            if let Some(theirs) = machines[other].borrow().member().and_then(Member::replica)
                 && let Err(what) = together(replica, theirs)
             {
                 return broken(format!("against site {other}: {what}"));
@@ -105,10 +119,10 @@ impl GroupChecks {
     }
 
     /// Why the run is not at its end; `None` when everybody is, with the same state.
-    pub(super) fn missing<M: Machine>(&self, machines: &[M], up: &[bool]) -> Option<String> {
+    pub(super) fn missing<M: Machine, B: Borrow<M>>(&self, machines: &[B], up: &[bool]) -> Option<String> {
         let mut first: Option<BTreeSet<String>> = None;
         for (node, machine) in machines.iter().enumerate() {
-            let member = machine.member()?;
+            let member = machine.borrow().member()?;
             if !up[node] {
                 return Some(format!("site {node} is down"));
             }

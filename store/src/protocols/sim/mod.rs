@@ -1,7 +1,7 @@
 //! A deterministic simulator of nodes, network, disks and failures.
 //!
 //! A [`Plan`] is everything that a run depends on; the same plan gives the same run. [`run`] carries
-//! it out and checks the invariants at every step ([`Violation`]); [`shrink`] makes a failing plan
+//! it out and checks the invariants at every step ([`Violation`]); [`Failing`] makes a failing plan
 //! small; [`explore`] tries every order of events of a small system instead of a random one.
 
 mod checks;
@@ -9,11 +9,12 @@ mod explore;
 mod group_checks;
 pub mod recorder_load;
 mod shrink;
+mod tell;
 mod world;
 
 pub use checks::Violation;
-pub use explore::{Explored, explore};
-pub use shrink::{Failing, shrink, sweep};
+pub use explore::{Counterexample, Explored, explore};
+pub use shrink::{Failing, sweep};
 pub use world::World;
 
 use super::machine::Machine;

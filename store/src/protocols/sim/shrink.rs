@@ -6,22 +6,30 @@ use crate::protocols::machine::Machine;
 /// A plan that breaks an invariant, and which.
 #[derive(Clone, Debug)]
 pub struct Failing<O> {
-    /// The plan, shrunk.
+    /// The plan.
     pub plan: Plan<O>,
     /// What it breaks.
     pub violation: Violation,
 }
 
 impl<O: Clone + std::fmt::Debug> Failing<O> {
-    /// The plan and what happens in it, to read.
+    /// A smaller plan that fails, not necessarily in the same way, and what happens in it line by line.
+    pub fn shrunk<M: Machine<Options = O>>(&self) -> (Self, Vec<String>) {
+        let plan = shrink::<M>(&self.plan);
+        let (lines, result) = super::timeline::<M>(&plan);
+        let violation = result.err().unwrap_or_else(|| self.violation.clone());
+        (Self { plan, violation }, lines)
+    }
+
+    /// That, to read.
     pub fn explain<M: Machine<Options = O>>(&self) -> String {
-        let (lines, _) = super::timeline::<M>(&self.plan);
-        format!("{}\n{:#?}\n{}\n", self.violation, self.plan, lines.join("\n"))
+        let (Self { plan, violation }, lines) = self.shrunk::<M>();
+        format!("{}\n{violation}\n\n{plan:#?}\n", lines.join("\n"))
     }
 }
 
-/// A smaller plan that still breaks an invariant (not necessarily the same one).
-pub fn shrink<M: Machine>(plan: &Plan<M::Options>) -> Plan<M::Options> {
+/// A smaller plan that still breaks an invariant.
+fn shrink<M: Machine>(plan: &Plan<M::Options>) -> Plan<M::Options> {
     let mut plan = plan.clone();
     let fails = |candidate: &Plan<M::Options>| run::<M>(candidate).is_err();
     loop {
@@ -83,7 +91,7 @@ fn candidates<O: Clone>(plan: &Plan<O>) -> Vec<Plan<O>> {
     all
 }
 
-/// Runs the plans of many seeds. The first that fails is shrunk and returned with what it broke.
+/// Runs the plans of many seeds, up to the first that fails.
 pub fn sweep<M: Machine>(
     seeds: std::ops::Range<u64>,
     plan: impl Fn(u64) -> Plan<M::Options>,
@@ -92,11 +100,7 @@ pub fn sweep<M: Machine>(
     for seed in seeds {
         match run::<M>(&plan(seed)) {
             Ok(report) => sum.add(&report),
-            Err(_) => {
-                let plan = shrink::<M>(&plan(seed));
-                let violation = run::<M>(&plan).expect_err("it was shrunk by failing");
-                return Err(Box::new(Failing { plan, violation }));
-            }
+            Err(violation) => return Err(Box::new(Failing { plan: plan(seed), violation })),
         }
     }
     Ok(sum)

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use super::checks::Checks;
 use super::group_checks::GroupChecks;
+use super::tell::Tale;
 use super::{Crash, Plan, Report, Violation};
 use crate::protocols::machine::{Action, Event, Machine, Phase};
 use crate::protocols::rng::Rng;
 
 /// What is on its way. `life` says to which life of the node it belongs.
 #[derive(Clone, Debug, Hash, PartialEq, Eq)]
-pub(super) enum Coming<P> {
+enum Coming<P> {
     Start { node: usize },
     Packet { from: usize, to: usize, packet: P },
     Timer { node: usize, life: u32, timer: u64 },
@@ -22,14 +23,14 @@ pub(super) enum Coming<P> {
 /// A system in the course of a run.
 #[derive(Clone, Debug)]
 pub struct World<M: Machine> {
-    pub(super) machines: Vec<M>,
-    pub(super) up: Vec<bool>,
-    pub(super) life: Vec<u32>,
+    machines: Vec<M>,
+    up: Vec<bool>,
+    life: Vec<u32>,
     /// By time, then in the order in which they were caused.
-    pub(super) coming: BTreeMap<(u64, u64), Coming<M::Packet>>,
+    coming: BTreeMap<(u64, u64), Coming<M::Packet>>,
     plan: Plan<M::Options>,
     rng: Rng,
-    pub(super) now: u64,
+    now: u64,
     caused: u64,
     /// When a node's disk has done what it was asked to.
     disk_free: Vec<u64>,
@@ -38,10 +39,10 @@ pub struct World<M: Machine> {
     blocked_at: Vec<Option<u64>>,
     /// Left to happen, in order.
     crashes: Vec<Crash>,
-    pub(super) checks: Checks,
+    checks: Checks,
     groups: GroupChecks,
     report: Report,
-    timeline: Option<Vec<String>>,
+    tale: Option<Tale>,
     /// The last unit that showed something.
     shown: Option<usize>,
     actions: Vec<Action<M::Packet>>,
@@ -69,7 +70,7 @@ impl<M: Machine> World<M> {
             checks: Checks::new(plan.workload.units),
             groups: GroupChecks::new(plan.workload.units),
             report: Report::default(),
-            timeline: keep_timeline.then(Vec::new),
+            tale: keep_timeline.then(|| Tale::of(machines.iter())),
             shown: None,
             actions: Vec::new(),
             plan: plan.clone(),
@@ -112,17 +113,9 @@ impl<M: Machine> World<M> {
     /// What keeps the run from its end.
     pub fn missing(&self) -> Option<String> {
         match self.machines[0].member() {
-            Some(_) => self.groups.missing(&self.machines, &self.up),
-            None => self.checks.missing(&self.machines, &self.up),
+            Some(_) => self.groups.missing::<M, _>(&self.machines, &self.up),
+            None => self.checks.missing::<M, _>(&self.machines, &self.up),
         }
-    }
-
-    pub(super) fn unrecoverable(&self) -> bool {
-        self.report.unrecoverable
-    }
-
-    pub(super) fn outputs_shown(&self) -> Vec<u64> {
-        (0..self.machines.len()).map(|node| self.checks.shown(node)).collect()
     }
 
     /// Who has shown something since this was asked last.
@@ -137,7 +130,7 @@ impl<M: Machine> World<M> {
     }
 
     /// Lets something that was coming happen.
-    pub(super) fn happen(&mut self, coming: Coming<M::Packet>) -> Result<(), Violation> {
+    fn happen(&mut self, coming: Coming<M::Packet>) -> Result<(), Violation> {
         let (node, event) = match coming {
             Coming::Start { node } if self.life[node] == 0 => (node, Event::Start),
             Coming::Packet { from, to, packet } if self.up[to] => (to, Event::Packet { from, packet }),
@@ -156,9 +149,8 @@ impl<M: Machine> World<M> {
             _ => return Ok(()),
         };
         self.report.steps += 1;
-        if self.timeline.is_some() {
-            let line = format!("{:>9} µs  node {node}  ← {event:?}", self.now);
-            self.tell(line);
+        if let Some(tale) = &mut self.tale {
+            tale.event(Some(self.now), node, &event);
         }
         let mut actions = std::mem::take(&mut self.actions);
         self.machines[node].step(event, &mut actions);
@@ -168,15 +160,14 @@ impl<M: Machine> World<M> {
         self.actions = actions;
         self.account(node);
         if self.machines[node].member().is_some() {
-            return self.groups.stepped(node, &self.machines, &self.up);
+            return self.groups.stepped::<M, _>(node, &self.machines, &self.up);
         }
-        self.checks.stepped(node, &self.machines, &self.up)
+        self.checks.stepped::<M, _>(node, &self.machines, &self.up)
     }
 
     fn act(&mut self, node: usize, action: Action<M::Packet>) -> Result<(), Violation> {
-        if self.timeline.is_some() && !matches!(action, Action::Timer { .. }) {
-            let line = format!("                         → {action:?}");
-            self.tell(line);
+        if let Some(tale) = &mut self.tale {
+            tale.action(&action);
         }
         match action {
             Action::Send { to, packet } => {
@@ -234,7 +225,7 @@ impl<M: Machine> World<M> {
             }
             Action::Unrecoverable => {
                 self.report.unrecoverable = true;
-                return self.checks.gave_up(node, &self.machines, &self.up);
+                return self.checks.gave_up::<M, _>(node, &self.machines, &self.up);
             }
         }
         Ok(())
@@ -249,8 +240,8 @@ impl<M: Machine> World<M> {
         let mut tokens: Vec<u64> = self.coming.values().filter_map(writing).collect();
         tokens.sort_unstable();
         tokens.truncate(self.rng.index(tokens.len() + 1));
-        if self.timeline.is_some() {
-            self.tell(format!("{:>9} µs  node {node} FAILS; writes that reached its disk: {tokens:?}", self.now));
+        if let Some(tale) = &mut self.tale {
+            tale.failure(Some(self.now), node, &tokens);
         }
         for token in tokens {
             self.machines[node].persist(token);
@@ -260,12 +251,15 @@ impl<M: Machine> World<M> {
             self.cause(self.plan.costs.restart, Coming::Restart { node });
         }
         for by in (0..self.up.len()).filter(|&by| by != node) {
+            if !self.machines[by].heeds_failures() {
+                continue;
+            }
             let after = self.plan.costs.detect / 2 + self.rng.below(self.plan.costs.detect);
             self.cause(after, Coming::Detected { by, node });
         }
     }
 
-    pub(super) fn fail(&mut self, node: usize) {
+    fn fail(&mut self, node: usize) {
         self.report.crashes += 1;
         self.count(node);
         self.machines[node].crash();
@@ -322,14 +316,8 @@ impl<M: Machine> World<M> {
         self.caused += 1;
     }
 
-    fn tell(&mut self, line: String) {
-        if let Some(timeline) = &mut self.timeline {
-            timeline.push(line);
-        }
-    }
-
     /// The lines told so far.
     pub fn take_timeline(&mut self) -> Vec<String> {
-        self.timeline.take().unwrap_or_default()
+        self.tale.take().map(Tale::into_lines).unwrap_or_default()
     }
 }
