@@ -162,6 +162,10 @@ impl Simulate {
                     plan.workload.hops = (plan.seed / 2 % 3) as u32;
                     plan.costs.jitter = [2_000, 12_000, 300][(plan.seed % 3) as usize];
                 }
+                if self.exhaustive.is_some() {
+                    // Each site makes one broadcast, and one more if it was joined again.
+                    (plan.workload.first, plan.workload.hops) = (1, 0);
+                }
                 plan.options.safe = self.as_printed != Some(Printed::Abcast);
                 let ids = self.as_printed == Some(Printed::Ids);
                 plan.options.bug = ids.then_some(group::Bug::ForgetWhileWaiting);

@@ -1,7 +1,7 @@
 //! Publishing through failures.
 
 use super::*;
-use crate::protocols::sim::{Crash, Plan, Violation, explore, run, run_failing_after_output, sweep};
+use crate::protocols::sim::{Crash, Plan, Violation, explore, run, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, true);
@@ -70,13 +70,19 @@ fn runs_are_reproducible() {
     }
 }
 
-/// Three processes, four messages, two crashes.
+/// Three processes, four messages, two failures, of the recorder too: every order that there is.
 #[test]
 fn every_order_of_a_small_system() {
-    let mut plan = plan(0);
-    plan.options.checkpoint_every = 0;
-    plan.workload = crate::protocols::sim::small(3, 4);
-    let explored = explore::<Node>(&plan, 1, 3, 60_000).expect("no violation");
-    eprintln!("{explored:?}");
-    assert!(explored.states > 1_000 && explored.ends > 0, "{explored:?}");
+    let plan = Plan { workload: small(3, 4), options: Options { checkpoint_every: 0, bug: None }, ..plan(0) };
+    let explored = explore::<Node>(&plan, 2, 4, usize::MAX).unwrap_or_else(|found| panic!("{found}"));
+    assert!(explored.complete && explored.states > 10_000 && explored.ends > 0, "{explored:?}");
+}
+
+/// The search finds what the sweeps find, and says how it comes about.
+#[test]
+fn the_search_finds_mistakes() {
+    let options = Options { checkpoint_every: 0, bug: Some(Bug::ForwardBeforeStoring) };
+    let plan = Plan { workload: small(3, 4), options, ..plan(0) };
+    let found = explore::<Node>(&plan, 1, 4, usize::MAX).expect_err("the mistake is found");
+    assert!(found.timeline.iter().any(|line| line.contains("SHOWS")), "{found}");
 }

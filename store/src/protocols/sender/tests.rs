@@ -68,15 +68,15 @@ fn what_was_shown_is_recoverable() {
     assert!((0..300).map(shown).sum::<u64>() > 400);
 }
 
-/// Three processes, four messages; every order with one failure.
+/// Three processes, four messages, two failures one after the other: every order that there is.
 #[test]
 fn every_order_of_a_small_system() {
-    let mut plan = plan(0);
-    plan.workload = small(3, 4);
-    plan.options = Options { checkpoint_every: 0, piggyback: false, ..Options::default() };
-    let explored = explore::<Unit>(&plan, 1, 3, 60_000).expect("no violation");
-    eprintln!("{explored:?}");
-    assert!(explored.states > 1_000 && explored.ends > 0, "{explored:?}");
+    for piggyback in [false, true] {
+        let options = Options { checkpoint_every: 0, piggyback, ..Options::default() };
+        let plan = Plan { workload: small(3, 4), options, ..plan(0) };
+        let explored = explore::<Unit>(&plan, 2, 3, usize::MAX).unwrap_or_else(|found| panic!("{found}"));
+        assert!(explored.complete && explored.states > 5_000 && explored.ends > 0, "{explored:?}");
+    }
 }
 
 fn caught(bug: Bug) -> Violation {
