@@ -104,6 +104,7 @@ fn plan<O>(workload: Workload, options: O, seed: u64, costs: Costs, crashes: Vec
         workload,
         options,
         crashes,
+        partitions: Vec::new(),
         down_at_most,
         must_recover: true,
         loss: 0,

@@ -9,7 +9,7 @@ use super::{Answer, presets, recovery_state};
 use crate::protocols::machine::Machine;
 use crate::protocols::process::{Pattern, Workload};
 use crate::protocols::rng::{Rng, scatter};
-use crate::protocols::sim::{Costs, Crash, Explored, Failing, Plan, Report, Violation};
+use crate::protocols::sim::{Costs, Crash, Explored, Failing, Partition, Plan, Report, Violation};
 use crate::protocols::sim::{explore, run, small, timeline};
 use crate::protocols::{family, group, local, optimistic, sender};
 
@@ -46,6 +46,9 @@ pub(super) struct Simulate {
     /// Checkpoint a unit after so many messages; 0 is never
     #[arg(long, default_value_t = 8)]
     checkpoint_every: u64,
+    /// For group: so many times the network falls apart; a minority stops until it is whole again
+    #[arg(long, default_value_t = 0)]
+    partitions: u64,
     /// Packets lost, in thousandths
     #[arg(long, default_value_t = 0)]
     loss: u64,
@@ -166,6 +169,7 @@ impl Simulate {
                     // Each site makes one broadcast, and one more if it was joined again.
                     (plan.workload.first, plan.workload.hops) = (1, 0);
                 }
+                plan.options.quorum = self.partitions > 0;
                 plan.options.safe = self.as_printed != Some(Printed::Abcast);
                 let ids = self.as_printed == Some(Printed::Ids);
                 plan.options.bug = ids.then_some(group::Bug::ForgetWhileWaiting);
@@ -180,6 +184,9 @@ impl Simulate {
             let mut plan = self.plan::<M>(small(3, 4), store, 1);
             choose(&mut plan);
             return Ok(explored::<M>(&plan, self.crashes, 3 + usize::from(store), states_max));
+        }
+        if self.partitions > 0 && !matches!(self.protocol, Protocol::Group) {
+            return Err("--partitions is for group: the other protocols wait until the network is whole".to_owned());
         }
         if !(1..=workload.units).contains(&self.failures) {
             return Err(format!(
@@ -224,6 +231,7 @@ impl Simulate {
             workload: Workload { seed, ..workload },
             options: M::Options::default(),
             crashes,
+            partitions: self.partitions(&mut rng, workload.units),
             down_at_most: usize::MAX,
             must_recover: true,
             loss: self.loss,
@@ -231,6 +239,16 @@ impl Simulate {
             costs: Costs { link: self.link_us, jitter: self.jitter_us, disk: self.disk_us, ..Costs::default() },
             steps_max: 5_000_000,
         }
+    }
+
+    /// As many as were asked for, one after the other, each longer than it takes to suspect a silent site.
+    fn partitions(&self, rng: &mut Rng, units: usize) -> Vec<Partition> {
+        let apart = |at: u64, rng: &mut Rng| Partition {
+            from: at + rng.below(20_000),
+            until: at + 300_000 + rng.below(100_000),
+            side: 1 + rng.below((1 << units) - 2),
+        };
+        (0..self.partitions).map(|k| apart(k * 1_000_000, rng)).collect()
     }
 
     fn workload(&self) -> Result<Workload, String> {

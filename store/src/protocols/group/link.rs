@@ -106,6 +106,11 @@ impl Links {
         }
     }
 
+    /// Gives everybody time to be heard of.
+    pub(super) fn count_anew(&mut self) {
+        self.links.values_mut().for_each(|link| link.silent = 0);
+    }
+
     /// Those that have not been heard of for so many rounds.
     pub(super) fn silent_for(&self, rounds: u32) -> Vec<Site> {
         self.links.values().filter(|link| link.silent >= rounds).map(|link| link.peer).collect()

@@ -185,8 +185,12 @@ impl Member {
         };
         let peers: Vec<Site> = peers.into_iter().filter(|&site| !self.is_out(site)).collect();
         self.links.again(&peers, &mut self.out);
-        for site in self.links.silent_for(SILENT_ROUNDS) {
-            self.suspect(site);
+        // When the network falls apart not all fall silent in the same round, nor are all heard again in the
+        // same round when it is whole.
+        if self.may_go_on_without(&self.links.silent_for(SILENT_ROUNDS / 2)) {
+            self.links.silent_for(SILENT_ROUNDS).into_iter().for_each(|site| self.suspect(site));
+        } else {
+            self.links.count_anew();
         }
         if self.options.wrong_suspicion > 0 && self.me == (Site { node: 0, incarnation: 0 }) {
             self.options.wrong_suspicion -= 1;

@@ -1,7 +1,7 @@
 //! Groups through failures.
 
 use super::*;
-use crate::protocols::sim::{Plan, Violation, explore, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{Partition, Plan, Violation, explore, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, false);
@@ -26,6 +26,36 @@ fn what_was_shown_is_recoverable() {
 fn survives_any_failures_but_of_all() {
     let report = sweep::<Member>(0..800, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Member>()));
     assert!(report.crashes > 100 && report.messages > 5_000 && report.outputs > 100, "{report:?}");
+}
+
+/// A network that falls into two parts, for longer than it takes to suspect what is silent.
+fn apart(seed: u64) -> Plan<Options> {
+    let mut plan = plan(seed);
+    plan.workload.units = plan.workload.units.max(3);
+    plan.crashes.clear();
+    plan.options.quorum = true;
+    let side = 1 + seed % ((1 << plan.workload.units) - 2);
+    plan.partitions = vec![Partition { from: seed % 30_000, until: 400_000, side }];
+    plan
+}
+
+/// A minority stops, the majority goes on without it, and takes it in again afterwards.
+#[test]
+fn a_minority_does_not_go_on() {
+    let report = sweep::<Member>(0..150, apart).unwrap_or_else(|failing| panic!("{}", failing.explain::<Member>()));
+    assert!(report.crashes > 100, "those of the minority are killed and come back: {report:?}");
+}
+
+/// The papers leave partitions out; without a quorum both parts go on, and contradict each other.
+#[test]
+fn without_a_quorum_both_parts_go_on() {
+    let both = |seed| {
+        let mut plan = apart(seed);
+        plan.options.quorum = false;
+        plan
+    };
+    let failing = sweep::<Member>(0..150, both).expect_err("both go on");
+    assert!(matches!(failing.violation, Violation::Broken(_)), "{}", failing.violation);
 }
 
 fn caught(bug: Bug) -> Violation {

@@ -75,6 +75,14 @@ impl Member {
         }
     }
 
+    /// Sites are not taken for failed because nothing is heard of them when too few would be left: it may
+    /// be the network (§4.2, footnote), and they are waited for.
+    pub(super) fn may_go_on_without(&self, silent: &[Site]) -> bool {
+        let view = self.views.current();
+        let there = |site: &&Site| !silent.contains(site) && !self.views.suspected.contains(site);
+        !self.options.quorum || 2 * view.iter().filter(there).count() > view.len()
+    }
+
     pub(super) fn suspect(&mut self, site: Site) {
         if site != self.me {
             self.views.joiners.remove(&site);

@@ -63,6 +63,23 @@ pub struct Crash {
     pub node: usize,
 }
 
+/// For a while the network falls apart: nothing gets from one side to the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Partition {
+    /// From when, in virtual microseconds.
+    pub from: u64,
+    /// Until when.
+    pub until: u64,
+    /// The nodes on one side, a bit for each.
+    pub side: u64,
+}
+
+impl Partition {
+    fn severs(&self, now: u64, a: usize, b: usize) -> bool {
+        (self.from..self.until).contains(&now) && self.side >> a & 1 != self.side >> b & 1
+    }
+}
+
 /// Everything that a run depends on.
 #[derive(Clone, Debug)]
 pub struct Plan<O> {
@@ -74,6 +91,8 @@ pub struct Plan<O> {
     pub options: O,
     /// Who fails when.
     pub crashes: Vec<Crash>,
+    /// When the network is in two parts.
+    pub partitions: Vec<Partition>,
     /// A crash is left out if so many nodes are down or recovering already.
     pub down_at_most: usize,
     /// The failures are within what the protocol tolerates: it must not give up.
@@ -118,6 +137,7 @@ impl<O: Default> Plan<O> {
             workload,
             options: O::default(),
             crashes,
+            partitions: Vec::new(),
             down_at_most: usize::MAX,
             must_recover: true,
             loss: if calm { 0 } else { rng.below(150) },

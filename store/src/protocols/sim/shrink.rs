@@ -54,6 +54,11 @@ fn candidates<O: Clone>(plan: &Plan<O>) -> Vec<Plan<O>> {
             p.crashes.remove(k);
         });
     }
+    for k in 0..plan.partitions.len() {
+        with(&|p| {
+            p.partitions.remove(k);
+        });
+    }
     if plan.loss > 0 {
         with(&|p| p.loss = 0);
     }

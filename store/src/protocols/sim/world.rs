@@ -175,6 +175,7 @@ impl<M: Machine> World<M> {
                 self.report.packets += 1;
                 self.report.bytes += bytes;
                 let copies = match () {
+                    () if self.plan.partitions.iter().any(|parts| parts.severs(self.now, node, to)) => 0,
                     () if self.rng.per_mille(self.plan.loss) => 0,
                     () if self.rng.per_mille(self.plan.repeat) => 2,
                     () => 1,
