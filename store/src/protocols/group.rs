@@ -21,7 +21,8 @@
 //!   the group view (§4.3.3), and every broadcast under way is finished before it.
 //! - A site acknowledges that an id may be forgotten only when it is not on its wait queue
 //!   ([`Bug::ForgetWhileWaiting`]): else a CBCAST that one site delivered before a GBCAST may be missing
-//!   from the list of those to be delivered before it, and be delivered after it elsewhere.
+//!   from the list of those to be delivered before it, and be delivered after it elsewhere; and an ABCAST
+//!   that some have delivered and forgotten may be ordered anew, and delivered again.
 //! - [`Options::safe`] is the additional phase that §3.2 alludes to: an ABCAST is delivered when all
 //!   operational destinations have its final priority, and priorities are proposed anew when a
 //!   destination fails.

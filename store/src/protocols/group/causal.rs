@@ -241,11 +241,14 @@ impl Member {
         }
     }
 
-    /// Acknowledges collections of others.
+    /// Acknowledges collections of others, unless one of the messages waits here. (An ABCAST, too: if its
+    /// coordinator fails now, who takes over must find that others have delivered it.)
     pub(super) fn pay(&mut self) {
         let waiting = self.causal.waiting.clone().unwrap_or_default();
         let early = self.options.bug == Some(Bug::ForgetWhileWaiting);
-        let waits = |ids: &[Id]| !early && waiting.iter().any(|message| ids.contains(&message.id));
+        let queue = &self.ordered.queue;
+        let waits_here = |id: &Id| queue.contains_key(id) || waiting.iter().any(|message| message.id == *id);
+        let waits = |ids: &[Id]| !early && ids.iter().any(waits_here);
         let (owed, now): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.causal.owed).into_iter().partition(|(_, _, ids)| waits(ids));
         self.causal.owed = owed;

@@ -119,6 +119,11 @@ impl Member {
         self.me
     }
 
+    /// Whether it is in a view without that site, which it knows to be committed.
+    pub fn has_excluded(&self, site: Site) -> bool {
+        self.views.has_excluded(site)
+    }
+
     pub(super) fn is_out(&self, site: Site) -> bool {
         self.views.failed(site)
     }

@@ -53,6 +53,10 @@ impl Views {
         self.current().into_iter().filter(|site| proposed.contains(site)).collect()
     }
 
+    pub(super) fn has_excluded(&self, site: Site) -> bool {
+        self.changes[..self.committed].contains(&Change::Failed(site))
+    }
+
     pub(super) fn failed(&self, site: Site) -> bool {
         let over = |change: &Change| match *change {
             Change::Failed(other) => other == site,

@@ -66,11 +66,19 @@ impl GroupChecks {
         if let Err(what) = self.alone(replica) {
             return broken(what);
         }
+        let me = machines[node].borrow().member().expect("it has a replica");
         for other in (0..machines.len()).filter(|&other| other != node && up[other]) {
-            if let Some(theirs) = machines[other].borrow().member().and_then(Member::replica)
-                && let Err(what) = together(replica, theirs)
-            {
-                return broken(format!("against site {other}: {what}"));
+            let Some(them) = machines[other].borrow().member() else { continue };
+            let Some(theirs) = them.replica() else { continue };
+            // One that was left behind by a network in two parts does not know yet, and shows nothing.
+            match (me.has_excluded(them.site()), them.has_excluded(me.site())) {
+                (true, true) => {
+                    return broken(format!("site {other} has gone on without it, and it without site {other}"));
+                }
+                (false, false) => {
+                    together(replica, theirs).or_else(|what| broken(format!("against site {other}: {what}")))?
+                }
+                _ => {}
             }
         }
         Ok(())
