@@ -82,6 +82,31 @@ mod tests {
         assert_eq!(twice[0], twice[1]);
     }
 
+    /// The manual page has every option and no other.
+    #[test]
+    fn the_manual_page_has_every_option() {
+        let page = include_str!("../../../man/ftstore-simulate.1").replace("\\-", "-");
+        let command = <Cli as clap::CommandFactory>::command();
+        let simulate = command.find_subcommand("simulate").expect("it is there");
+        let options: std::collections::BTreeSet<String> =
+            simulate.get_arguments().filter_map(|option| option.get_long()).map(|long| format!("--{long}")).collect();
+        let described: std::collections::BTreeSet<String> = page
+            .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
+            .filter(|word| word.starts_with("--"))
+            .map(str::to_owned)
+            .collect();
+        assert_eq!(described, options);
+    }
+
+    /// A rule that does not suffice: the run that shows it is made small and told.
+    #[test]
+    fn a_run_that_fails_is_told() {
+        let answer =
+            answer("simulate --protocol family --vary --as-printed gathering --seed 301 --runs 1").expect("runs");
+        assert!(answer.bad && answer.text.contains("FAILS") && answer.text.contains("← unit"), "{}", answer.text);
+        assert!(answer.json["timeline"].as_array().is_some_and(|lines| lines.len() > 10));
+    }
+
     #[test]
     fn wrong_input_is_an_error_that_names_it() {
         assert!(answer("simulate --workload nosuch").is_err_and(|e| e.contains("nosuch")));

@@ -16,8 +16,11 @@ fn plan(seed: u64) -> Plan<Options> {
 /// As many failures at a time as the member of the family tolerates, with either recovery.
 #[test]
 fn survives_f_failures() {
-    let report = sweep::<Node>(0..2_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
-    assert!(report.crashes > 1_000 && report.messages > 10_000 && report.held > 100, "{report:?}");
+    let report = sweep::<Node>(0..4_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
+    assert!(
+        report.steps > 1_700_000 && report.crashes > 1_000 && report.messages > 10_000 && report.held > 100,
+        "{report:?}"
+    );
 }
 
 /// Three processes, two messages, one failure: every order that there is.

@@ -24,8 +24,11 @@ fn what_was_shown_is_recoverable() {
 /// Any number of failures as long as one member has the state.
 #[test]
 fn survives_any_failures_but_of_all() {
-    let report = sweep::<Member>(0..800, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Member>()));
-    assert!(report.crashes > 100 && report.messages > 5_000 && report.outputs > 100, "{report:?}");
+    let report = sweep::<Member>(0..1_600, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Member>()));
+    assert!(
+        report.steps > 1_700_000 && report.crashes > 100 && report.messages > 5_000 && report.outputs > 100,
+        "{report:?}"
+    );
 }
 
 /// A network that falls into two parts, for longer than it takes to suspect what is silent.
@@ -65,7 +68,9 @@ fn caught(bug: Bug) -> Violation {
         plan.options.safe = bug != Bug::DeliverProposed;
         plan
     };
-    sweep::<Member>(0..8_000, buggy).expect_err("the checks see it").violation
+    // One phase goes wrong only if a manager fails between two messages; the first seed with that is far off.
+    let seeds = if bug == Bug::OnePhaseViews { 7_200..12_000 } else { 0..4_000 };
+    sweep::<Member>(seeds, buggy).expect_err("the checks see it").violation
 }
 
 /// An ABCAST is delivered before its final priority.

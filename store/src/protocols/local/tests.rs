@@ -12,8 +12,8 @@ fn plan(seed: u64) -> Plan<Options> {
 /// Any number of failures, of units and of the recorder, with loss, repetition and reordering.
 #[test]
 fn survives_any_failures() {
-    let report = sweep::<Node>(0..1_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
-    assert!(report.crashes > 1_000 && report.messages > 10_000, "{report:?}");
+    let report = sweep::<Node>(0..2_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
+    assert!(report.steps > 2_000_000 && report.crashes > 1_000 && report.messages > 10_000, "{report:?}");
 }
 
 /// What was shown is recoverable at that moment, whoever fails then.

@@ -13,8 +13,11 @@ fn plan(seed: u64) -> Plan<Options> {
 /// Any number of failures, of units and of the store.
 #[test]
 fn survives_any_failures() {
-    let report = sweep::<Node>(0..1_500, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
-    assert!(report.crashes > 1_000 && report.messages > 10_000 && report.held > 100, "{report:?}");
+    let report = sweep::<Node>(0..2_500, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
+    assert!(
+        report.steps > 1_600_000 && report.crashes > 1_000 && report.messages > 10_000 && report.held > 100,
+        "{report:?}"
+    );
 }
 
 /// What was shown is recoverable at that moment, whoever fails then.

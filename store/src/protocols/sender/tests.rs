@@ -15,8 +15,11 @@ fn plan(seed: u64) -> Plan<Options> {
 /// One failure at a time, with loss, repetition and reordering.
 #[test]
 fn survives_one_failure_at_a_time() {
-    let report = sweep::<Unit>(0..2_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Unit>()));
-    assert!(report.crashes > 1_000 && report.messages > 10_000 && report.held > 100, "{report:?}");
+    let report = sweep::<Unit>(0..4_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Unit>()));
+    assert!(
+        report.steps > 1_000_000 && report.crashes > 1_000 && report.messages > 10_000 && report.held > 100,
+        "{report:?}"
+    );
 }
 
 /// The hybrid, too; and the optimisations save packets.

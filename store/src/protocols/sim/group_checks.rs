@@ -76,7 +76,7 @@ impl GroupChecks {
                     return broken(format!("site {other} has gone on without it, and it without site {other}"));
                 }
                 (false, false) => {
-                    together(replica, theirs).or_else(|what| broken(format!("against site {other}: {what}")))?
+                    together(replica, theirs).or_else(|what| broken(format!("against site {other}: {what}")))?;
                 }
                 _ => {}
             }
