@@ -1,7 +1,7 @@
 //! Builds the shim's code: a static program without libraries, linked to its one address, whose segments
 //! become one piece of memory. It is compiled by the same compiler for the same target, always optimised.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 /// `ftrun_abi::fast::CODE_BASE`, checked by a test.
@@ -13,7 +13,15 @@ fn main() {
     for watched in ["code", "abi/src", "build.rs"] {
         println!("cargo:rerun-if-changed={}", root.join(watched).display());
     }
-    let common = ["--edition=2024", "-Copt-level=3", "-Cpanic=abort", "-Crelocation-model=pic", "-Ccodegen-units=1"];
+    let common = [
+        "--edition=2024",
+        "-Copt-level=3",
+        "-Cpanic=abort",
+        "-Crelocation-model=pic",
+        "-Ccodegen-units=1",
+        "-Cno-vectorize-loops",
+        "-Cno-vectorize-slp",
+    ];
     let abi = out.join("libftrun_abi.rlib");
     let mut command = compiler();
     command.args(common).args(["--crate-name=ftrun_abi", "--crate-type=rlib"]).arg("-o").arg(&abi);
@@ -30,6 +38,7 @@ fn main() {
     let elf = std::fs::read(&program).expect("the linked shim");
     let image = image(&elf);
     std::fs::write(out.join("shim.bin"), &image).expect("writing the image");
+    check_vectors(&elf);
     let leave = symbol(&elf, "shim_leave");
     let entry = symbol(&elf, "shim_entry");
     let text = format!("const ENTRY: u64 = {entry:#x};\nconst LEAVE: u64 = {leave:#x};\n");
@@ -81,6 +90,13 @@ fn image(elf: &[u8]) -> Vec<u8> {
 
 /// Address of a symbol, from the symbol table.
 fn symbol(elf: &[u8], name: &str) -> u64 {
+    let found = symbols(elf).into_iter().find(|s| s.0 == name);
+    found.unwrap_or_else(|| panic!("the shim has no symbol {name}")).1
+}
+
+/// Name, address and size of each function.
+fn symbols(elf: &[u8]) -> Vec<(String, u64, u64)> {
+    let mut symbols = vec![];
     let (table, size, count) = (number(elf, 40, 8) as usize, number(elf, 58, 2) as usize, number(elf, 60, 2) as usize);
     let section = |i: usize| &elf[table + i * size..][..size];
     for i in 0..count {
@@ -91,11 +107,38 @@ fn symbol(elf: &[u8], name: &str) -> u64 {
         let names = number(section(number(header, 40, 4) as usize), 24, 8) as usize;
         let (offset, bytes) = (number(header, 24, 8) as usize, number(header, 32, 8) as usize);
         for entry in elf[offset..offset + bytes].chunks_exact(24) {
-            let at = names + number(entry, 0, 4) as usize;
-            if elf[at..].starts_with(name.as_bytes()) && elf[at + name.len()] == 0 {
-                return number(entry, 8, 8);
+            // STT_FUNC, or STT_NOTYPE as assembler labels are.
+            if !matches!(entry[4] & 15, 0 | 2) {
+                continue;
             }
+            let name = &elf[names + number(entry, 0, 4) as usize..];
+            let name = &name[..name.iter().position(|b| *b == 0).expect("the end of a name")];
+            symbols.push((String::from_utf8_lossy(name).into_owned(), number(entry, 8, 8), number(entry, 16, 8)));
         }
     }
-    panic!("{}: no symbol {name}", Path::new("shim").display());
+    symbols
+}
+
+/// The entry saves four vector registers of the program, and the code must not change another. What only puts
+/// the message of a panic together may: nothing goes on after a panic.
+fn check_vectors(elf: &[u8]) {
+    use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, Register};
+    let mut info = InstructionInfoFactory::new();
+    let mut checked = 0;
+    for (name, address, size) in symbols(elf) {
+        if size == 0 || name.contains("core3fmt") || name.contains("core3str5count") {
+            continue;
+        }
+        let code = &image(elf)[(address - CODE_BASE) as usize..][..size as usize];
+        for instruction in &mut Decoder::with_ip(64, code, address, DecoderOptions::NONE) {
+            for used in info.info(&instruction).used_registers() {
+                let register = used.register();
+                let saved = (Register::XMM0..=Register::XMM3).contains(&register) || register.is_gpr();
+                let vector = register.is_vector_register() || register.is_st() || register.is_mm() || register.is_k();
+                assert!(saved || !vector, "{name} uses {register:?}, which the shim's entry does not save");
+            }
+            checked += 1;
+        }
+    }
+    assert!(checked > 1000, "the shim's symbols have no sizes");
 }

@@ -33,10 +33,22 @@ impl Call {
 
     /// The digest of number, arguments and memory, as the supervisor computes it; `None` when that is too
     /// much for us. Reading the program's memory may fault, which the supervisor handles.
+    #[inline]
     pub(crate) fn digest(&self) -> Option<u64> {
+        let Some(args) = table::plain_args(self.number) else { return self.digest_by(self.row()?) };
         let mut d = Digest::new();
         d.add_u64(self.number);
-        for (arg, value) in self.row()?.args.iter().zip(self.args) {
+        for value in self.args.iter().take(args) {
+            d.add_u64(*value);
+        }
+        Some(d.finish())
+    }
+
+    /// The same, by the row of the call.
+    pub(crate) fn digest_by(&self, row: &Row) -> Option<u64> {
+        let mut d = Digest::new();
+        d.add_u64(self.number);
+        for (arg, value) in row.args.iter().zip(self.args) {
             d.add_u64(value);
             if value == 0 {
                 continue;

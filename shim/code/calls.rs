@@ -6,7 +6,7 @@
 
 use core::sync::atomic::Ordering::Relaxed;
 
-use ftrun_abi::fast::{Control, FD_FILE, FD_UNKNOWN};
+use ftrun_abi::fast::{Control, FD_COUNTED, FD_FILE, FD_FRESH, FD_PRIVATE};
 use ftrun_abi::record::HEADER_BYTES;
 use ftrun_abi::table::{Arg, Class};
 
@@ -20,11 +20,12 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     match call.number {
         nr::READ => sockets::receive(control, call).or_else(|| files::read(control, call)),
         nr::WRITE => sockets::send(control, call).or_else(|| files::write(control, call)),
-        nr::RECVFROM | nr::READV => sockets::receive(control, call),
+        nr::RECVFROM | nr::READV | nr::RECVMSG => sockets::receive(control, call),
         nr::SENDTO | nr::WRITEV | nr::SENDMSG => sockets::send(control, call),
         nr::EPOLL_WAIT => wait::epoll(control, call),
-        nr::EPOLL_PWAIT if a4 == 0 => wait::epoll(control, call),
+        nr::EPOLL_PWAIT | nr::EPOLL_PWAIT2 if a4 == 0 => wait::epoll(control, call),
         nr::POLL | nr::PPOLL => wait::poll(control, call),
+        nr::SELECT | nr::PSELECT6 => wait::select(control, call),
         nr::NANOSLEEP | nr::CLOCK_NANOSLEEP => wait::sleep(control, call),
         nr::CLOCK_GETTIME if a0 > CLOCKS => None,
         nr::CLOCK_GETTIME | nr::GETTIMEOFDAY | nr::TIME => clock::time(control, call).or_else(|| again(control, call)),
@@ -45,7 +46,8 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
             again(control, call)
         }
         nr::FCNTL | nr::IOCTL => command(control, call),
-        nr::SETSOCKOPT if matches!(a1, SOL_SOCKET | SOL_TCP) && (a1, a2) != (SOL_TCP, TCP_ULP) => again(control, call),
+        nr::SETSOCKOPT if a1 == SOL_SOCKET || (a1 == SOL_TCP && !TCP_OTHER.contains(&a2)) => again(control, call),
+        nr::SHUTDOWN => sockets::shutdown(control, call),
         // Asking for the error clears it.
         nr::GETSOCKOPT if (a1, a2) != (SOL_SOCKET, SO_ERROR) => again(control, call),
         nr::GETRANDOM if a1 <= 256 => again(control, call),
@@ -59,7 +61,6 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
         | nr::FACCESSAT2
         | nr::READLINK
         | nr::READLINKAT
-        | nr::SHUTDOWN
         | nr::GETSOCKNAME
         | nr::GETPEERNAME
         | nr::GETUID
@@ -75,7 +76,8 @@ const SEEK_CUR: u64 = 1;
 const SOL_SOCKET: u64 = 1;
 const SO_ERROR: u64 = 4;
 const SOL_TCP: u64 = 6;
-const TCP_ULP: u64 = 31;
+/// `TCP_REPAIR`, `TCP_REPAIR_QUEUE`, `TCP_QUEUE_SEQ` and `TCP_ULP`: the stream is no plain one any more.
+const TCP_OTHER: [u64; 4] = [19, 20, 21, 31];
 /// The last clock that is not a process's or a thread's: `CLOCK_TAI`.
 const CLOCKS: u64 = 11;
 
@@ -86,7 +88,7 @@ fn known(control: &Control, call: &Call, result: i64) -> Option<i64> {
 
 /// A call that may be made again: killed before it was logged, it comes out the same, or as if the world had
 /// changed before it.
-fn again(control: &Control, call: &Call) -> Option<i64> {
+pub(crate) fn again(control: &Control, call: &Call) -> Option<i64> {
     let row = call.row().filter(|row| matches!(row.class, Class::Input | Class::Output | Class::Object))?;
     let mut outs = [(0, 0); 3];
     let mut used = [None; 3];
@@ -108,7 +110,7 @@ fn again(control: &Control, call: &Call) -> Option<i64> {
     if !has_room(control, HEADER_BYTES + outs.iter().map(|o| output_size(o.1)).sum::<usize>()) {
         return None;
     }
-    let digest = call.digest()?;
+    let digest = call.digest_by(row)?;
     let result = call.make();
     if result == EINTR || result == EFAULT {
         return None;
@@ -147,9 +149,11 @@ fn command(control: &mut Control, call: &Call) -> Option<i64> {
     };
     if mode {
         if control.duplicated.load(Relaxed) != 0 {
-            control.fds.fill(FD_UNKNOWN);
+            for known in &mut control.fds {
+                *known &= FD_PRIVATE | FD_COUNTED;
+            }
         } else if let Some(known) = control.fds.get_mut(fd as usize) {
-            *known &= ftrun_abi::fast::FD_FRESH;
+            *known &= FD_FRESH | FD_PRIVATE | FD_COUNTED;
         }
     }
     again(control, call)

@@ -57,16 +57,21 @@ pub(crate) fn time(control: &Control, call: &Call) -> Option<i64> {
     if ask(clock, &mut now) != 0 {
         return None;
     }
+    // Word by word, as they were written: reading both at once would wait for the writes.
+    let [seconds, mut part] = now.map(core::hint::black_box);
     if call.number == nr::GETTIMEOFDAY {
-        now[1] /= 1000;
+        part /= 1000;
     }
-    let result = if call.number == nr::TIME { now[0] as i64 } else { 0 };
+    let result = if call.number == nr::TIME { seconds as i64 } else { 0 };
     if to != 0 {
         // SAFETY: `size` made room behind the two headers; the program's memory may fault, which the
         // supervisor handles.
         unsafe {
-            record.as_mut_ptr().add(DATA).cast::<[u64; 2]>().write(now);
-            (to as *mut [u64; 2]).write_unaligned(now);
+            let logged = record.as_mut_ptr().add(DATA).cast::<u64>();
+            logged.write(seconds);
+            logged.add(1).write(part);
+            (to as *mut u64).write_unaligned(seconds);
+            (to as *mut u64).add(1).write_unaligned(part);
         }
     }
     fill(record, control, call, digest, result, (to != 0).then_some((to, 16)));

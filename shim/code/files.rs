@@ -4,7 +4,7 @@
 use core::sync::atomic::Ordering::Relaxed;
 
 use ftrun_abi::fast::{
-    ADDRESS_BYTES, CLOSE, Control, ENROL, FD_FILE, FD_FRESH, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX, OPEN,
+    ADDRESS_BYTES, CLOSE, Control, ENROL, FD_FILE, FD_COUNTED, FD_FRESH, FD_KIND, FD_PRIVATE, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, FDS_MAX, OPEN,
     READ_FILE, TRANSFER, WRITE_FILE,
 };
 use ftrun_abi::record::HEADER_BYTES;
@@ -13,7 +13,8 @@ use crate::call::{Call, EAGAIN, EFAULT, EINTR, syscall, word};
 use crate::log::{DATA, commit, end, fill, has_room, log, once, ring, seam, settled, size};
 use crate::memory::copy;
 use crate::nr;
-use crate::sockets::{RECEIVE_MAX, kind};
+use crate::sockets::{RECEIVE_MAX, count, kind};
+use crate::wait::until_readable;
 
 /// Descriptors that others may have, too: standard input and output.
 const STANDARD: u64 = 3;
@@ -27,10 +28,13 @@ fn is_open(fd: u64) -> bool {
 /// The lowest descriptor that is not open: what the kernel gives out next.
 fn lowest_free(control: &Control) -> u64 {
     let mut fd = control.free_fd.load(Relaxed);
-    while is_open(fd) {
-        fd += 1;
+    if control.free_known.load(Relaxed) == 0 {
+        while is_open(fd) {
+            fd += 1;
+        }
+        control.free_fd.store(fd, Relaxed);
+        control.free_known.store(1, Relaxed);
     }
-    control.free_fd.store(fd, Relaxed);
     fd
 }
 
@@ -38,10 +42,20 @@ fn lowest_free(control: &Control) -> u64 {
 /// nonblocking mode.
 pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
     let accepts = matches!(call.number, nr::ACCEPT | nr::ACCEPT4);
-    if accepts && kind(control, call.args[0]) != FD_SOCKET_NONBLOCKING {
-        return None;
-    }
     let digest = call.digest()?;
+    if accepts {
+        let listener = call.args[0];
+        match kind(control, listener) {
+            FD_SOCKET_NONBLOCKING => {}
+            // A connection that is there stays until somebody takes it.
+            FD_SOCKET_BLOCKING if control.alone.load(Relaxed) != 0 => {
+                if !until_readable(control, call, digest, listener) {
+                    return None;
+                }
+            }
+            _ => return None,
+        }
+    }
     let (to, len_at) = if accepts { (call.args[1], call.args[2]) } else { (0, 0) };
     let mut own = *call;
     let mut room = 0;
@@ -66,11 +80,20 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
     let mut outs = [(0, 0); 2];
     let mut used = 0;
     if result >= 0 {
+        control.free_fd.store(fd + 1, Relaxed);
+        control.free_known.store(0, Relaxed);
         if let Some(known) = control.fds.get_mut(result as usize) {
-            *known = if accepts { FD_FRESH | FD_UNKNOWN } else { FD_UNKNOWN };
+            *known = match call.number {
+                nr::ACCEPT | nr::ACCEPT4 => FD_UNKNOWN | FD_FRESH | FD_PRIVATE,
+                nr::SOCKET => FD_UNKNOWN | FD_PRIVATE,
+                _ => FD_UNKNOWN,
+            };
         }
         if call.number == nr::DUP {
             control.duplicated.store(1, Relaxed);
+            if let Some(known) = control.fds.get_mut(call.args[0] as usize) {
+                *known &= !(FD_PRIVATE | FD_COUNTED);
+            }
         }
         if to != 0 {
             let len = control.address_len.load(Relaxed);
@@ -89,7 +112,11 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
 /// `close`.
 pub(crate) fn close(control: &mut Control, call: &Call) -> Option<i64> {
     let fd = call.args[0];
-    if fd >= FDS_MAX as u64 || !is_open(fd) {
+    if fd >= FDS_MAX as u64 {
+        return None;
+    }
+    // What is known of a descriptor is forgotten when it is closed.
+    if control.fds[fd as usize] & FD_KIND == FD_UNKNOWN && !is_open(fd) {
         return None;
     }
     let digest = call.digest()?;
@@ -97,9 +124,13 @@ pub(crate) fn close(control: &mut Control, call: &Call) -> Option<i64> {
         return None;
     }
     control.fds[fd as usize] = FD_UNKNOWN;
-    control.free_fd.fetch_min(fd, Relaxed);
     control.pending_fd.store(fd, Relaxed);
     let result = once(control, CLOSE, call, digest, 0, || call.make());
+    if fd < control.free_fd.load(Relaxed) {
+        // It was the lowest that is not open as soon as it was not.
+        control.free_fd.store(fd, Relaxed);
+        control.free_known.store(1, Relaxed);
+    }
     settled(control, call, digest, result, &[])
 }
 
@@ -151,6 +182,7 @@ pub(crate) fn transfer(control: &mut Control, call: &Call) -> Option<i64> {
     // SAFETY: as above.
     unsafe { (at as *mut u64).write_unaligned(control.offset.load(Relaxed)) };
     let outs = [(at, 8)];
+    count(control, output, |stream| &stream.sent, result);
     settled(control, call, digest, result, if result < 0 { &[] } else { &outs })
 }
 

@@ -33,12 +33,15 @@ fn slot(area: &Area) -> usize {
     ((area.this - AREAS_BASE) / AREA_BYTES) as usize
 }
 
-/// Takes a call out of the thread's budget; false when nothing is left.
-fn spend(control: &Control) -> bool {
+/// Takes a call out of the thread's budget; false when nothing is left. A thread that has had its share passes the
+/// turn on first.
+fn spend(control: &Control, call: &call::Call) -> bool {
     use core::sync::atomic::Ordering::Relaxed;
     let calls = control.turn_calls.load(Relaxed).saturating_add(1);
     control.turn_calls.store(calls, Relaxed);
-    if control.wanting.load(Relaxed) != 0 && calls > CALLS_PER_TURN {
+    // Whether a futex call waits must not hang on what others do between its arrival and its being tried.
+    let over = control.wanting.load(Relaxed) != 0 && calls > CALLS_PER_TURN && call.number != nr::FUTEX;
+    if over && !wait::pass_turn(control, call) {
         return false;
     }
     let left = control.budget.load(Relaxed);
@@ -58,7 +61,7 @@ extern "C" fn shim_serve(frame: &mut Frame, area: &mut Area) -> u64 {
     let call = call::Call { tid: area.tid, number: frame.rax, args: [a0, a1, a2, a3, a4, a5], slot: slot(area) };
     let served = if control.mode.load(Relaxed) == REPLAY {
         replay::serve(control, &call)
-    } else if control.slow.load(Relaxed) == 0 && spend(control) {
+    } else if control.slow.load(Relaxed) == 0 && spend(control, &call) {
         calls::serve(control, &call)
     } else {
         None

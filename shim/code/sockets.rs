@@ -1,16 +1,23 @@
-//! Receiving and sending on stream sockets, by `recvmmsg` and `sendmmsg` with one message whose length the
-//! kernel writes into the shared page before the process can die (DESIGN, in-doubt operations).
+//! Receiving and sending on stream sockets.
+//!
+//! A kill between what the kernel did and the log is settled in one of two ways (DESIGN, in-doubt operations): by
+//! `recvmmsg` and `sendmmsg` with one message whose length the kernel writes into the shared page before the process
+//! can die, or, where a TCP socket is this unit's alone, by what the kernel has counted of its stream: that leaves
+//! the plain calls, which cost less.
 
+use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 
 use ftrun_abi::fast::{
-    Control, FD_FILE, FD_FRESH, FD_OTHER, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING, FD_UNKNOWN, Message, NOT_YET,
-    RECEIVE, SEND, SEND_ALL,
+    CALLS_PER_COUNT, COUNTED, Control, FD_COUNTED, FD_FILE, FD_KIND, FD_OTHER, FD_PRIVATE, FD_SOCKET_BLOCKING,
+    FD_SOCKET_NONBLOCKING, FD_UNKNOWN, Message, NOT_YET, RECEIVE, SEND, SEND_ALL, STREAMS, Stream,
 };
 use ftrun_abi::record::HEADER_BYTES;
+use ftrun_abi::stream;
 
-use crate::call::{Call, EAGAIN, message_header, piece, syscall};
-use crate::log::{DATA, begin, commit, end, fill, has_room, log, once, ring, seam, settled, size};
+use crate::call::{Call, EAGAIN, EFAULT, message_header, piece, syscall};
+use crate::calls::again;
+use crate::log::{DATA, commit, end, fill, has_room, log, once, output_size, ring, seam, settled, size};
 use crate::memory::copy;
 use crate::nr;
 use crate::wait::{Waited, for_data};
@@ -26,37 +33,62 @@ const SOCK_STREAM: u32 = 1;
 
 /// What kind of descriptor this is: as the page knows, or by asking the kernel.
 pub(crate) fn kind(control: &mut Control, fd: u64) -> u8 {
-    let Some(known) = control.fds.get_mut(fd as usize) else { return FD_OTHER };
-    if *known & !FD_FRESH == FD_UNKNOWN {
-        *known |= ask(fd);
+    let Some(known) = control.fds.get(fd as usize).copied() else { return FD_OTHER };
+    if known & FD_KIND != FD_UNKNOWN {
+        return known & FD_KIND;
     }
-    *known & !FD_FRESH
+    let kind = ask(control, fd);
+    control.fds[fd as usize] = known | kind;
+    kind
 }
 
-fn ask(fd: u64) -> u8 {
+fn ask(control: &Control, fd: u64) -> u8 {
+    const S_IFMT: u32 = 0o170_000;
+    const S_IFREG: u32 = 0o100_000;
+    const S_IFSOCK: u32 = 0o140_000;
+    // `struct stat`: the device is at 0, the mode at 24.
+    let mut stat = [0u64; 18];
+    if syscall(nr::FSTAT, [fd, (&raw mut stat) as u64, 0, 0, 0, 0]) != 0 {
+        return FD_OTHER;
+    }
+    match stat[3] as u32 & S_IFMT {
+        S_IFSOCK => ask_socket(fd),
+        S_IFREG if is_plain(control, fd, stat[0]) => FD_FILE,
+        _ => FD_OTHER,
+    }
+}
+
+/// A regular file is no file of /proc: what is written to one of those changes the process.
+fn is_plain(control: &Control, fd: u64, device: u64) -> bool {
+    const PROC_SUPER_MAGIC: u64 = 0x9fa0;
+    /// Bits of the major number, which is 0 where the minor one is given to whatever is mounted next.
+    const MAJOR: u64 = 0xffff_f000_000f_ff00;
+    if control.plain_device.load(Relaxed) == device {
+        return true;
+    }
+    // `struct statfs`: the type is at 0.
+    let mut system = [0u64; 15];
+    let known = syscall(nr::FSTATFS, [fd, (&raw mut system) as u64, 0, 0, 0, 0]) == 0;
+    let plain = known && system[0] != PROC_SUPER_MAGIC;
+    if plain && device & MAJOR != 0 {
+        control.plain_device.store(device, Relaxed);
+    }
+    plain
+}
+
+fn ask_socket(fd: u64) -> u8 {
     const F_GETFL: u64 = 3;
     const O_NONBLOCK: i64 = 0o4000;
     const SOL_SOCKET: u64 = 1;
     const SO_TYPE: u64 = 3;
-    const S_IFMT: u32 = 0o170_000;
-    const S_IFREG: u32 = 0o100_000;
-    const PROC_SUPER_MAGIC: u64 = 0x9fa0;
     let (mut type_, mut len) = (0u32, 4u32);
-    let found = syscall(nr::GETSOCKOPT, [fd, SOL_SOCKET, SO_TYPE, (&raw mut type_) as u64, (&raw mut len) as u64, 0]);
-    if found != 0 {
-        // `struct stat`: the mode is at 24.
-        let mut stat = [0u32; 36];
-        let found = syscall(nr::FSTAT, [fd, (&raw mut stat) as u64, 0, 0, 0, 0]);
-        // `struct statfs`: the type is at 0. What is written to a file of /proc changes the process.
-        let mut system = [0u64; 15];
-        let known = syscall(nr::FSTATFS, [fd, (&raw mut system) as u64, 0, 0, 0, 0]);
-        let plain = found == 0 && known == 0 && stat[6] & S_IFMT == S_IFREG && system[0] != PROC_SUPER_MAGIC;
-        return if plain { FD_FILE } else { FD_OTHER };
+    let asked = [fd, SOL_SOCKET, SO_TYPE, (&raw mut type_) as u64, (&raw mut len) as u64, 0];
+    if syscall(nr::GETSOCKOPT, asked) != 0 || type_ != SOCK_STREAM {
+        return FD_OTHER;
     }
-    let flags = syscall(nr::FCNTL, [fd, F_GETFL, 0, 0, 0, 0]);
-    match flags {
-        0.. if type_ == SOCK_STREAM && flags & O_NONBLOCK != 0 => FD_SOCKET_NONBLOCKING,
-        0.. if type_ == SOCK_STREAM => FD_SOCKET_BLOCKING,
+    match syscall(nr::FCNTL, [fd, F_GETFL, 0, 0, 0, 0]) {
+        flags @ 0.. if flags & O_NONBLOCK != 0 => FD_SOCKET_NONBLOCKING,
+        0.. => FD_SOCKET_BLOCKING,
         _ => FD_OTHER,
     }
 }
@@ -77,7 +109,7 @@ fn flags(call: &Call) -> Option<u64> {
     let flags = match call.number {
         nr::RECVFROM | nr::SENDTO if a4 == 0 => a3,
         nr::RECVFROM | nr::SENDTO => return None,
-        nr::SENDMSG => a2,
+        nr::SENDMSG | nr::RECVMSG => a2,
         _ => 0,
     };
     (flags & !(MSG_DONTWAIT | MSG_NOSIGNAL) == 0).then_some(flags)
@@ -92,6 +124,54 @@ fn never_waits(control: &mut Control, fd: u64, flags: u64) -> Option<bool> {
     }
 }
 
+/// What the kernel has counted of this socket is known; it is asked now and then.
+fn is_counted(control: &mut Control, fd: u64) -> bool {
+    if fd >= STREAMS as u64 {
+        return false;
+    }
+    let known = control.fds[fd as usize];
+    if known & FD_COUNTED != 0 {
+        return true;
+    }
+    let this = &control.streams[fd as usize];
+    let calls = this.uncounted.load(Relaxed).wrapping_add(1);
+    this.uncounted.store(calls, Relaxed);
+    if known & FD_PRIVATE == 0 || calls % CALLS_PER_COUNT != 0 {
+        return false;
+    }
+    match stream::counts(syscall, fd) {
+        Some(stream::Counts { received: Some(received), sent }) => {
+            this.received.store(received, Relaxed);
+            this.sent.store(sent, Relaxed);
+            control.fds[fd as usize] |= FD_COUNTED;
+            true
+        }
+        _ => {
+            control.fds[fd as usize] &= !FD_PRIVATE;
+            false
+        }
+    }
+}
+
+/// Takes notice of what has gone through a socket.
+pub(crate) fn count(control: &mut Control, fd: u64, way: impl Fn(&Stream) -> &AtomicU64, result: i64) {
+    if let (Some(known), Some(stream)) = (control.fds.get(fd as usize), control.streams.get(fd as usize))
+        && known & FD_COUNTED != 0
+        && result > 0
+    {
+        let counter = way(stream);
+        counter.store(counter.load(Relaxed).wrapping_add(result as u64), Relaxed);
+    }
+}
+
+/// `shutdown`: the end of a direction is counted, too.
+pub(crate) fn shutdown(control: &mut Control, call: &Call) -> Option<i64> {
+    if let Some(known) = control.fds.get_mut(call.args[0] as usize) {
+        *known &= !(FD_PRIVATE | FD_COUNTED);
+    }
+    again(control, call)
+}
+
 /// `read`, `readv` or `recv` on a stream socket.
 pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     let flags = flags(call)?;
@@ -100,6 +180,13 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
         // A stream may give less than there is room for: the first piece.
         nr::READV if call.args[2] > 0 => piece(call.args[1], 0),
         nr::READV => return None,
+        nr::RECVMSG => {
+            let [name, _, pieces, count, ancillary, ..] = message_header(call.args[1]);
+            if name != 0 || ancillary != 0 || count == 0 {
+                return None;
+            }
+            piece(pieces, 0)
+        }
         _ => [call.args[1], call.args[2]],
     };
     if len == 0 || to == 0 {
@@ -109,24 +196,32 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     let digest = call.digest()?;
     let room = len.min(RECEIVE_MAX);
     let mut wait = None;
-    let (mut ring, data) = loop {
+    let (mut ring, data, got) = loop {
         let mut ring = ring(control)?;
-        let record = ring.reserve(size(room))?;
+        let record = ring.reserve(size(room) + 2 * output_size(8))?;
         let data = record[DATA..].as_mut_ptr();
-        let at = message(control, 0, 1, data as u64, room);
-        begin(control, RECEIVE, call, digest, to);
-        seam(control);
-        let result = syscall(nr::RECVMMSG, [fd, at, 1, flags | MSG_DONTWAIT, 0, 0]);
-        seam(control);
-        if result == 1 {
-            break (ring, data);
+        control.pending_set.store(call.args[1], Relaxed);
+        let result = if is_counted(control, fd) {
+            control.pending_fd.store(fd, Relaxed);
+            control.offset.store(control.streams[fd as usize].received.load(Relaxed), Relaxed);
+            let make = || syscall(nr::RECVFROM, [fd, data as u64, room, flags | MSG_DONTWAIT, 0, 0]);
+            let result = once(control, RECEIVE | COUNTED, call, digest, to, make);
+            count(control, fd, |stream| &stream.received, result);
+            result
+        } else {
+            let at = message(control, 0, 1, data as u64, room);
+            let make = || syscall(nr::RECVMMSG, [fd, at, 1, flags | MSG_DONTWAIT, 0, 0]);
+            match once(control, RECEIVE, call, digest, to, make) {
+                1 => (control.message.len.load(Relaxed) & NOT_YET) as i64,
+                result => result,
+            }
+        };
+        if result >= 0 {
+            break (ring, data, result as u64);
         }
         end(control);
-        if result != EAGAIN {
-            return None;
-        }
-        if nonblocking {
-            return log(control, call, digest, EAGAIN, &[]);
+        if nonblocking || result != EAGAIN {
+            return log(control, call, digest, result, &[]);
         }
         if wait.is_none() {
             wait = for_data(control, call, digest);
@@ -136,7 +231,17 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
             _ => return None,
         }
     };
-    let got = control.message.len.load(Relaxed) & NOT_YET;
+    if call.number == nr::RECVMSG {
+        let [length, flags] = no_more(call);
+        // SAFETY: the program's buffer and header; a fault there is the supervisor's to handle.
+        unsafe {
+            copy(to as *mut u8, data, got as usize);
+            (length.0 as *mut u64).write_unaligned(0);
+            (flags.0 as *mut u32).write_unaligned(0);
+        }
+        let outs = [(to, got), length, flags];
+        return settled(control, call, digest, got as i64, if got > 0 { &outs } else { &outs[1..] });
+    }
     let out = (got > 0).then_some((to, got));
     let used = if got > 0 { size(got) } else { HEADER_BYTES };
     ring.shrink(used);
@@ -151,11 +256,18 @@ pub(crate) fn receive(control: &mut Control, call: &Call) -> Option<i64> {
     Some(got as i64)
 }
 
+/// What a message brings besides its data, of which there is nothing here: where the length of the ancillary data and
+/// the flags are.
+fn no_more(call: &Call) -> [(u64, u64); 2] {
+    [(call.args[1] + 40, 8), (call.args[1] + 48, 4)]
+}
+
 /// `write`, `send`, `writev` or `sendmsg` on a stream socket.
 pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
+    const EPIPE: i64 = -32;
     let flags = flags(call)?;
     let [fd, a1, a2, ..] = call.args;
-    let (at, len, pieces, count) = match call.number {
+    let (at, len, pieces, count_of) = match call.number {
         nr::WRITEV => (0, 0, a1, a2),
         nr::SENDMSG => {
             let [name, _, pieces, count, ancillary, _, _] = message_header(a1);
@@ -166,7 +278,7 @@ pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
         }
         _ => (a1, a2, 0, 1),
     };
-    if !(1..=PIECES_MAX).contains(&count) || (pieces == 0 && at == 0) {
+    if !(1..=PIECES_MAX).contains(&count_of) || (pieces == 0 && at == 0) {
         return None;
     }
     let nonblocking = never_waits(control, fd, flags)?;
@@ -174,21 +286,42 @@ pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
     if !has_room(control, HEADER_BYTES) {
         return None;
     }
-    let total = if pieces == 0 { len } else { (0..count).map(|i| piece(pieces, i)[1]).sum() };
-    let message = message(control, pieces, count, at, len);
+    let [at, len] = if count_of == 1 && pieces != 0 { piece(pieces, 0) } else { [at, len] };
+    let total = if count_of == 1 { len } else { (0..count_of).map(|i| piece(pieces, i)[1]).sum() };
     control.pending_from.store(total, Relaxed);
-    // Without a reader the supervisor makes the call again, with the signal that it brings.
-    let make = || syscall(nr::SENDMMSG, [fd, message, 1, flags | MSG_DONTWAIT | MSG_NOSIGNAL, 0, 0]);
-    let result = once(control, if nonblocking { SEND } else { SEND_ALL }, call, digest, 0, make);
-    let result = match result {
-        1 => (control.message.len.load(Relaxed) & NOT_YET) as i64,
-        EAGAIN if nonblocking => EAGAIN,
-        _ => {
-            end(control);
-            return None;
+    let flags = flags | MSG_DONTWAIT | MSG_NOSIGNAL;
+    let what = if nonblocking { SEND } else { SEND_ALL };
+    let result = if is_counted(control, fd) {
+        control.pending_fd.store(fd, Relaxed);
+        control.offset.store(control.streams[fd as usize].sent.load(Relaxed), Relaxed);
+        let message = if count_of == 1 { 0 } else { message(control, pieces, count_of, 0, 0) };
+        let result = once(control, what | COUNTED, call, digest, 0, || {
+            if message == 0 {
+                syscall(nr::SENDTO, [fd, at, len, flags, 0, 0])
+            } else {
+                syscall(nr::SENDMSG, [fd, message, flags, 0, 0, 0])
+            }
+        });
+        count(control, fd, |stream| &stream.sent, result);
+        if result >= 0 {
+            // Where the supervisor finds it if it has to go on.
+            control.message.len.store(result as u64, Relaxed);
+        }
+        result
+    } else {
+        let message = if count_of == 1 { message(control, 0, 1, at, len) } else { message(control, pieces, count_of, 0, 0) };
+        match once(control, what, call, digest, 0, || syscall(nr::SENDMMSG, [fd, message, 1, flags, 0, 0])) {
+            1 => (control.message.len.load(Relaxed) & NOT_YET) as i64,
+            result => result,
         }
     };
-    if !nonblocking && (result as u64) < total {
+    // Without a reader the supervisor makes the call again, with the signal that it brings.
+    let left = result == EPIPE && control.ignores_pipe.load(Relaxed) == 0;
+    if left || result == EFAULT || (result == EAGAIN && !nonblocking) {
+        end(control);
+        return None;
+    }
+    if !nonblocking && result >= 0 && (result as u64) < total {
         // What is left is sent when there is room again, by the supervisor, who takes notice of this part.
         return None;
     }

@@ -22,10 +22,15 @@ const NEVER: u64 = u64::MAX;
 pub(crate) fn epoll(control: &mut Control, call: &Call) -> Option<i64> {
     const POLLIN: u64 = 1;
     let [fd, to, max, timeout, ..] = call.args;
-    let (max, timeout) = (max as i32, timeout as i32);
+    let max = max as i32;
     if max <= 0 || to == 0 {
         return None;
     }
+    let limit = match call.number {
+        nr::EPOLL_PWAIT2 => duration(timeout)?,
+        _ if (timeout as i32) < 0 => NEVER,
+        _ => timeout as u32 as u64 * MILLISECOND,
+    };
     let digest = call.digest()?;
     let room = (max as usize).min(EPOLL_EVENTS_MAX);
     if !has_room(control, size(room as u64 * 12)) {
@@ -34,7 +39,6 @@ pub(crate) fn epoll(control: &mut Control, call: &Call) -> Option<i64> {
     let events = (&raw const control.events) as u64;
     let look = |ms: u64| syscall(nr::EPOLL_WAIT, [fd, events, room as u64, ms, 0, 0]);
     let entry = fd | POLLIN << 32;
-    let limit = if timeout < 0 { NEVER } else { timeout as u64 * MILLISECOND };
     let mut wait = Wait::new(control, call, digest, limit);
     let n = loop {
         for event in &mut control.events[..room] {
@@ -44,7 +48,7 @@ pub(crate) fn epoll(control: &mut Control, call: &Call) -> Option<i64> {
         begin(control, EPOLL, call, digest, to);
         seam(control);
         let n = look(0);
-        if n != 0 || timeout == 0 {
+        if n != 0 || limit == 0 {
             break n;
         }
         match wait.whole(control, look, |ms| syscall(nr::POLL, [(&raw const entry) as u64, 1, ms, 0, 0, 0])) {
@@ -124,6 +128,103 @@ pub(crate) fn poll(control: &Control, call: &Call) -> Option<i64> {
     unsafe { copy(fds as *mut u8, at, bytes) };
     let outs = [(fds, bytes as u64)];
     log(control, call, digest, n, if count > 0 { &outs } else { &[] })
+}
+
+/// Most descriptors of a `select` that is served here: what a `fd_set` has room for.
+const SELECT_MAX: usize = 1024;
+
+/// `select`, and `pselect6` without a signal mask.
+pub(crate) fn select(control: &Control, call: &Call) -> Option<i64> {
+    const WORDS: usize = SELECT_MAX / 64;
+    let [count, .., time, mask] = call.args;
+    let sets = [call.args[1], call.args[2], call.args[3]];
+    let count = usize::try_from(count as i32).ok().filter(|n| *n <= SELECT_MAX)?;
+    // SAFETY: the program gave this memory to its call; a fault there is the supervisor's to handle.
+    if call.number == nr::PSELECT6 && mask != 0 && unsafe { (mask as *const u64).read_unaligned() } != 0 {
+        return None;
+    }
+    // `struct timeval` has microseconds where `struct timespec` has nanoseconds.
+    let unit = if call.number == nr::SELECT { 1000 } else { 1 };
+    let limit = if time == 0 {
+        NEVER
+    } else {
+        // SAFETY: as above.
+        let [s, part] = unsafe { (time as *const [u64; 2]).read_unaligned() };
+        if s >= 1 << 32 || part >= SECOND / unit {
+            return None;
+        }
+        s * SECOND + part * unit
+    };
+    let digest = call.digest()?;
+    let bytes = count.div_ceil(64) * 8;
+    if !has_room(control, size(bytes as u64) * 3 + size(16)) {
+        return None;
+    }
+    // Copies, as in `poll`.
+    let mut found = [[0u64; WORDS]; 3];
+    let at = found.as_mut_ptr();
+    let ask = |left: u64| {
+        let mut to = [0u64; 3];
+        for (i, set) in sets.into_iter().enumerate().filter(|(_, set)| *set != 0) {
+            // SAFETY: one of the three copies, which has room for so many bytes of the program's.
+            unsafe {
+                let copied = at.add(i).cast::<u8>();
+                copy(copied, set as *const u8, bytes);
+                to[i] = copied as u64;
+            }
+        }
+        let time = [left / SECOND, left % SECOND];
+        let time = if left == NEVER { 0 } else { (&raw const time) as u64 };
+        syscall(nr::PSELECT6, [count as u64, to[0], to[1], to[2], time, 0])
+    };
+    let mut wait = Wait::new(control, call, digest, limit);
+    let n = loop {
+        let n = ask(0);
+        if n != 0 || limit == 0 {
+            break n;
+        }
+        match wait.exactly(control, ask, ask) {
+            Waited::Found(n) => break n,
+            Waited::Look => {}
+            Waited::Over => break 0,
+            Waited::Called => return None,
+        }
+    };
+    if n < 0 || !has_room(control, size(bytes as u64) * 3 + size(16)) {
+        return None;
+    }
+    let mut outs = [(0, 0); 4];
+    let mut used = 0;
+    for (set, found) in sets.into_iter().zip(&found).filter(|(set, _)| *set != 0) {
+        // SAFETY: as above.
+        unsafe { copy(set as *mut u8, found.as_ptr().cast(), bytes) };
+        outs[used] = (set, bytes as u64);
+        used += 1;
+    }
+    if time != 0 {
+        let left = wait.left(control);
+        // SAFETY: as above.
+        unsafe { (time as *mut [u64; 2]).write_unaligned([left / SECOND, left % SECOND / unit]) };
+        outs[used] = (time, 16);
+        used += 1;
+    }
+    log(control, call, digest, n, &outs[..used])
+}
+
+/// Waits until a descriptor in blocking mode is readable; false when the supervisor has to.
+pub(crate) fn until_readable(control: &Control, call: &Call, digest: u64, fd: u64) -> bool {
+    const POLLIN: u64 = 1;
+    let entry = fd | POLLIN << 32;
+    let mut wait = None;
+    while syscall(nr::POLL, [(&raw const entry) as u64, 1, 0, 0, 0, 0]) == 0 {
+        if wait.is_none() {
+            wait = for_data(control, call, digest);
+        }
+        if !wait.as_mut().is_some_and(|wait| matches!(wait.readable(control, fd), Waited::Look)) {
+            return false;
+        }
+    }
+    true
 }
 
 /// `nanosleep`, and `clock_nanosleep` for a time from now.
@@ -208,6 +309,11 @@ impl<'a> Wait<'a> {
             }
         }
         wait
+    }
+
+    /// What is left of the time.
+    fn left(&self, control: &Control) -> u64 {
+        self.deadline.map_or(self.limit, |deadline| deadline.saturating_sub(monotonic(control)))
     }
 
     /// Waits until a descriptor is readable.
@@ -310,6 +416,19 @@ fn give(control: &Control) {
         let (supervisor, tracer) = (control.parent.load(Relaxed), u64::from(control.tracer.load(Relaxed)));
         syscall(nr::TGKILL, [supervisor, tracer, SIGUSR2, 0, 0, 0]);
     }
+}
+
+/// Passes the turn on before a call, and waits for it to come back; false when the supervisor wants the thread.
+pub(crate) fn pass_turn(control: &Control, call: &Call) -> bool {
+    let Some(slot) = control.slots.get(call.slot).filter(|_| control.may_wait.load(SeqCst) != 0) else { return false };
+    let tid = call.tid as u32;
+    slot.tid.store(tid, Relaxed);
+    give(control);
+    if !take(control, slot, tid) {
+        slot.state.store(RUNS, SeqCst);
+        return false;
+    }
+    control.slow.load(SeqCst) == 0
 }
 
 /// Gives the turn to a thread that wants it, by `give`. A thread that has been chosen does not go away meanwhile.

@@ -2,7 +2,7 @@
 //! program, and which is not needed any more then.
 
 use std::fs;
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ftrun_abi::fast::{REGION_BASE, REGION_END};
@@ -54,9 +54,13 @@ impl Unit {
             .find_map(|l| l.strip_prefix("SigIgn:"))
             .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
             .unwrap_or(0);
-        self.pages = ftrun_ckpt::pages::PageStore::new();
-        self.pages.commit(&staged).map_err(broken("keeping pages"))?;
-        hide_vdso(&mut self.pages, &mut mm.auxv, regs.rsp, vdso).map_err(broken("hiding the vDSO"))?;
+        if let Some(journal) = &self.journal {
+            journal.before_checkpoint();
+        }
+        let mut pages = ftrun_ckpt::pages::PageStore::new();
+        pages.commit(&staged).map_err(broken("keeping pages"))?;
+        hide_vdso(&mut pages, &mut mm.auxv, regs.rsp, vdso).map_err(broken("hiding the vDSO"))?;
+        self.pages = Arc::new(RwLock::new(pages));
         let actions: Vec<[u64; 4]> = (1..=64)
             .map(|s| if s != 9 && s != 19 && ignored >> (s - 1) & 1 == 1 { [1, 0, 0, 0] } else { [0; 4] })
             .collect();
@@ -97,8 +101,11 @@ impl Unit {
         self.log.checkpointed();
         self.checkpoint_at = now();
         if let Some(journal) = &mut self.journal {
+            if snapshot.sii == 0 {
+                return Ok(journal.begin(&snapshot, &self.pages));
+            }
             let capture = Capture { snapshot, parent: None, staged, gone: vec![] };
-            return Ok(journal.checkpoint(capture, &self.pages));
+            journal.checkpoint(&mut self.log, capture, &self.pages, false);
         }
         Ok(Ok(()))
     }

@@ -7,7 +7,7 @@
 use ftrun_abi::table::{Row, Wait};
 
 use crate::live::Outcome;
-use crate::marshal::{Prepared, raw_call};
+use crate::marshal::{Prepared, raw_call, steady_call};
 use crate::tracee;
 use crate::unit::{Result, Unit, Waiting, now};
 
@@ -56,8 +56,7 @@ fn write_page(fd: i32, data: &[u8]) -> i64 {
 /// `poll` of one descriptor without waiting.
 fn ready(fd: i32, events: i16) -> bool {
     let mut p = libc::pollfd { fd, events, revents: 0 };
-    // SAFETY: one element, which outlives the call.
-    unsafe { libc::poll(&raw mut p, 1, 0) != 0 }
+    steady_call(libc::SYS_poll as u64, &[(&raw mut p) as u64, 1, 0, 0, 0, 0]) != 0
 }
 
 /// `SO_RCVTIMEO` or `SO_SNDTIMEO` in nanoseconds; `None` if not set.
@@ -324,4 +323,35 @@ fn enough(fd: i32, want: u64) -> bool {
     // SAFETY: FIONREAD writes one int.
     let r = unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut n) };
     r != 0 || n as u64 >= want
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
+    /// `poll` is interrupted even when it does not wait. What is not ready must not be taken for ready then: the
+    /// supervisor would wait in the call that follows, and nobody would serve the one who could end it.
+    ///
+    /// Break it: ask by `libc::poll` in [`ready`].
+    #[test]
+    fn a_signal_makes_nothing_ready() {
+        crate::told::listen();
+        let (empty, _far) = std::os::unix::net::UnixStream::pair().unwrap();
+        // SAFETY: plain calls.
+        let (us, me) = unsafe { (libc::getpid(), libc::gettid()) };
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(SeqCst) {
+                    // SAFETY: a signal to a thread that handles it.
+                    unsafe { libc::syscall(libc::SYS_tgkill, us, me, libc::SIGUSR2) };
+                }
+            });
+            let wrong = (0..300_000).filter(|_| ready(empty.as_raw_fd(), libc::POLLIN)).count();
+            done.store(true, SeqCst);
+            assert_eq!(wrong, 0);
+        });
+    }
 }

@@ -3,7 +3,7 @@
 use ftrun_abi::table::{Class, Row};
 
 use crate::live::Outcome;
-use crate::marshal::{Prepared, raw_call};
+use crate::marshal::{Prepared, steady_call};
 use crate::tracee::{self};
 use crate::unit::{Result, Unit, Waiting};
 
@@ -199,7 +199,7 @@ impl Unit {
             libc::pollfd { fd: input as i32, events: libc::POLLIN, revents: 0 },
             libc::pollfd { fd: output as i32, events: libc::POLLOUT, revents: 0 },
         ];
-        raw_call(libc::SYS_poll as u64, &[fds.as_mut_ptr() as u64, 2, 0, 0, 0, 0]);
+        steady_call(libc::SYS_poll as u64, &[fds.as_mut_ptr() as u64, 2, 0, 0, 0, 0]);
         // SAFETY: queries about a descriptor number.
         let flags = unsafe { libc::fcntl(output as i32, libc::F_GETFL) };
         let blocking = flags >= 0 && flags & libc::O_NONBLOCK == 0;

@@ -1,15 +1,15 @@
 //! Checkpoints: from the unit to a [`Snapshot`] and its pages, and back.
 
 use std::fs;
-use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ftrun_abi::fast::{REGION_BASE, REGION_END};
 use ftrun_ckpt::copy::copy_in;
 use ftrun_ckpt::dirty::{Full, Kind, SoftDirty, UFFD_FLAGS, WpAsync};
 use ftrun_ckpt::maps::read_maps;
-use ftrun_ckpt::pages::StagedPages;
+use ftrun_ckpt::pages::{PageStore, StagedPages};
 use ftrun_ckpt::runs::PageRun;
 use ftrun_ckpt::state::{Mapping, Snapshot, ThreadState};
 use libc::user_regs_struct;
@@ -31,6 +31,11 @@ pub struct Capture {
     pub gone: Vec<PageRun>,
 }
 
+/// The pages, to read.
+pub(crate) fn read(pages: &RwLock<PageStore>) -> RwLockReadGuard<'_, PageStore> {
+    pages.read().unwrap_or_else(PoisonError::into_inner)
+}
+
 pub(crate) fn broken<E: std::fmt::Display>(what: &str) -> impl FnOnce(E) -> Halt + '_ {
     move |e| Halt::Broken(format!("{what}: {e}"))
 }
@@ -48,16 +53,20 @@ impl Unit {
     pub fn checkpoint(&mut self) -> Result<()> {
         let begin = now();
         crate::fault::point("checkpoint-begin", self.pid);
+        let wanted = self.shared.checkpoint.load(SeqCst) && self.can_store();
         for vtid in self.threads.keys().copied().collect::<Vec<_>>() {
             self.read_thread(vtid)?;
         }
+        if let Some(journal) = &self.journal {
+            journal.before_checkpoint();
+        }
         let (pid, model_brk) = (self.pid, self.model.brk);
-        let store = &self.pages;
+        let pages = &self.pages;
         let tracker = &mut self.tracker;
         let captured = self.service.run(move || -> std::io::Result<_> {
             let maps = program_maps(read_maps(pid)?);
             let mm = launch::read_mm(pid, Some(model_brk))?;
-            let scan = tracker.scan(pid, &maps, store).map_err(std::io::Error::other)?;
+            let scan = tracker.scan(pid, &maps, &read(pages)).map_err(std::io::Error::other)?;
             let mem = fs::File::open(format!("/proc/{pid}/mem"))?;
             let staged = copy_in(pid, &scan.dirty, Some(&mem));
             if staged.is_err() {
@@ -77,8 +86,11 @@ impl Unit {
             }
         };
         crate::fault::point("checkpoint-copied", self.pid);
-        self.pages.drop_runs(&scan.gone);
-        self.pages.commit(&staged).map_err(broken("keeping pages"))?;
+        {
+            let mut pages = self.pages.write().unwrap_or_else(PoisonError::into_inner);
+            pages.drop_runs(&scan.gone);
+            pages.commit(&staged).map_err(broken("keeping pages"))?;
+        }
         self.follow_limits();
         self.model.blocked.clear();
         self.model.user.clear();
@@ -131,12 +143,8 @@ impl Unit {
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
         self.log.checkpointed();
-        if let Some(journal) = &mut self.journal {
-            journal.rewind(&mut self.log);
-        }
         self.checkpoint_at = now();
         self.pause_ns = self.checkpoint_at - begin;
-        self.shared.checkpoint.store(false, Relaxed);
         let pages = staged.len() as u64;
         let slow_sites = self.slow_sites();
         {
@@ -150,13 +158,22 @@ impl Unit {
                 at: crate::status::Timestamp::now(),
             });
         }
-        self.shared.checkpoints.fetch_add(1, Relaxed);
+        tracing::debug!(sii = self.sii, pages, pause_us = self.pause_ns / 1000, "a checkpoint");
         if let Some(journal) = &mut self.journal {
-            // What fails here has been told; recovery uses memory.
-            let _told = journal.checkpoint(Capture { snapshot, parent, staged, gone: scan.gone }, &self.pages);
+            let capture = Capture { snapshot, parent, staged, gone: scan.gone };
+            journal.checkpoint(&mut self.log, capture, &self.pages, wanted);
+        }
+        if wanted {
+            self.shared.checkpoint.store(false, Relaxed);
+            self.shared.checkpoints.fetch_add(1, SeqCst);
         }
         crate::fault::point("checkpoint-end", self.pid);
         Ok(())
+    }
+
+    /// The checkpoint before has been stored, if that is wanted and can be: the next one may be.
+    pub(crate) fn can_store(&mut self) -> bool {
+        self.journal.as_mut().is_none_or(|j| j.is_ready(self.snapshot.as_ref(), &self.pages))
     }
 
     /// The process (of the unit) has been killed, though its end has not been reported yet: it is on its way out (its
@@ -251,7 +268,7 @@ impl Unit {
         self.shim = self.model.sites.used;
         self.bind_to_cpu();
         let want = (self.set_tid && self.vpid != 0).then_some(self.vpid);
-        let pid = launch::rebuild(&snapshot, &self.pages, want)?;
+        let pid = launch::rebuild(&snapshot, &read(&self.pages), want)?;
         self.pid = pid;
         if self.vpid == 0 {
             self.vpid = pid;
@@ -437,10 +454,10 @@ impl Unit {
             return Ok(());
         }
         // The first scan arms. Its report, everything, is what the store holds.
-        let (pid, store, tracker) = (self.pid, &self.pages, &mut self.tracker);
+        let (pid, pages, tracker) = (self.pid, &self.pages, &mut self.tracker);
         let armed = self.service.run(move || {
             let maps = program_maps(read_maps(pid)?);
-            tracker.scan(pid, &maps, store).map_err(std::io::Error::other)
+            tracker.scan(pid, &maps, &read(pages)).map_err(std::io::Error::other)
         });
         if armed.is_err() {
             self.tracker.forget();

@@ -41,6 +41,8 @@ pub struct RunOptions {
     pub recover_within: Duration,
     /// A checkpoint is taken when the log since the last one has this many bytes.
     pub checkpoint_log_bytes: u64,
+    /// Whether every event and checkpoint is written to the state directory as it comes.
+    pub journal: bool,
     /// Variables to add to the program's environment.
     pub env: Vec<(OsString, OsString)>,
     /// Working directory of the program, if it is not ours.
@@ -144,6 +146,9 @@ struct RunArgs {
     /// Take a checkpoint when the log since the last one has grown to this (64MiB, 1GiB)
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = parse_checkpoint_log)]
     checkpoint_log: u64,
+    /// Write every event and checkpoint to the state directory as it comes, for `ftrun log` and `ftrun verify`
+    #[arg(long)]
+    journal: bool,
     /// Add a variable to the program's environment; may be repeated
     #[arg(long, value_name = "K=V", value_parser = OsStringValueParser::new().try_map(parse_env))]
     env: Vec<(OsString, OsString)>,
@@ -177,7 +182,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Take a checkpoint of a running unit now
+    /// Take a checkpoint of a running unit now, and store it with the events since the one before
     Checkpoint {
         /// Name of the unit
         name: String,
@@ -192,7 +197,7 @@ enum Command {
         /// Name of the unit
         name: String,
     },
-    /// Print the event log of a unit like strace does
+    /// Print the event log of a unit like strace does; of a running one from its last checkpoint but one
     Log {
         /// Name of the unit
         name: String,
@@ -203,7 +208,7 @@ enum Command {
         #[arg(long, value_name = "SII")]
         to: Option<u64>,
     },
-    /// Read every stored checkpoint and event of a unit and check them
+    /// Replay the stored events of a unit and check them; of a running one those since its last checkpoint
     Verify {
         /// Name of the unit
         name: String,
@@ -321,9 +326,9 @@ fn dispatch(cli: Cli) -> Result<u8, Error> {
         }
         Some(Command::Stop { name }) => control::stop(&open(&name)?)?,
         Some(Command::Rm { name }) => open(&name)?.remove()?,
-        Some(Command::Log { name, from, to }) => log(out, &open(&name)?, from, to)?,
+        Some(Command::Log { name, from, to }) => log(out, &stored(open(&name)?)?, from, to)?,
         Some(Command::Verify { name }) => {
-            let outcome = crate::verify::verify(&open(&name)?)?;
+            let outcome = crate::verify::verify(&stored(open(&name)?)?)?;
             print(out, &format!("{outcome}\n"))?;
             return finish(out, outcome.is_ok());
         }
@@ -371,6 +376,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
         checkpoint_every: args.checkpoint_every,
         recover_within: args.recover_within,
         checkpoint_log_bytes: args.checkpoint_log,
+        journal: args.journal,
         env: args.env,
         cwd: args.cwd,
         shim: !args.no_shim,
@@ -401,6 +407,14 @@ fn list(out: &mut impl Write, state_dir: &Path, json: bool) -> Result<(), Error>
         print(out, &format!("{LIST_HEADING}\n"))?;
     }
     units.iter().try_for_each(|unit| print(out, &format!("{}\n", unit.list_line())))
+}
+
+/// A unit with what happened since its last checkpoint on disk.
+fn stored(unit: UnitDir) -> Result<UnitDir, Error> {
+    if unit.is_running() {
+        control::checkpoint(&unit)?;
+    }
+    Ok(unit)
 }
 
 fn log(out: &mut impl Write, unit: &UnitDir, from: Option<u64>, to: Option<u64>) -> Result<(), Error> {

@@ -128,17 +128,27 @@ impl EventLog {
         unsafe { self.memory.at.cast::<Control>().as_ref() }
     }
 
-    /// Forgets what was known of descriptors: of one, or of all. No thread of the unit is in the shim.
-    pub fn forget_fds(&mut self, fd: Option<usize>) {
+    /// Forgets what was known of descriptors, of one or of all, but for the bits to keep. No thread of the unit is in
+    /// the shim.
+    pub fn forget_fds(&mut self, fd: Option<usize>, keep: u8) {
         // SAFETY: as for `control`; the shim, the only other user of the table, does not run.
         let fds = unsafe { &mut (*self.memory.at.cast::<Control>().as_ptr()).fds };
         match fd {
             Some(fd) => {
                 if let Some(known) = fds.get_mut(fd) {
-                    *known = ftrun_abi::fast::FD_UNKNOWN;
+                    *known &= keep;
                 }
             }
-            None => fds.fill(ftrun_abi::fast::FD_UNKNOWN),
+            None => fds.iter_mut().for_each(|known| *known &= keep),
+        }
+    }
+
+    /// A descriptor is a new socket that nobody else has.
+    pub fn note_private(&mut self, fd: usize) {
+        // SAFETY: as for `forget_fds`.
+        let fds = unsafe { &mut (*self.memory.at.cast::<Control>().as_ptr()).fds };
+        if let Some(known) = fds.get_mut(fd) {
+            *known = ftrun_abi::fast::FD_PRIVATE;
         }
     }
 

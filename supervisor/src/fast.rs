@@ -12,8 +12,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::fast::{
-    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_RANGES, CONTROL_BASE, HELD, NOTHING, RECORD, RUNS, VDSO_BASE, area,
+    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_RANGES, CONTROL_BASE, FD_COUNTED, FD_PRIVATE, HELD, NOTHING, RECORD,
+    RUNS, VDSO_BASE, area,
 };
+use ftrun_abi::table::{self, Arg, Class};
 use libc::user_regs_struct;
 use serde::{Deserialize, Serialize};
 
@@ -152,9 +154,11 @@ impl Unit {
         // SAFETY: no arguments.
         control.tracer.store(unsafe { libc::syscall(libc::SYS_gettid) } as u32, SeqCst);
         control.free_fd.store(0, SeqCst);
+        control.free_known.store(0, SeqCst);
         control.code_ranges.store(0, SeqCst);
         control.real_pid.store(self.pid as u64, SeqCst);
-        self.log.forget_fds(None);
+        // What is shared stays shared; what was counted is asked for anew.
+        self.log.forget_fds(None, FD_PRIVATE);
         Ok(())
     }
 
@@ -267,35 +271,68 @@ impl Unit {
         Ok(())
     }
 
+    /// The supervisor is about to make a call that may take from a stream or give to it.
+    pub(crate) fn before_fd_call(&mut self, row: &table::Row, args: &[u64; 6]) {
+        const ALL: u8 = u8::MAX;
+        self.log.control().free_known.store(0, SeqCst);
+        for (arg, value) in row.args.iter().zip(args) {
+            if *arg == Arg::Fd {
+                self.log.forget_fds(Some(*value as usize), ALL - FD_COUNTED);
+            }
+        }
+        match i64::from(row.nr) {
+            // It may become something else than a plain stream.
+            libc::SYS_setsockopt => self.log.forget_fds(Some(args[0] as usize), ALL - FD_COUNTED - FD_PRIVATE),
+            // Others may get descriptors with a message, or take them.
+            libc::SYS_sendmsg | libc::SYS_sendmmsg | libc::SYS_pidfd_getfd => self.share_fds(),
+            _ if row.class == Class::Unknown => self.share_fds(),
+            _ => {}
+        }
+    }
+
+    /// Others may have the unit's sockets from now on.
+    pub(crate) fn share_fds(&mut self) {
+        self.log.forget_fds(None, u8::MAX - FD_COUNTED - FD_PRIVATE);
+    }
+
     /// A call has changed what descriptors are.
-    pub(crate) fn forget_fds(&mut self, nr: u64, args: &[u64; 6]) {
+    pub(crate) fn after_fd_call(&mut self, nr: u64, args: &[u64; 6], result: i64) {
+        /// What a change of mode leaves.
+        const MODE: u8 = FD_PRIVATE | FD_COUNTED;
+        /// What a second descriptor for the same socket leaves.
+        const TWIN: u8 = u8::MAX - MODE;
         let control = self.log.control();
-        let fd = match nr as i64 {
+        let duplicated = control.duplicated.load(SeqCst) != 0;
+        match nr as i64 {
             libc::SYS_close => {
                 control.free_fd.fetch_min(args[0], SeqCst);
-                args[0]
+                self.log.forget_fds(Some(args[0] as usize), 0);
             }
-            libc::SYS_fcntl if matches!(args[1] as i32, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) => {
-                return control.duplicated.store(1, SeqCst);
-            }
-            libc::SYS_dup => return control.duplicated.store(1, SeqCst),
-            libc::SYS_fcntl | libc::SYS_ioctl if control.duplicated.load(SeqCst) != 0 => {
-                return self.log.forget_fds(None);
-            }
-            libc::SYS_fcntl | libc::SYS_ioctl => args[0],
-            libc::SYS_dup2 | libc::SYS_dup3 => {
-                control.duplicated.store(1, SeqCst);
-                args[1]
-            }
-            // What is new in an epoll set is fresh no more.
-            libc::SYS_epoll_ctl => args[2],
             libc::SYS_close_range => {
                 control.free_fd.store(0, SeqCst);
-                return self.log.forget_fds(None);
+                self.log.forget_fds(None, 0);
             }
-            _ => return,
-        };
-        self.log.forget_fds(Some(fd as usize));
+            libc::SYS_fcntl if matches!(args[1] as i32, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) => {
+                control.duplicated.store(1, SeqCst);
+                self.log.forget_fds(Some(args[0] as usize), TWIN);
+            }
+            libc::SYS_dup | libc::SYS_dup2 | libc::SYS_dup3 => {
+                control.duplicated.store(1, SeqCst);
+                self.log.forget_fds(Some(args[0] as usize), TWIN);
+                if nr as i64 != libc::SYS_dup {
+                    self.log.forget_fds(Some(args[1] as usize), 0);
+                }
+            }
+            libc::SYS_fcntl | libc::SYS_ioctl if duplicated => self.log.forget_fds(None, MODE),
+            libc::SYS_fcntl | libc::SYS_ioctl => self.log.forget_fds(Some(args[0] as usize), MODE),
+            // What is new in an epoll set is fresh no more.
+            libc::SYS_epoll_ctl => self.log.forget_fds(Some(args[2] as usize), MODE),
+            libc::SYS_shutdown => self.log.forget_fds(Some(args[0] as usize), TWIN),
+            libc::SYS_accept | libc::SYS_accept4 | libc::SYS_socket if result >= 0 => {
+                self.log.note_private(result as usize);
+            }
+            _ => {}
+        }
     }
 
     /// Memory that may hold code from now on: what happens to it concerns the supervisor. Ranges beyond what the

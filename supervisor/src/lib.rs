@@ -35,6 +35,7 @@ pub mod shadow;
 pub mod signals;
 pub mod status;
 pub mod timers;
+pub mod told;
 pub mod tracee;
 pub mod turn;
 pub mod unit;

@@ -288,6 +288,7 @@ impl Unit {
         row: &table::Row,
     ) -> Result<Outcome> {
         let args = *args;
+        self.before_fd_call(row, &args);
         Ok(match row.class {
             Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
             _ if row.irregular => self.irregular(vtid, nr, &args, call, row)?,
@@ -320,7 +321,7 @@ impl Unit {
         }
         self.outside.begun.remove(&vtid);
         let args = tracee::args_of(&self.thread(vtid).regs);
-        self.forget_fds(nr, &args);
+        self.after_fd_call(nr, &args, result);
         let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
         let flags = took | if self.unloggable.is_some() { flag::UNLOGGABLE } else { 0 };
         self.append(vtid, nr as u16, result, digest, flags)?;
@@ -511,10 +512,10 @@ impl Unit {
 
     /// A checkpoint was asked for, is due by time or log, or a recovery would take too long: replay takes its
     /// time for each event. That last reason must not spend more than a share of the time on checkpoints.
-    fn checkpoint_due(&self) -> bool {
+    fn checkpoint_due(&mut self) -> bool {
         let age = now().saturating_sub(self.checkpoint_at);
         let events = self.sii - self.snapshot.as_ref().map_or(0, |s| s.sii);
-        self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed)
+        (self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed) && self.can_store())
             || (age >= self.checkpoint_every && events > 0)
             || self.log.bytes() >= self.checkpoint_log
             || (events * self.replay_ns > self.replay_max && age > self.pause_ns * PAUSE_SHARE)

@@ -249,12 +249,7 @@ impl Prepared {
 
     /// Makes the call. The result is as the kernel returns it; a signal of our own does not end it.
     pub fn run(&mut self, nr: u64) -> i64 {
-        loop {
-            let result = raw_call(nr, &self.args);
-            if result != -i64::from(libc::EINTR) {
-                return result;
-            }
-        }
+        steady_call(nr, &self.args)
     }
 
     /// The data of a write-like call.
@@ -361,6 +356,17 @@ pub fn raw_call(nr: u64, a: &[u64; 6]) -> i64 {
             in("rdx") a[2], in("r10") a[3], in("r8") a[4], in("r9") a[5], out("rcx") _, out("r11") _);
     }
     result
+}
+
+/// A call that does not wait, made again when a signal of our own has ended it: `poll` and its like say EINTR even
+/// with a timeout of 0.
+pub fn steady_call(nr: u64, a: &[u64; 6]) -> i64 {
+    loop {
+        let result = raw_call(nr, a);
+        if result != -i64::from(libc::EINTR) {
+            return result;
+        }
+    }
 }
 
 fn iovecs(tid: i32, addr: u64, count: u64) -> Result<Vec<(u64, usize)>> {

@@ -133,6 +133,7 @@ impl Unit {
         let tsc = [libc::PR_SET_TSC as u64, libc::PR_TSC_ENABLE as u64, 0, 0, 0, 0];
         launch::gate_call(child, &regs, libc::SYS_prctl as u64, tsc, &mut |_| {})?;
         self.release_child(vtid, child);
+        self.share_fds();
         self.outside.children.insert(child, Child { ended: None, reported: false });
         let mut outs = Vec::new();
         if request.flags & libc::CLONE_PARENT_SETTID as u64 != 0 {

@@ -17,7 +17,7 @@ use ftrun_ckpt::dirty;
 
 use crate::cli::RunOptions;
 use crate::evlog::EventLog;
-use crate::journal::Journal;
+use crate::journal::{Journal, Stored};
 use crate::launch::Program;
 use crate::lifecycle::End;
 use crate::report::Error;
@@ -148,6 +148,7 @@ const LOG_SLACK: u64 = 64 << 20;
 
 struct Control {
     writer: Service,
+    stored: Arc<Mutex<Stored>>,
     shared: Arc<Shared>,
     status: Arc<Mutex<Status>>,
 }
@@ -156,6 +157,7 @@ impl crate::control::Handler for Control {
     fn status(&self) -> Status {
         let mut status = lock(&self.status).clone();
         Unit::publish_counters(&self.shared, &mut status);
+        status.stored_checkpoint = lock(&self.stored).checkpoint;
         status.updated_at = Timestamp::now();
         status
     }
@@ -163,15 +165,19 @@ impl crate::control::Handler for Control {
     fn checkpoint(&self) -> Result<Status, String> {
         let before = self.shared.checkpoints.load(Ordering::SeqCst);
         self.shared.checkpoint.store(true, Ordering::SeqCst);
-        for _ in 0..3000 {
+        for _ in 0..10_000 {
             if self.shared.checkpoints.load(Ordering::SeqCst) > before {
                 // Behind what writes it to disk.
                 self.writer.run(|| ());
-                return Ok(self.status());
+                let error = lock(&self.stored).error.clone();
+                return error.map_or_else(
+                    || Ok(self.status()),
+                    |e| Err(format!("there is a new checkpoint in memory, but not in the state directory: {e}")),
+                );
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        Err("no checkpoint within 30 seconds".into())
+        Err("no checkpoint within 100 seconds".into())
     }
 
     fn stop(&self) -> Result<(), String> {
@@ -235,9 +241,10 @@ fn try_supervisor(
         let log = EventLog::new(options.checkpoint_log_bytes + LOG_SLACK)
             .map_err(|e| Error::environment(format!("memory for the event log: {e}"), "lower --checkpoint-log"))?;
         dir.write_status(&lock(&status))?;
-        let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir(), &log)?;
+        let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir(), &log, options.journal)?;
         let listener = dir.bind_control()?;
-        let handler = Control { writer: journal.writer(), shared: Arc::clone(&shared), status: Arc::clone(&status) };
+        let (writer, stored) = journal.progress();
+        let handler = Control { writer, stored, shared: Arc::clone(&shared), status: Arc::clone(&status) };
         crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
         Ok((log, journal))
     })?;
@@ -273,7 +280,9 @@ fn try_supervisor(
     let end = unit.supervise(&program);
     let unit = &mut *unit;
     if let Some(journal) = &mut unit.journal {
-        journal.flush();
+        journal.finish(unit.snapshot.as_ref(), &unit.pages);
+        let (_, stored) = journal.progress();
+        lock(&status).stored_checkpoint = lock(&stored).checkpoint;
     }
     let (code, state, reason) = match end {
         Ok(End::Ended(s)) if libc::WIFEXITED(s) => (libc::WEXITSTATUS(s), State::Stopped, None),
@@ -322,13 +331,7 @@ fn write_end(
 
 /// Makes the tracer's waits return from time to time, so that it sees requests and deadlines.
 pub(crate) fn start_ticks(service: &Service, tracer: libc::c_long) -> Result<(), Error> {
-    extern "C" fn tick(_: libc::c_int) {}
-    // SAFETY: installs a handler that does nothing; without SA_RESTART it interrupts waitpid.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = tick as *const () as usize;
-        libc::sigaction(libc::SIGUSR2, &raw const action, std::ptr::null_mut());
-    }
+    crate::told::listen();
     let started = service.run(|| {
         std::thread::Builder::new().name("ftrun-tick".into()).spawn(move || {
             loop {

@@ -6,11 +6,13 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::fast::{
-    AREA_BYTES, CLOSE, ENROL, EPOLL, EPOLL_EVENTS_MAX, FRAME_TOP, Frame, NOT_YET, NOTHING, OPEN, READ_FILE, RECEIVE,
-    SEND, SEND_ALL, TRANSFER, WRITE_FILE, area, frame_at,
+    AREA_BYTES, CLOSE, COUNTED, ENROL, EPOLL, EPOLL_EVENTS_MAX, FD_COUNTED, FRAME_TOP, Frame, NOT_YET, NOTHING, OPEN,
+    READ_FILE, RECEIVE, SEND, SEND_ALL, TRANSFER, WRITE_FILE, area, frame_at,
 };
 use ftrun_abi::record::{HEADER_BYTES, Kind, OUTPUT_HEADER_BYTES, Record, flag};
+use ftrun_abi::stream;
 
+use crate::marshal::raw_call;
 use crate::tracee;
 use crate::unit::{Halt, Result, Unit};
 
@@ -46,8 +48,13 @@ impl Unit {
         let [vtid, nr, digest, at] = control.pending_call.each_ref().map(|w| w.load(SeqCst));
         let done = self.outcome(what, at)?;
         self.log.control().pending.store(NOTHING, SeqCst);
-        let Some(Done(result, outs)) = done else { return Ok(None) };
-        if what == SEND_ALL && (result as u64) < self.log.control().pending_from.load(SeqCst) {
+        let Some(Done(result, mut outs)) = done else { return Ok(None) };
+        if nr == libc::SYS_recvmsg as u64 && result >= 0 {
+            // No ancillary data, and no flags.
+            let header = self.log.control().pending_set.load(SeqCst);
+            outs.extend([(header + 40, vec![0; 8]), (header + 48, vec![0; 4])]);
+        }
+        if what & !COUNTED == SEND_ALL && (result as u64) < self.log.control().pending_from.load(SeqCst) {
             self.begun(vtid as i32, digest).done = result as usize;
             return Ok(None);
         }
@@ -62,7 +69,9 @@ impl Unit {
     /// A thread came with a call of which the shim has handed over a part.
     pub(crate) fn take_part(&mut self, vtid: i32) {
         let control = self.log.control();
-        if control.pending.load(SeqCst) == SEND_ALL && control.pending_sii.load(SeqCst) == control.sii.load(SeqCst) {
+        if control.pending.load(SeqCst) & !COUNTED == SEND_ALL
+            && control.pending_sii.load(SeqCst) == control.sii.load(SeqCst)
+        {
             let (digest, length) = (control.pending_call[2].load(SeqCst), control.message.len.load(SeqCst) & NOT_YET);
             control.pending.store(NOTHING, SeqCst);
             if length != NOT_YET {
@@ -72,12 +81,28 @@ impl Unit {
     }
 
     /// What came of an operation; `None` when it was not carried out.
-    fn outcome(&self, what: u64, at: u64) -> Result<Option<Done>> {
+    fn outcome(&mut self, what: u64, at: u64) -> Result<Option<Done>> {
         let control = self.log.control();
-        let length = control.message.len.load(SeqCst) & NOT_YET;
+        let mut length = control.message.len.load(SeqCst) & NOT_YET;
         let fd = control.pending_fd.load(SeqCst) as i32;
         let (from, to) = (control.pending_from.load(SeqCst), control.offset.load(SeqCst));
-        Ok(match what {
+        if what & COUNTED != 0 {
+            self.log.forget_fds(Some(fd as usize), u8::MAX - FD_COUNTED);
+            let counts = stream::counts(|nr, args: [u64; 6]| raw_call(nr, &args), fd as u64)
+                .ok_or_else(|| Halt::Broken(format!("descriptor {fd} is no TCP socket any more")))?;
+            let now = match what & !COUNTED {
+                RECEIVE => counts.received,
+                _ => Some(counts.sent),
+            };
+            match now.map(|now| now.wrapping_sub(to)) {
+                Some(0) => return Ok(None),
+                Some(n) if what & !COUNTED == RECEIVE || n <= from => length = n,
+                Some(n) => return Err(Halt::Broken(format!("{n} bytes of {from} were sent"))),
+                None => return Ok(Some(reset(fd))),
+            }
+        }
+        let control = self.log.control();
+        Ok(match what & !COUNTED {
             RECEIVE if length != NOT_YET => Some(Done(length as i64, self.received(at, length)?)),
             SEND | SEND_ALL if length != NOT_YET => Some(Done(length as i64, vec![])),
             EPOLL => {
@@ -154,6 +179,18 @@ impl Unit {
         tracee::set_regs(tid, &regs)?;
         Ok(tracee::cont(tid, 0)?)
     }
+}
+
+/// The connection was reset while data was being taken, and nobody can tell how much of it the program got: it is told
+/// of the reset, and of nothing behind it, as may happen to data that a reset overtakes (RFC 9293, 3.10.7.4).
+fn reset(fd: i32) -> Done {
+    let mut lost = [0u8; 4096];
+    // SAFETY: the buffer is as long as is said; a socket of the table that the unit shares with us.
+    unsafe {
+        while libc::recv(fd, lost.as_mut_ptr().cast(), lost.len(), libc::MSG_DONTWAIT) > 0 {}
+        libc::shutdown(fd, libc::SHUT_RDWR);
+    }
+    Done(-i64::from(libc::ECONNRESET), vec![])
 }
 
 fn is_open(fd: i32) -> bool {

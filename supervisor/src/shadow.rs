@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use ftrun_abi::record::Record;
@@ -70,7 +70,7 @@ pub fn replay(
         // The first image of an unprivileged unit was stored before its process had an id.
         unit.vpid = records.first().and_then(|(_, b)| Record::parse(b).ok()).map_or(0, |r| r.0.header.tid as i32);
     }
-    unit.pages = pages;
+    unit.pages = Arc::new(RwLock::new(pages));
     unit.snapshot = Some(Arc::new(snapshot));
     unit.arrive_last = to.is_some() && cause.is_none();
     // What took the unit so long may take the shadow some times longer.
@@ -186,7 +186,7 @@ fn compare(unit: &Unit, to: &State) -> Result<Option<String>, String> {
         .map(|(_, what)| (*what).to_owned())
         .or_else(thread)
         .or_else(|| layout_difference(&layout(logged), &layout(found)))
-        .or_else(|| memory_difference(&logged.maps, pages, &unit.pages));
+        .or_else(|| memory_difference(&logged.maps, pages, &crate::capture::read(&unit.pages)));
     Ok(what.map(|w| format!("after event {} the replayed state is not that of the checkpoint: {w}", logged.sii)))
 }
 

@@ -202,6 +202,8 @@ pub struct Status {
     pub dirty_backend: String,
     /// The newest published checkpoint.
     pub last_checkpoint: Option<CheckpointInfo>,
+    /// The newest checkpoint in the state directory: the state after this many events.
+    pub stored_checkpoint: Option<u64>,
     /// The newest finished recovery.
     pub last_recovery: Option<RecoveryInfo>,
     /// System calls so far.
@@ -355,6 +357,7 @@ mod tests {
             "durability",
             "dirty_backend",
             "last_checkpoint",
+            "stored_checkpoint",
             "last_recovery",
             "calls",
             "program",

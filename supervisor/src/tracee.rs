@@ -213,20 +213,18 @@ pub fn make_siginfo(signo: c_int, code: c_int, pid: i32, uid: u32, status: i32) 
     info
 }
 
-/// Waits for an event of `tid` (or of anyone with -1). `None` when interrupted, or with `WNOHANG`
-/// when nothing happened; `ECHILD` is an error.
+/// Waits for an event of `tid` (or of anyone with -1). `None` when the tracer has been told something since it was
+/// last told (see [`crate::told`]), or with `WNOHANG` when nothing happened; `ECHILD` is an error.
 pub fn wait(tid: i32, flags: c_int) -> io::Result<Option<(i32, Event)>> {
     let mut status = 0;
-    // SAFETY: `status` outlives the call.
-    let r = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | flags) };
-    if r == 0 {
+    let r = crate::told::wait4(tid, &mut status, libc::__WALL | flags);
+    if r == 0 || r == -i64::from(libc::EINTR) {
         return Ok(None);
     }
     if r < 0 {
-        let e = io::Error::last_os_error();
-        return if e.kind() == io::ErrorKind::Interrupted { Ok(None) } else { Err(e) };
+        return Err(io::Error::from_raw_os_error(-r as i32));
     }
-    Ok(Some((r, decode(status))))
+    Ok(Some((r as i32, decode(status))))
 }
 
 /// What a wait status says.

@@ -146,7 +146,14 @@ impl Unit {
             t.regs.orig_rax as i64,
             libc::SYS_epoll_wait
                 | libc::SYS_epoll_pwait
+                | libc::SYS_epoll_pwait2
+                | libc::SYS_accept
+                | libc::SYS_accept4
                 | libc::SYS_poll
+                | libc::SYS_ppoll
+                | libc::SYS_select
+                | libc::SYS_pselect6
+                | libc::SYS_recvmsg
                 | libc::SYS_read
                 | libc::SYS_recvfrom
                 | libc::SYS_nanosleep
@@ -297,7 +304,7 @@ impl Unit {
         let deadline = Some(deadline).filter(|d| *d != 0);
         self.begun(vtid, digest).deadline = deadline;
         let t = self.thread(vtid);
-        if let libc::SYS_epoll_wait | libc::SYS_epoll_pwait = t.regs.orig_rax as i64 {
+        if let libc::SYS_epoll_wait | libc::SYS_epoll_pwait | libc::SYS_epoll_pwait2 = t.regs.orig_rax as i64 {
             let fds = vec![(t.regs.rdi as i32, libc::POLLIN)];
             t.state = State::Blocked(Waiting { fds, deadline, ..Waiting::default() });
         }

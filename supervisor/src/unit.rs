@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use ftrun_abi::record::{Kind, RecordBuf, flag};
-use ftrun_ckpt::pages::PageStore;
 use ftrun_ckpt::state::Snapshot;
 use libc::user_regs_struct;
 use serde::{Deserialize, Serialize};
@@ -301,7 +300,7 @@ pub struct Unit {
     /// The newest checkpoint.
     pub snapshot: Option<Arc<Snapshot>>,
     /// Its pages.
-    pub pages: PageStore,
+    pub pages: crate::journal::SharedPages,
     /// Dirty-page tracking.
     pub tracker: Box<dyn ftrun_ckpt::dirty::DirtyTracker + Send>,
     /// Descriptor work.
@@ -395,7 +394,7 @@ impl Unit {
             log,
             journal: None,
             snapshot: None,
-            pages: PageStore::new(),
+            pages: Arc::default(),
             tracker: Box::new(ftrun_ckpt::dirty::Full::new()),
             service,
             shared,
@@ -477,7 +476,7 @@ impl Unit {
         let record = self.record.finish();
         if self.log.append(record).is_err() {
             if let Some(journal) = &mut self.journal {
-                journal.flush();
+                journal.make_room();
             }
             if self.log.append(record).is_err() {
                 return Err(Halt::Broken("the event log is full of events without a checkpoint".into()));

@@ -221,6 +221,10 @@ fn read_end(dir: &UnitDir, stored: &mut Stored) {
         Ok(status) => status,
         Err(e) => return stored.problems.push(e.to_string()),
     };
+    if matches!(status.state, crate::status::State::Running | crate::status::State::Recovering) {
+        // Its supervisor was killed: what it had not written is lost with it.
+        return;
+    }
     let end = stored.records.last().map_or(0, |r| r.0);
     let checkpoint = stored.checkpoints.last().map_or(0, |c| c.0);
     if end.max(checkpoint) < status.events {

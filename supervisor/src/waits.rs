@@ -3,7 +3,7 @@
 use crate::calls::{SEC, err, sigmask, timespec};
 use crate::launch::GATE;
 use crate::live::Outcome;
-use crate::marshal::{Prepared, raw_call};
+use crate::marshal::{Prepared, steady_call};
 use crate::tracee::{self};
 use crate::unit::{Result, State, Unit, Waiting, now};
 
@@ -41,7 +41,7 @@ impl Unit {
         if !fds.is_empty() {
             tracee::read_mem(tid, args[0], &mut fds)?;
         }
-        let r = raw_call(libc::SYS_poll as u64, &[fds.as_mut_ptr() as u64, (fds.len() / 8) as u64, 0, 0, 0, 0]);
+        let r = steady_call(libc::SYS_poll as u64, &[fds.as_mut_ptr() as u64, (fds.len() / 8) as u64, 0, 0, 0, 0]);
         // A signalfd is readable for its own process only.
         let mut r = r;
         for at in (0..fds.len()).step_by(8) {
@@ -52,7 +52,7 @@ impl Unit {
                 r = r.max(0) + 1;
             }
         }
-        if r != 0 && r != -i64::from(libc::EINTR) {
+        if r != 0 {
             return Ok(Outcome::With(r, if r > 0 { vec![(args[0], fds)] } else { vec![] }));
         }
         let deadline = self.deadline(vtid, call.digest, timeout);
@@ -96,7 +96,7 @@ impl Unit {
                 fds.push(libc::pollfd { fd: fd as i32, events: e, revents: 0 });
             }
         }
-        let r = raw_call(libc::SYS_poll as u64, &[fds.as_mut_ptr() as u64, fds.len() as u64, 0, 0, 0, 0]);
+        let r = steady_call(libc::SYS_poll as u64, &[fds.as_mut_ptr() as u64, fds.len() as u64, 0, 0, 0, 0]);
         if fds.iter().any(|p| p.revents & libc::POLLNVAL != 0) {
             return Ok(err(libc::EBADF));
         }
@@ -146,8 +146,8 @@ impl Unit {
         let max = (args[2] as i32).clamp(0, 65536) as usize;
         let mut events = vec![0u8; max * 12];
         let at = events.as_mut_ptr() as u64;
-        let r = raw_call(libc::SYS_epoll_wait as u64, &[args[0], at, args[2].min(65536), 0, 0, 0]);
-        if r != 0 && r != -i64::from(libc::EINTR) {
+        let r = steady_call(libc::SYS_epoll_wait as u64, &[args[0], at, args[2].min(65536), 0, 0, 0]);
+        if r != 0 {
             events.truncate(r.max(0) as usize * 12);
             return Ok(Outcome::With(r, if r > 0 { vec![(args[1], events)] } else { vec![] }));
         }
@@ -244,7 +244,7 @@ impl Unit {
             self.begun(vtid, call.digest).started = true;
         }
         let mut p = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-        raw_call(libc::SYS_poll as u64, &[(&raw mut p) as u64, 1, 0, 0, 0, 0]);
+        steady_call(libc::SYS_poll as u64, &[(&raw mut p) as u64, 1, 0, 0, 0, 0]);
         if p.revents == 0 {
             return Ok(Outcome::Block(Waiting { fds: vec![(fd, libc::POLLOUT)], ..Waiting::default() }));
         }

@@ -33,6 +33,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("epoll-echo", epoll_echo),
     ("visitors", visitors),
     ("thread-echo", thread_echo),
+    ("waits-echo", waits_echo),
     ("exec-chain", exec_chain),
     ("tokio-echo", tokio_echo),
     ("udp-echo", udp_echo),
@@ -357,6 +358,11 @@ pub fn visitors(load: &Load) -> Result<Report, Error> {
 /// A server in C with threads, mutexes and condition variables.
 pub fn thread_echo(load: &Load) -> Result<Report, Error> {
     echo_server(load, guest_launch("thread_echo")?)
+}
+
+/// A server in C that waits in every way there is.
+pub fn waits_echo(load: &Load) -> Result<Report, Error> {
+    echo_server(load, guest_launch("waits_echo")?)
 }
 
 /// A shell that becomes `env`, which becomes the server.

@@ -326,9 +326,8 @@ impl Unit {
         i32::try_from(pid).map_err(|_| error!("a pid of {pid}"))
     }
 
-    /// Takes a checkpoint and has `ftrun verify` replay the events up to it: no divergence may be found.
+    /// Has `ftrun verify` take a checkpoint and replay the events up to it: no divergence may be found.
     pub fn verify(&self) -> Result<String, Error> {
-        self.told("checkpoint")?;
         self.told("verify")
     }
 

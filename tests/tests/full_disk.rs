@@ -134,7 +134,7 @@ fn a_unit_outlives_a_full_disk() -> Result<(), Error> {
         return Ok(());
     }
     let mut launch = guest_launch("epoll_echo")?;
-    launch.ready(Ready::Line).options(["--checkpoint-every", "50ms"]);
+    launch.ready(Ready::Line).options(["--journal", "--checkpoint-every", "50ms"]);
     let disk = Disk::mount(&launch.state_dir(), 4096)?;
     let unit = launch.start()?;
     let mut client = Echo::connect(unit.port, Rng::new(1), true)?;
@@ -169,6 +169,36 @@ fn a_unit_outlives_a_full_disk() -> Result<(), Error> {
     unit.stop()?;
     let output = unit.ftrun(["verify", &unit.name])?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    drop(disk);
+    Ok(())
+}
+
+/// Break it: take the checkpoint for stored when it is in memory only (`Control::checkpoint`).
+#[test]
+fn a_checkpoint_that_the_disk_does_not_take_is_not_acknowledged() -> Result<(), Error> {
+    if !inside("a_checkpoint_that_the_disk_does_not_take_is_not_acknowledged")? {
+        return Ok(());
+    }
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.ready(Ready::Line);
+    let disk = Disk::mount(&launch.state_dir(), 4096)?;
+    let unit = launch.start()?;
+    let mut client = Echo::connect(unit.port, Rng::new(1), true)?;
+    for _ in 0..2 {
+        disk.fill(0)?;
+        client.ask(b"while it is full")?;
+        for verb in ["checkpoint", "verify", "log"] {
+            let output = unit.ftrun([verb, &unit.name])?;
+            let err = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(125), "{verb}: {err}");
+            assert!(err.contains("not in the state directory") && err.contains("No space left"), "{verb}: {err}");
+        }
+        unit.kill9()?;
+        client.ask(b"and recovery needs no disk")?;
+        disk.clear()?;
+        let verdict = unit.verify()?;
+        assert!(verdict.contains("equal the next checkpoint"), "{verdict}");
+    }
     drop(disk);
     Ok(())
 }

@@ -203,7 +203,7 @@ fn what_is_stored_is_whole_when_the_supervisor_is_killed() -> Result<(), Error> 
     let mut rng = Rng::part(seed, 6);
     for round in 0..12 {
         let mut launch = guest_launch("epoll_echo")?;
-        launch.ready(Ready::Line).options(["--checkpoint-every", "3ms"]);
+        launch.ready(Ready::Line).options(["--journal", "--checkpoint-every", "3ms"]);
         let unit = launch.start()?;
         let acknowledged = unit.ftrun(["checkpoint", &unit.name])?;
         assert!(acknowledged.status.success(), "{}", text(&acknowledged.stderr));
@@ -228,6 +228,52 @@ fn what_is_stored_is_whole_when_the_supervisor_is_killed() -> Result<(), Error> 
         let sound = stored.filter(|e| e.file_name().to_string_lossy().starts_with("ckpt-")).count();
         assert!(sound >= 2, "{sound} checkpoints after the first and an acknowledged one");
         assert_eq!(unit.state()?, "stopped");
+    }
+    Ok(())
+}
+
+/// Recovery at level `process` uses memory, so the disk is left alone until somebody asks.
+///
+/// Break it: store checkpoints without being asked (`Journal::checkpoint`), or forget that one was not stored.
+#[test]
+fn a_running_unit_leaves_the_disk_alone() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.ready(Ready::Line).options(["--checkpoint-every", "20ms"]);
+    let unit = launch.start()?;
+    let mut client = Echo::connect(unit.port, Rng::new(1), true)?;
+    let written = |unit: &Unit| -> Result<u64, Error> {
+        let mut bytes = 0;
+        for dir in ["log", "ckpt"] {
+            for file in std::fs::read_dir(unit.stored().join(dir))?.flatten() {
+                bytes += file.metadata()?.len();
+            }
+        }
+        Ok(bytes)
+    };
+    let mut before = written(&unit)?;
+    for round in 0..3 {
+        let stored = unit.status()?["stored_checkpoint"].clone();
+        let line = Rng::new(2).text(1 << 20);
+        for _ in 0..20 {
+            client.ask(&line)?;
+        }
+        if round == 1 {
+            unit.kill9()?;
+            client.ask(&line)?;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        let status = unit.status()?;
+        assert!(status["last_checkpoint"]["sii"].as_u64() > stored.as_u64(), "checkpoints are taken: {status}");
+        assert_eq!(status["stored_checkpoint"], stored);
+        assert_eq!(written(&unit)?, before, "round {round}");
+        let verdict = unit.verify()?;
+        assert!(verdict.contains("no divergence"), "{verdict}");
+        let newer = unit.status()?["stored_checkpoint"].clone();
+        assert!(newer.as_u64() > stored.as_u64(), "{stored} {newer}");
+        before = written(&unit)?;
     }
     Ok(())
 }

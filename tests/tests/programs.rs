@@ -32,6 +32,7 @@ survives! {
     epoll_echo;
     visitors;
     thread_echo;
+    waits_echo;
     exec_chain;
     tokio_echo;
     udp_echo;

@@ -30,7 +30,7 @@ pub const AREA_BYTES: u64 = 32 << 10;
 /// Where the control page is; the ring follows at [`RING_BASE`].
 pub const CONTROL_BASE: u64 = 0x6f01_0000_0000;
 /// Bytes of the control page.
-pub const CONTROL_BYTES: u64 = 64 << 10;
+pub const CONTROL_BYTES: u64 = 128 << 10;
 /// Where the event ring is.
 pub const RING_BASE: u64 = CONTROL_BASE + CONTROL_BYTES;
 /// Descriptors about which [`Control::fds`] can know something.
@@ -69,6 +69,10 @@ pub const ENROL: u64 = 9;
 /// left is the supervisor's to send.
 pub const SEND_ALL: u64 = 10;
 
+/// Added to [`RECEIVE`], [`SEND`] or [`SEND_ALL`]: the operation is a plain one on the socket [`Control::pending_fd`],
+/// and what the kernel has counted since [`Control::offset`] tells what came of it (`stream`).
+pub const COUNTED: u64 = 0x100;
+
 /// What is known of a descriptor, [`Control::fds`]: nothing yet.
 pub const FD_UNKNOWN: u8 = 0;
 /// A socket in nonblocking mode.
@@ -79,8 +83,33 @@ pub const FD_SOCKET_BLOCKING: u8 = 2;
 pub const FD_OTHER: u8 = 3;
 /// A regular file.
 pub const FD_FILE: u8 = 4;
-/// Added to one of the above: a new connection, in no epoll set yet.
+/// The bits of the above.
+pub const FD_KIND: u8 = 0x0f;
+/// Added to one of the above: [`Control::streams`] says what the kernel has counted of this socket.
+pub const FD_COUNTED: u8 = 0x20;
+/// Added: a socket that the unit itself has made or accepted, and that nobody else has.
+pub const FD_PRIVATE: u8 = 0x40;
+/// Added: a new connection, in no epoll set yet.
 pub const FD_FRESH: u8 = 0x80;
+
+/// Descriptors that [`Control::streams`] has room for.
+pub const STREAMS: usize = 2048;
+/// Calls on a stream from one time the kernel is asked for its counts to the next, if that is needed.
+pub const CALLS_PER_COUNT: u32 = 32;
+
+/// What has gone through a TCP socket: true while its descriptor has [`FD_COUNTED`].
+#[derive(Debug)]
+#[repr(C)]
+pub struct Stream {
+    /// Bytes taken, from where the kernel began to count.
+    pub received: AtomicU64,
+    /// Bytes given.
+    pub sent: AtomicU64,
+    /// Calls that were made while this was not known.
+    pub uncounted: AtomicU32,
+    /// Zero.
+    pub reserved: AtomicU32,
+}
 
 /// Ranges of addresses in [`Control::code`].
 pub const CODE_RANGES: usize = 64;
@@ -206,11 +235,11 @@ pub struct Control {
     pub pending_call: [AtomicU64; 4],
     /// For the operation in doubt: a descriptor.
     pub pending_fd: AtomicU64,
-    /// For [`ENROL`]: the epoll set.
+    /// For [`ENROL`]: the epoll set; for a `recvmsg`: its header.
     pub pending_set: AtomicU64,
     /// For the operation in doubt: a position in a file, or bytes to send.
     pub pending_from: AtomicU64,
-    /// A position in a file that the operation in doubt moves.
+    /// A position in a file that the operation in doubt moves, or what the kernel had counted before it.
     pub offset: AtomicU64,
     /// The address that `accept` returns, and its length.
     pub address: [u8; ADDRESS_BYTES],
@@ -218,8 +247,14 @@ pub struct Control {
     pub address_len: AtomicU32,
     /// Not zero: descriptors share open files, so that a change of one changes others.
     pub duplicated: AtomicU32,
+    /// A device, as `stat` names it, whose files are no files of /proc; 0 when none is known.
+    pub plain_device: AtomicU64,
     /// Every descriptor below this one is open.
     pub free_fd: AtomicU64,
+    /// Not zero: [`Control::free_fd`] itself is not open. The supervisor takes this back whenever it has made a call.
+    pub free_known: AtomicU32,
+    /// Zero.
+    pub reserved: AtomicU32,
     /// Threads that wait for a futex.
     pub futex_waiters: AtomicU32,
     /// Not zero: the unit has no children that could use its open files.
@@ -242,6 +277,8 @@ pub struct Control {
     pub events: [[u8; 12]; EPOLL_EVENTS_MAX],
     /// What is known of each descriptor.
     pub fds: [u8; FDS_MAX],
+    /// What has gone through them.
+    pub streams: [Stream; STREAMS],
 }
 
 /// What belongs to one thread; its address is in the thread's `gs` base.
@@ -278,8 +315,8 @@ const _: () = {
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Frame {
-    /// `xmm0` to `xmm15`.
-    pub vectors: [[u64; 2]; 16],
+    /// `xmm0` to `xmm3`: the others are not used.
+    pub vectors: [[u64; 2]; 4],
     /// `r15 r14 r13 r12 rbp rbx`: the shim's own code restores them, but a fault in it may not.
     pub kept: [u64; 6],
     /// `r9 r8 r10 rdx rsi rdi`: the arguments, last first.

@@ -8,4 +8,5 @@
 pub mod fast;
 pub mod record;
 pub mod ring;
+pub mod stream;
 pub mod table;

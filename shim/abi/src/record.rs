@@ -400,15 +400,23 @@ impl Digest {
         (product as u64 ^ (product >> 64) as u64).wrapping_add(Digest::A)
     }
 
+    #[inline]
+    const fn mix_two(state: u64, a: u64, b: u64) -> u64 {
+        let product = (state ^ a) as u128 * (b ^ Digest::M) as u128;
+        (product as u64 ^ (product >> 64) as u64).wrapping_add(Digest::A)
+    }
+
     /// Adds bytes and their number, so that `add_bytes` twice differs from once with both.
     pub fn add_bytes(&mut self, bytes: &[u8]) {
-        // Long ones in four chains side by side: each product of one chain waits for the one before it.
-        let (blocks, rest) = if bytes.len() < 64 { (&[][..], bytes) } else { bytes.as_chunks::<32>() };
+        // Long ones in four chains side by side, since each product of one chain waits for the one before it, and two
+        // words to a product.
+        let (blocks, rest) = if bytes.len() < 128 { (&[][..], bytes) } else { bytes.as_chunks::<64>() };
         if !blocks.is_empty() {
             let mut lanes = [self.0, self.0 ^ 1, self.0 ^ 2, self.0 ^ 3];
             for block in blocks {
-                for (lane, word) in lanes.iter_mut().zip(block.as_chunks::<8>().0) {
-                    *lane = Digest::mix(*lane, u64::from_le_bytes(*word));
+                for (lane, words) in lanes.iter_mut().zip(block.as_chunks::<16>().0) {
+                    let [a, b] = [&words[..8], &words[8..]].map(|w| u64::from_le_bytes(w.try_into().unwrap_or([0; 8])));
+                    *lane = Digest::mix_two(*lane, a, b);
                 }
             }
             for lane in lanes {

@@ -108,6 +108,7 @@ pub struct Ring {
 unsafe impl Send for Ring {}
 
 /// Bytes that a record of `len` bytes takes.
+#[inline]
 const fn framed(len: u64) -> u64 {
     FRAME + len.next_multiple_of(8)
 }
@@ -148,6 +149,7 @@ impl Ring {
     ///
     /// As for [`Ring::create`], except that others may use the ring meanwhile: the memory stays
     /// valid, and there is at most one producer and one consumer.
+    #[inline]
     pub unsafe fn attach(ptr: *mut u8, len: usize) -> Result<Ring, RingError> {
         let (header, data) = parts(ptr, len)?;
         // SAFETY: `parts` checked alignment and size, the caller vouches for the memory, and every
@@ -178,6 +180,7 @@ impl Ring {
     }
 
     /// The longest record that can always be reserved once the ring is empty.
+    #[inline]
     pub fn record_max(&self) -> usize {
         // Half, so that the record and the pad before it fit wherever the head stands.
         ((self.capacity / 2).min(1 << 32) as usize & !7) - FRAME as usize
@@ -186,6 +189,7 @@ impl Ring {
     /// Producer: room for a record of `len` bytes, to be filled and committed. `None` if the ring is
     /// too full, or if `len` is more than [`Ring::record_max`]. A further `reserve` drops a record
     /// that was not committed.
+    #[inline]
     pub fn reserve(&mut self, len: usize) -> Option<&mut [u8]> {
         self.reserved = 0;
         if len > self.record_max() {
@@ -212,7 +216,7 @@ impl Ring {
         }
         self.write_frame(head + pad, len as u32, TAG_RECORD);
         self.reserved = end;
-        let at = (head + pad) % self.capacity + FRAME;
+        let at = self.place(head + pad) + FRAME;
         // SAFETY: `at + len` is within the data: the record was placed before its end. Only the
         // producer, and that is us, touches bytes from head to tail + capacity, and the borrow of
         // `self` keeps it to one slice.
@@ -220,6 +224,7 @@ impl Ring {
     }
 
     /// Producer: makes the reserved record shorter; what stays is where it was.
+    #[inline]
     pub fn shrink(&mut self, len: usize) {
         if self.reserved != 0 {
             let head = self.head().load(Ordering::Relaxed);
@@ -235,6 +240,7 @@ impl Ring {
     }
 
     /// Producer: makes the reserved record visible, all at once. Does nothing if there is none.
+    #[inline]
     pub fn commit(&mut self) {
         if self.reserved != 0 {
             // Release: whoever sees the new head sees the record.
@@ -383,27 +389,32 @@ impl Ring {
         Some(unsafe { core::slice::from_raw_parts(self.data.as_ptr().add(at as usize), len as usize) })
     }
 
+    #[inline]
     fn head(&self) -> &AtomicU64 {
         // SAFETY: the memory is valid while the handle lives, by the contract of create and attach.
         unsafe { &(*self.header.as_ptr()).head.0 }
     }
 
+    #[inline]
     fn tail(&self) -> &AtomicU64 {
         // SAFETY: as for `head`.
         unsafe { &(*self.header.as_ptr()).tail.0 }
     }
 
     /// Where a position lies in the data: the capacity is a power of two.
+    #[inline]
     fn place(&self, position: u64) -> u64 {
         position & (self.capacity - 1)
     }
 
+    #[inline]
     fn frame(&self, position: u64) -> *mut u64 {
         let at = self.place(position);
         // SAFETY: positions and the capacity are multiples of 8, so 8 bytes at `at` are data.
         unsafe { self.data.as_ptr().add(at as usize).cast() }
     }
 
+    #[inline]
     fn write_frame(&mut self, position: u64, len: u32, tag: u32) {
         let word = u64::from(len) | u64::from(tag) << 32;
         // SAFETY: within the data (see `frame`), aligned to 8 as the data is, and in the part that
@@ -411,6 +422,7 @@ impl Ring {
         unsafe { self.frame(position).write(word.to_le()) }
     }
 
+    #[inline]
     fn read_frame(&self, position: u64) -> (u32, u32) {
         // SAFETY: within the data (see `frame`), aligned to 8 as the data is, and in the part that
         // belongs to the consumer.
@@ -420,6 +432,7 @@ impl Ring {
 }
 
 /// Header and data of the ring in this memory, which is aligned and large enough.
+#[inline]
 fn parts(ptr: *mut u8, len: usize) -> Result<(NonNull<RingHeader>, NonNull<u8>), RingError> {
     let base = NonNull::new(ptr).ok_or(RingError::Misaligned)?;
     if !base.as_ptr().addr().is_multiple_of(align_of::<RingHeader>()) {

@@ -257,6 +257,44 @@ pub fn by_number(nr: u64) -> Option<&'static Row> {
     ROWS.get(usize::from(position))
 }
 
+/// For each number: how many arguments it has, if its digest is of the number and these alone because it is
+/// given no memory to read and has no commands; otherwise [`READS`].
+static PLAIN: [u8; rows::NUMBERS] = {
+    let mut plain = [READS; rows::NUMBERS];
+    let mut i = 0;
+    while i < ROWS.len() {
+        let (nr, args) = (ROWS[i].nr as usize, ROWS[i].args);
+        let mut reads = RANGES[nr].1 != 0 || nr == ioctl::NR as usize;
+        let mut a = 0;
+        while a < args.len() {
+            reads |= matches!(
+                args[a],
+                Arg::Path
+                    | Arg::Str
+                    | Arg::Strings
+                    | Arg::In(_)
+                    | Arg::InOut(_)
+                    | Arg::IovIn(_)
+                    | Arg::MsgIn
+                    | Arg::MsgOut
+            );
+            a += 1;
+        }
+        if !reads {
+            plain[nr] = args.len() as u8;
+        }
+        i += 1;
+    }
+    plain
+};
+const READS: u8 = u8::MAX;
+
+/// How many arguments the call with this number has, if its digest is of the number and these alone.
+#[inline]
+pub fn plain_args(nr: u64) -> Option<usize> {
+    PLAIN.get(nr as usize).filter(|n| **n != READS).map(|n| usize::from(*n))
+}
+
 /// The row of a name.
 pub fn by_name(name: &str) -> Option<&'static Row> {
     ROWS.iter().find(|row| row.name == name)
