@@ -34,6 +34,9 @@ pub(super) struct Simulate {
     /// For family: the recovery in which live units block
     #[arg(long)]
     blocking: bool,
+    /// For sender: what is done about more failures than one at a time; nothing is shown to the world then
+    #[arg(long, value_enum)]
+    extension: Option<Extension>,
     /// For sender: units also log what they receive in the store, waiting for nothing
     #[arg(long)]
     hybrid: bool,
@@ -105,6 +108,15 @@ enum Protocol {
     Group,
 }
 
+/// The extensions of sender-based logging (Johnson, §3.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Extension {
+    /// What depends on what was lost is rolled back to its last checkpoint, if that does not
+    RollBack,
+    /// All checkpoints are kept, so that one is always old enough
+    AllCheckpoints,
+}
+
 /// Rules that do not suffice as they are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Printed {
@@ -139,6 +151,15 @@ impl Simulate {
                 plan.options.checkpoint_every = often(plan.seed, [0, 2, 8]);
                 plan.options.log_behind = self.hybrid;
                 plan.down_at_most = 1;
+                if let Some(extension) = self.extension {
+                    plan.options.extension = match extension {
+                        Extension::RollBack => sender::Extension::RollBack,
+                        Extension::AllCheckpoints => sender::Extension::AllCheckpoints,
+                    };
+                    plan.down_at_most = usize::MAX;
+                    plan.must_recover = extension == Extension::AllCheckpoints;
+                    plan.workload.outputs = 0;
+                }
             }),
             Protocol::Optimistic => self.simulate::<optimistic::Node>(true, |plan| {
                 plan.options.checkpoint_every = often(plan.seed, [0, 3, 16]);
@@ -265,7 +286,7 @@ impl Simulate {
 
     fn figures(&self, sum: &Report, slowest: u64) -> Answer {
         let per = |total: u64| total as f64 / self.runs.max(1) as f64;
-        let rows: [(&str, u64, &str); 14] = [
+        let rows: [(&str, u64, &str); 15] = [
             ("steps", sum.steps, "simulated steps"),
             ("messages", sum.messages, "messages received"),
             ("packets", sum.packets, "packets sent"),
@@ -276,6 +297,7 @@ impl Simulate {
             ("held", sum.held, "sends and outputs held"),
             ("log_bytes", sum.log_bytes, "bytes of log in memory at the end"),
             ("crashes", sum.crashes, "failures"),
+            ("given_up", sum.given_up, "given up: failures that are not tolerated were noticed"),
             ("recovering_us", sum.recovering, "µs from failures to live again"),
             ("blocked_us", sum.blocked, "µs that units that did not fail were blocked"),
             ("virtual_us", sum.time, "µs of virtual time"),

@@ -1,6 +1,7 @@
 //! The message log of a sender (Johnson, §3.2.2).
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use super::Rsn;
 use crate::protocols::process::Message;
@@ -13,18 +14,23 @@ struct Entry {
     rsn: Option<(u32, Rsn)>,
 }
 
+/// What the log has instead of an RSN for a message that need not be logged: less than any.
+const NEED_NOT_BE_LOGGED: Rsn = 0;
+
 /// Messages sent, by receiver and number.
 #[derive(Clone, Debug, Hash)]
 pub(super) struct Log {
     to: Vec<BTreeMap<u64, Entry>>,
     /// The last life of each receiver in which it told what it had replayed.
     replayed: Vec<u32>,
+    /// A receiver may be put into an older checkpoint than its last (§3.5): nothing is removed.
+    keep_all: bool,
     bytes: u64,
 }
 
 impl Log {
-    pub(super) fn new(units: usize) -> Self {
-        Self { to: vec![BTreeMap::new(); units], replayed: vec![0; units], bytes: 0 }
+    pub(super) fn new(units: usize, keep_all: bool) -> Self {
+        Self { to: vec![BTreeMap::new(); units], replayed: vec![0; units], keep_all, bytes: 0 }
     }
 
     pub(super) fn add(&mut self, message: Message) {
@@ -39,24 +45,33 @@ impl Log {
         }
     }
 
-    /// The receiver can't need message `ssn` again.
-    pub(super) fn remove(&mut self, to: usize, ssn: u64) {
-        if let Some(entry) = self.to[to].remove(&ssn) {
+    /// The receiver, in this life, has a checkpoint for which it does not need message `ssn`.
+    pub(super) fn remove(&mut self, to: usize, ssn: u64, life: u32) {
+        if self.keep_all {
+            if let Some(entry) = self.to[to].get_mut(&ssn) {
+                entry.rsn.get_or_insert((life, NEED_NOT_BE_LOGGED));
+            }
+        } else if let Some(entry) = self.to[to].remove(&ssn) {
             self.bytes -= u64::from(entry.message.bytes);
         }
     }
 
-    /// The receiver was checkpointed after message `ssn`.
-    pub(super) fn remove_up_to(&mut self, to: usize, ssn: u64) {
-        while let Some((&first, _)) = self.to[to].first_key_value().filter(|&(&first, _)| first <= ssn) {
-            self.remove(to, first);
-        }
+    /// The receiver, in this life, was checkpointed after message `ssn`.
+    pub(super) fn remove_up_to(&mut self, to: usize, ssn: u64, life: u32) {
+        let all: Vec<u64> = self.to[to].range(..=ssn).map(|(&ssn, _)| ssn).collect();
+        all.into_iter().for_each(|ssn| self.remove(to, ssn, life));
     }
 
-    /// Fully logged messages to a process that begin intervals after `sii`.
-    pub(super) fn fully_logged(&self, to: usize, sii: Rsn) -> Vec<(Rsn, Message)> {
-        let all = self.to[to].values().filter_map(|entry| Some((entry.rsn?.1, entry.message.clone())));
-        all.filter(|&(rsn, _)| rsn > sii).collect()
+    /// Fully logged messages to a process that begin intervals after `sii`, with their RSNs and the lives
+    /// that these are from.
+    pub(super) fn fully_logged(&self, to: usize, sii: Rsn) -> Vec<(u32, Rsn, Message)> {
+        let all = self.to[to].values().filter_map(|entry| entry.rsn.map(|(life, rsn)| (life, rsn, &entry.message)));
+        all.filter(|&(_, rsn, _)| rsn > sii).map(|(life, rsn, message)| (life, rsn, message.clone())).collect()
+    }
+
+    /// The last life of a receiver in which it told what it had replayed.
+    pub(super) fn last_replay(&self, of: usize) -> u32 {
+        self.replayed[of]
     }
 
     /// The receiver failed and in its new life has replayed our messages up to `ssn`. What it had received
@@ -66,7 +81,7 @@ impl Log {
             return;
         }
         self.replayed[to] = life;
-        for (_, entry) in self.to[to].range_mut(ssn + 1..) {
+        for (_, entry) in self.to[to].range_mut((Bound::Excluded(ssn), Bound::Unbounded)) {
             entry.rsn = entry.rsn.filter(|&(of, _)| of >= life);
         }
     }

@@ -38,28 +38,54 @@ fn piggybacking_saves_packets_and_the_hybrid_survives() {
     assert!(with < without, "{with} {without}");
 }
 
-/// Several failures at once (§3.2.4): either a consistent state is recovered, or that it can't be is
-/// noticed. What was shown to the world may be undone then; nothing is an orphan unnoticed.
-#[test]
-fn more_failures_than_one_are_recovered_or_noticed() {
-    let plan = |seed: u64| {
+/// Any failures, and nothing shown to the world, which could be undone (§3.5 does not speak of it).
+fn any_failures(extension: Extension) -> impl Fn(u64) -> Plan<Options> {
+    move |seed| {
         let mut plan = plan(seed);
+        plan.options.extension = extension;
+        plan.options.log_behind = (seed / 5).is_multiple_of(3);
         plan.down_at_most = usize::MAX;
-        plan.must_recover = false;
+        plan.must_recover = extension == Extension::AllCheckpoints;
         plan.workload.outputs = 0;
         plan
-    };
+    }
+}
+
+/// How many of the runs were recovered, and in how many it was noticed that they could not be.
+fn recovered_or_noticed(seeds: std::ops::Range<u64>, plan: impl Fn(u64) -> Plan<Options>) -> (u64, u64) {
     let (mut recovered, mut noticed) = (0, 0);
-    for seed in 0..1_000 {
+    for seed in seeds {
         match run::<Unit>(&plan(seed)) {
-            Ok(report) if report.unrecoverable => noticed += 1,
+            Ok(report) if report.given_up > 0 => noticed += 1,
             Ok(_) => recovered += 1,
             Err(violation) => {
                 panic!("{}", Failing { plan: plan(seed), violation }.explain::<Unit>());
             }
         }
     }
-    assert!(recovered > 100 && noticed > 10, "{recovered} {noticed}");
+    (recovered, noticed)
+}
+
+/// Several failures at once: either a consistent state is recovered, or that it can't be is noticed
+/// (§3.2.4). With the first extension it can be more often, with the second always (§3.5).
+#[test]
+fn more_failures_than_one_are_recovered_or_noticed() {
+    let [none, roll_back, all_checkpoints] = [Extension::None, Extension::RollBack, Extension::AllCheckpoints]
+        .map(|extension| recovered_or_noticed(0..1_000, any_failures(extension)));
+    assert!(none.0 > 100 && none.1 > 10, "{none:?}");
+    assert!(roll_back.1 < none.1 / 2 && roll_back.1 > 0, "{roll_back:?} {none:?}");
+    assert_eq!(all_checkpoints, (1_000, 0));
+}
+
+/// Whether they are rolled back one at a time makes no difference to what can be recovered.
+#[test]
+fn rolling_back_all_at_once_recovers_about_as_often() {
+    let [one, all] = [None, Some(Bug::AllAtOnce)].map(|bug| {
+        let plan = any_failures(Extension::RollBack);
+        let plan = |seed| Plan { options: Options { bug, ..plan(seed).options }, ..plan(seed) };
+        recovered_or_noticed(0..2_000, plan)
+    });
+    assert!(one != all && one.1.abs_diff(all.1) < 10, "{one:?} {all:?}");
 }
 
 /// What was shown is recoverable at that moment, whoever fails then.
@@ -71,20 +97,30 @@ fn what_was_shown_is_recoverable() {
     assert!((0..300).map(shown).sum::<u64>() > 400);
 }
 
-/// Three processes, four messages, two failures one after the other: every order that there is.
+/// Three processes, four messages, two failures one after the other: every order that there is. With the
+/// second extension, at a time, too.
 #[test]
 fn every_order_of_a_small_system() {
     for piggyback in [false, true] {
         let options = Options { checkpoint_every: 0, piggyback, ..Options::default() };
-        let plan = Plan { workload: small(3, 4), options, ..plan(0) };
-        let explored = explore::<Unit>(&plan, 2, 3, usize::MAX).unwrap_or_else(|found| panic!("{found}"));
-        assert!(explored.complete && explored.states > 5_000 && explored.ends > 0, "{explored:?}");
+        let one = Plan { workload: small(3, 4), options, ..plan(0) };
+        let options = Options { extension: Extension::AllCheckpoints, ..options };
+        let workload = Workload { outputs: 0, ..one.workload };
+        let any = Plan { options, workload, down_at_most: usize::MAX, ..one.clone() };
+        for plan in [one, any] {
+            let explored = explore::<Unit>(&plan, 2, 3, usize::MAX).unwrap_or_else(|found| panic!("{found}"));
+            assert!(explored.complete && explored.states > 5_000 && explored.ends > 0, "{explored:?}");
+        }
     }
 }
 
 fn caught(bug: Bug) -> Violation {
     let buggy = |seed| {
-        let mut plan = plan(seed);
+        let mut plan = match bug {
+            Bug::KeepOrphans => any_failures(Extension::RollBack)(seed),
+            Bug::HearOrphans | Bug::LastCheckpoint => any_failures(Extension::AllCheckpoints)(seed),
+            _ => plan(seed),
+        };
         plan.options.bug = Some(bug);
         if bug == Bug::KeepBeyondGap {
             // Gaps come from RSNs that were lost.
@@ -122,4 +158,19 @@ fn a_new_rsn_for_a_duplicate_is_caught() {
 #[test]
 fn keeping_rsns_beyond_a_gap_is_caught() {
     caught(Bug::KeepBeyondGap);
+}
+
+#[test]
+fn keeping_what_depends_on_the_lost_is_caught() {
+    assert!(matches!(caught(Bug::KeepOrphans), Violation::Orphan { .. }));
+}
+
+#[test]
+fn hearing_those_to_be_rolled_back_is_caught() {
+    caught(Bug::HearOrphans);
+}
+
+#[test]
+fn using_a_checkpoint_that_depends_on_the_lost_is_caught() {
+    assert!(matches!(caught(Bug::LastCheckpoint), Violation::Orphan { .. }));
 }

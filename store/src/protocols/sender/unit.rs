@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::log::Log;
-use super::{Body, Bug, Counters, Event, Message, Options, Packet, Phase, Process, Rsn, Sii};
-use crate::protocols::process::{Effect, Output};
+use super::recovery::Recovery;
+use super::storage::{Checkpoint, Disk, Record};
+use super::{Body, Bug, Counters, Event, Extension, Message, Options, Packet, Phase, Process, Rsn};
+use crate::protocols::process::Effect;
 
-type Action = super::Action<Packet>;
+pub(super) type Action = super::Action<Packet>;
 
 const RETRANSMIT: u64 = 0;
 const FLUSH: u64 = 1;
@@ -15,53 +17,18 @@ const RETRANSMIT_EVERY: u64 = 4_000;
 /// Microseconds that RSNs and acknowledgements wait for a message to go with.
 const FLUSH_AFTER: u64 = 1_000;
 
-/// What a checkpoint holds: all of §3.2.2 but the RSN history list.
-#[derive(Clone, Debug, Hash)]
-struct Checkpoint {
-    process: Process,
-    log: Log,
-    /// Outputs that were held at the time. (Held messages are in the log.)
-    outputs: Vec<Output>,
-}
-
-#[derive(Clone, Debug, Hash)]
-enum Record {
-    Checkpoint(Box<Checkpoint>),
-    Received(Rsn, Message),
-    Spilled,
-}
-
-/// Stable storage.
-#[derive(Clone, Debug, Hash)]
-struct Disk {
-    checkpoint: Checkpoint,
-    /// Of the hybrid: what was received since.
-    received: BTreeMap<Rsn, Message>,
-    /// Counts failures.
-    life: u32,
-}
-
-/// While recovering: the answers to [`Body::WantLog`].
-#[derive(Clone, Debug, Default, Hash)]
-struct Replay {
-    answered: BTreeSet<usize>,
-    messages: BTreeMap<Rsn, Message>,
-    /// The newest interval of this process that another depends on.
-    depended_on: Sii,
-}
-
 /// A process, its message log and its protocol state.
 #[derive(Clone, Debug, Hash)]
 pub struct Unit {
-    options: Options,
-    id: usize,
-    disk: Disk,
+    pub(super) options: Options,
+    pub(super) id: usize,
+    pub(super) disk: Disk,
     writes: VecDeque<(u64, Record)>,
     next_token: u64,
-    process: Process,
-    log: Log,
+    pub(super) process: Process,
+    pub(super) log: Log,
     /// RSN history list: what RSN was returned for each message since the last checkpoint.
-    history: Vec<BTreeMap<u64, Rsn>>,
+    pub(super) history: Vec<BTreeMap<u64, Rsn>>,
     /// RSNs returned (or to be) and not acknowledged, by sender.
     unacknowledged: Vec<BTreeMap<u64, Option<Rsn>>>,
     /// Whether some of these have not been returned even once.
@@ -70,16 +37,14 @@ pub struct Unit {
     acks: Vec<Vec<(u64, Option<Rsn>)>>,
     /// The last life of each other process that is known.
     lives: Vec<u32>,
+    /// Which others were being replayed when they were last heard of.
+    pub(super) replaying: BTreeSet<usize>,
     /// Held sends and outputs.
     held: VecDeque<Effect>,
     flushing: bool,
-    replay: Option<Replay>,
+    pub(super) recovery: Recovery,
     /// Messages sent during replay whose RSNs have not come back.
-    unrestored: BTreeSet<(usize, u64)>,
-    /// Who may not know how far the replay got.
-    untold: BTreeSet<usize>,
-    /// How many messages of each other process had been received when the replay was done.
-    replayed: Option<Vec<u64>>,
+    pub(super) unrestored: BTreeSet<(usize, u64)>,
     shown: u64,
     since_checkpoint: u64,
     returned: u64,
@@ -89,13 +54,11 @@ pub struct Unit {
 
 impl Unit {
     pub(super) fn new(process: Process, options: Options) -> Self {
-        let log = Log::new(process.sent.len());
-        let checkpoint = Checkpoint { process, log, outputs: Vec::new() };
-        Self::restored(options, Disk { checkpoint, received: BTreeMap::new(), life: 0 })
+        Self::restored(options, Disk::new(process, &options))
     }
 
     fn restored(options: Options, disk: Disk) -> Self {
-        let Checkpoint { process, log, .. } = disk.checkpoint.clone();
+        let Checkpoint { process, log, .. } = disk.checkpoints.last().expect("one is always kept").clone();
         let n = process.sent.len();
         Self {
             options,
@@ -110,12 +73,11 @@ impl Unit {
             unreturned: vec![false; n],
             acks: vec![Vec::new(); n],
             lives: vec![0; n],
+            replaying: BTreeSet::new(),
             held: VecDeque::new(),
             flushing: false,
-            replay: None,
+            recovery: Recovery::NotNeeded,
             unrestored: BTreeSet::new(),
-            untold: BTreeSet::new(),
-            replayed: None,
             shown: 0,
             since_checkpoint: 0,
             returned: 0,
@@ -124,7 +86,7 @@ impl Unit {
         }
     }
 
-    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+    pub(super) fn others(&self) -> impl Iterator<Item = usize> + use<> {
         let id = self.id;
         (0..self.process.sent.len()).filter(move |&other| other != id)
     }
@@ -138,10 +100,8 @@ impl Unit {
             }
             Event::Restarted { shown } => {
                 self.shown = shown;
-                self.replay = Some(Replay::default());
                 actions.push(Action::Timer { timer: RETRANSMIT, after: RETRANSMIT_EVERY });
-                self.want_logs(actions);
-                self.maybe_replay(actions);
+                self.gather(None, actions);
             }
             Event::Timer(RETRANSMIT) => {
                 self.retransmit(actions);
@@ -155,7 +115,13 @@ impl Unit {
                     }
                 }
             }
+            // Of a life that is over; what is still true will be said again.
+            Event::Packet { from, packet } if packet.life < self.lives[from] => {}
             Event::Packet { from, packet } => {
+                match packet.replaying {
+                    true => self.replaying.insert(from),
+                    false => self.replaying.remove(&from),
+                };
                 // "The piggybacked RSNs and RSN acknowledgements must be handled before the message
                 // carried by the packet" (§3.2.5).
                 self.rsns(from, &packet);
@@ -166,7 +132,7 @@ impl Unit {
                         }
                     }
                 }
-                self.body(from, packet.body, actions);
+                self.body(from, packet.life, packet.body, actions);
                 self.release(actions);
                 self.flush_soon(actions);
             }
@@ -177,9 +143,6 @@ impl Unit {
 
     /// RSNs come back: the messages are now fully logged, and that is acknowledged.
     fn rsns(&mut self, from: usize, packet: &Packet) {
-        if packet.life < self.lives[from] {
-            return;
-        }
         self.new_life(from, packet.life);
         for &(ssn, rsn) in &packet.rsns {
             // After a failure a message may be known to its receiver before it has been sent again here.
@@ -188,10 +151,10 @@ impl Unit {
                 let dropped = self.options.bug == Some(Bug::DropRsn) && self.returned.is_multiple_of(3);
                 match rsn {
                     Some(rsn) => self.log.returned(from, ssn, packet.life, if dropped { 0 } else { rsn }),
-                    None => self.log.remove(from, ssn),
+                    None => self.log.remove(from, ssn, packet.life),
                 }
                 if self.options.bug == Some(Bug::ForgetEarly) {
-                    self.log.remove_up_to(from, ssn);
+                    self.log.remove_up_to(from, ssn, packet.life);
                 }
                 self.unrestored.remove(&(from, ssn));
                 if !self.acks[from].contains(&(ssn, rsn)) {
@@ -201,46 +164,18 @@ impl Unit {
         }
     }
 
-    fn body(&mut self, from: usize, body: Body, actions: &mut Vec<Action>) {
+    fn body(&mut self, from: usize, of_life: u32, body: Body, actions: &mut Vec<Action>) {
         match body {
             Body::Nothing => {}
-            Body::Message(message) => self.message(message, actions),
+            Body::Message(message) => self.message(of_life, message, actions),
             Body::Checkpointed { received } => {
-                self.log.remove_up_to(from, received);
+                self.log.remove_up_to(from, received, of_life);
                 self.unrestored.retain(|&(to, ssn)| to != from || ssn > received);
             }
-            Body::WantLog { life, sii } => {
-                if life < self.lives[from] {
-                    return;
-                }
-                let messages = self.log.fully_logged(from, sii);
-                let depends_on = self.process.depends_on.get(from);
-                self.send(from, Body::Log { life, messages, depends_on }, actions);
-                // Its log is that of its checkpoint, and may be older than what we replayed.
-                self.say_replayed(from, actions);
-            }
-            Body::Log { life, messages, depends_on } => {
-                if let Some(replay) = self.replay.as_mut().filter(|_| life == self.disk.life) {
-                    replay.answered.insert(from);
-                    replay.messages.extend(messages);
-                    replay.depended_on = replay.depended_on.max(depends_on.unwrap_or(0));
-                    self.maybe_replay(actions);
-                }
-            }
-            Body::Noted { life } if life == self.disk.life => {
-                self.untold.remove(&from);
-            }
-            Body::Noted { .. } => {}
-            Body::Replayed { life, received } => {
-                self.send(from, Body::Noted { life }, actions);
-                if life == self.lives[from] && self.options.bug != Some(Bug::KeepBeyondGap) {
-                    self.log.replayed(from, life, received);
-                }
-                if life == self.lives[from] && self.replay.is_none() {
-                    let again: Vec<Message> = self.sendable(from);
-                    again.into_iter().for_each(|message| self.send(from, Body::Message(message), actions));
-                }
-            }
+            Body::WantLog { life, sii } => self.give_log(from, life, sii, actions),
+            Body::Log { .. } => self.log_arrived(from, of_life, body, actions),
+            Body::Replayed { life, sii, received } => self.other_replayed(from, life, sii, received, actions),
+            Body::Noted { life } => self.noted(from, life, actions),
         }
     }
 
@@ -252,10 +187,12 @@ impl Unit {
     }
 
     /// A message arrives (§3.2.3, step 2, and duplicates).
-    fn message(&mut self, message: Message, actions: &mut Vec<Action>) {
+    fn message(&mut self, of_life: u32, message: Message, actions: &mut Vec<Action>) {
         let Message { from, ssn, .. } = message;
-        if self.replay.is_some() {
-            return; // "Not allowed to receive any other messages" (§3.2.4); it will be retransmitted.
+        // With an extension, nobody that has still to be rolled back may be heard.
+        let hears_all = self.options.extension == Extension::None || self.options.bug == Some(Bug::HearOrphans);
+        if self.is_gathering() || !hears_all && !self.has_told() {
+            return; // It will be retransmitted.
         }
         if self.process.is_duplicate(&message) {
             let known = self.history[from].get(&ssn).copied();
@@ -275,7 +212,7 @@ impl Unit {
         self.history[from].insert(ssn, rsn);
         if self.options.log_behind {
             let bytes = 64 + u64::from(message.bytes);
-            self.write(Record::Received(rsn, message), bytes, actions);
+            self.write(Record::Received(rsn, of_life, message), bytes, actions);
         }
         self.unacknowledged[from].insert(ssn, Some(rsn));
         self.unreturned[from] = true;
@@ -290,7 +227,7 @@ impl Unit {
         }
     }
 
-    fn carry_out(&mut self, effects: Vec<Effect>, actions: &mut Vec<Action>) {
+    pub(super) fn carry_out(&mut self, effects: Vec<Effect>, actions: &mut Vec<Action>) {
         let new = effects.len();
         for effect in effects {
             match &effect {
@@ -320,7 +257,7 @@ impl Unit {
         while let Some(effect) = self.held.front() {
             let outstanding: Vec<usize> =
                 self.others().filter(|&other| !self.unacknowledged[other].is_empty()).collect();
-            let free = outstanding.is_empty() || self.replay.is_some() || self.options.bug == Some(Bug::NoHold);
+            let free = outstanding.is_empty() || self.is_gathering() || self.options.bug == Some(Bug::NoHold);
             match effect {
                 Effect::Send(message) if free || self.options.piggyback && outstanding == [message.to] => {
                     let message = message.clone();
@@ -341,10 +278,11 @@ impl Unit {
     }
 
     /// Sends a packet with all RSNs and acknowledgements for that node.
-    fn send(&mut self, to: usize, body: Body, actions: &mut Vec<Action>) {
+    pub(super) fn send(&mut self, to: usize, body: Body, actions: &mut Vec<Action>) {
         self.unreturned[to] = false;
         let packet = Packet {
             life: self.disk.life,
+            replaying: self.is_gathering(),
             rsns: self.unacknowledged[to].iter().map(|(&ssn, &rsn)| (ssn, rsn)).collect(),
             acked_life: self.lives[to],
             acks: std::mem::take(&mut self.acks[to]),
@@ -370,7 +308,7 @@ impl Unit {
     }
 
     /// Messages to a process that may not have arrived and are not held.
-    fn sendable(&self, to: usize) -> Vec<Message> {
+    pub(super) fn sendable(&self, to: usize) -> Vec<Message> {
         let held = self.held.iter().find_map(|effect| match effect {
             Effect::Send(message) if message.to == to => Some(message.ssn),
             _ => None,
@@ -380,7 +318,7 @@ impl Unit {
     }
 
     fn retransmit(&mut self, actions: &mut Vec<Action>) {
-        if self.replay.is_some() {
+        if self.is_gathering() {
             self.want_logs(actions);
             return;
         }
@@ -390,60 +328,7 @@ impl Unit {
                 self.send(other, Body::Nothing, actions);
             }
             again.into_iter().for_each(|message| self.send(other, Body::Message(message), actions));
-            if !self.unrestored.is_empty() || self.untold.contains(&other) {
-                self.say_replayed(other, actions);
-            }
-        }
-    }
-
-    fn want_logs(&mut self, actions: &mut Vec<Action>) {
-        let (life, sii) = (self.disk.life, self.process.sii());
-        for other in self.others() {
-            if self.replay.as_ref().is_some_and(|replay| !replay.answered.contains(&other)) {
-                self.send(other, Body::WantLog { life, sii }, actions);
-            }
-        }
-    }
-
-    /// When all logs are in: replays the sequence of fully logged messages (§3.2.4).
-    fn maybe_replay(&mut self, actions: &mut Vec<Action>) {
-        let Some(replay) = self.replay.clone() else { return };
-        if replay.answered.len() < self.others().count() {
-            return;
-        }
-        let outputs = self.disk.checkpoint.outputs.clone();
-        self.carry_out(outputs.into_iter().map(Effect::Show).collect(), actions);
-        let effects = self.process.start();
-        self.carry_out(effects, actions);
-        let mut messages = replay.messages;
-        messages.extend(self.disk.received.clone());
-        while let Some(message) = messages.get(&(self.process.sii() + 1)) {
-            if !self.process.is_next(message) {
-                break;
-            }
-            let effects = self.process.receive(message);
-            self.history[message.from].insert(message.ssn, self.process.sii());
-            self.carry_out(effects, actions);
-        }
-        self.replay = None;
-        if replay.depended_on > self.process.sii() {
-            // "Then the system cannot be recovered to a consistent state (Definition 2.4)" (§3.2.4).
-            actions.push(Action::Unrecoverable);
-            return;
-        }
-        let partially = |to: usize| self.log.partially_logged(to).map(move |message| (to, message.ssn));
-        self.unrestored = (0..self.lives.len()).flat_map(partially).collect();
-        self.replayed = Some(self.process.received.clone());
-        self.untold = self.others().collect();
-        for other in self.others() {
-            self.say_replayed(other, actions);
-        }
-    }
-
-    fn say_replayed(&mut self, other: usize, actions: &mut Vec<Action>) {
-        if let Some(received) = &self.replayed {
-            let body = Body::Replayed { life: self.disk.life, received: received[other] };
-            self.send(other, body, actions);
+            self.say_replayed_again(other, actions);
         }
     }
 
@@ -464,12 +349,12 @@ impl Unit {
         let bytes = self.log.bytes();
         self.spilled = self.spilled.min(bytes);
         if bytes - self.spilled > self.options.memory_bytes {
-            self.write(Record::Spilled, bytes - self.spilled, actions);
+            self.write(Record::Nothing, bytes - self.spilled, actions);
             self.spilled = bytes;
         }
     }
 
-    fn write(&mut self, record: Record, bytes: u64, actions: &mut Vec<Action>) {
+    pub(super) fn write(&mut self, record: Record, bytes: u64, actions: &mut Vec<Action>) {
         // A name is free again when nothing is under way.
         let token = if self.writes.is_empty() { 0 } else { self.next_token };
         self.next_token = token + 1;
@@ -478,36 +363,41 @@ impl Unit {
     }
 
     pub(super) fn stored(&mut self, token: u64) {
-        match self.writes.iter().find(|(t, _)| *t == token) {
-            Some((_, Record::Checkpoint(checkpoint))) => {
-                self.disk.checkpoint = (**checkpoint).clone();
-                self.disk.received = self.disk.received.split_off(&(self.disk.checkpoint.process.sii() + 1));
-            }
-            Some((_, Record::Received(rsn, message))) => {
-                self.disk.received.insert(*rsn, message.clone());
-            }
-            _ => {}
+        if let Some((_, record)) = self.writes.iter().find(|(t, _)| *t == token) {
+            self.disk.store(record);
         }
     }
 
     fn written(&mut self, token: u64, actions: &mut Vec<Action>) {
         let Some(at) = self.writes.iter().position(|(t, _)| *t == token) else { return };
-        if let Some((_, Record::Checkpoint(checkpoint))) = self.writes.remove(at) {
-            let Process { received, .. } = checkpoint.process;
-            for other in self.others() {
-                // "The RSN history list may be purged when the process is checkpointed" (§3.2.2).
-                self.history[other] = self.history[other].split_off(&(received[other] + 1));
-                self.send(other, Body::Checkpointed { received: received[other] }, actions);
+        match self.writes.remove(at) {
+            Some((_, Record::Checkpoint(checkpoint))) => {
+                let Process { received, .. } = checkpoint.process;
+                for other in self.others() {
+                    // "The RSN history list may be purged when the process is checkpointed" (§3.2.2).
+                    self.history[other] = self.history[other].split_off(&(received[other] + 1));
+                    self.send(other, Body::Checkpointed { received: received[other] }, actions);
+                }
             }
+            Some((_, Record::Replayed { .. })) => self.replay_stored(actions),
+            _ => {}
         }
     }
 
     pub(super) fn fail(&mut self) {
         self.disk.life += 1;
-        let lives = std::mem::take(&mut self.lives);
-        let n = lives.len();
         *self = Self::restored(self.options, self.disk.clone());
-        self.lives = vec![0; n];
+    }
+
+    /// The process and its log are lost as in a failure, and what is being written is not to count.
+    pub(super) fn roll_back(&mut self) {
+        self.writes.iter_mut().for_each(|(_, record)| *record = Record::Nothing);
+        let mut before = self.clone();
+        self.fail();
+        std::mem::swap(&mut self.writes, &mut before.writes);
+        std::mem::swap(&mut self.lives, &mut before.lives);
+        std::mem::swap(&mut self.replaying, &mut before.replaying);
+        (self.next_token, self.shown, self.counters) = (before.next_token, before.shown, before.counters);
     }
 
     pub(super) fn the_process(&self) -> Option<&Process> {
@@ -515,9 +405,7 @@ impl Unit {
     }
 
     pub(super) fn the_phase(&self) -> Phase {
-        let recovered =
-            self.disk.life == 0 || self.replayed.is_some() && self.unrestored.is_empty() && self.untold.is_empty();
-        if self.replay.is_none() && recovered { Phase::Live } else { Phase::Recovering }
+        if self.has_told() && self.unrestored.is_empty() { Phase::Live } else { Phase::Recovering }
     }
 
     pub(super) fn figures(&self) -> Counters {

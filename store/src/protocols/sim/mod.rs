@@ -181,8 +181,8 @@ pub struct Report {
     pub sent_piggybacked: u64,
     /// Bytes of message log in memory at the end.
     pub log_bytes: u64,
-    /// The protocol reported a failure that it does not tolerate.
-    pub unrecoverable: bool,
+    /// Runs that the protocol gave up: failures that it does not tolerate were noticed.
+    pub given_up: u64,
 }
 
 impl Report {
@@ -203,7 +203,7 @@ impl Report {
         self.sent_free += other.sent_free;
         self.sent_piggybacked += other.sent_piggybacked;
         self.log_bytes += other.log_bytes;
-        self.unrecoverable |= other.unrecoverable;
+        self.given_up += other.given_up;
     }
 }
 

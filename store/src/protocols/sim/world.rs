@@ -87,7 +87,7 @@ impl<M: Machine> World<M> {
     /// One step; false when the run is at its end.
     #[allow(clippy::should_implement_trait, reason = "it fails, and an iterator can't")]
     pub fn next(&mut self) -> Result<bool, Violation> {
-        if self.report.unrecoverable || self.report.steps.is_multiple_of(16) && self.missing().is_none() {
+        if self.report.given_up > 0 || self.report.steps.is_multiple_of(16) && self.missing().is_none() {
             return Ok(false);
         }
         if self.report.steps >= self.plan.steps_max {
@@ -225,7 +225,7 @@ impl<M: Machine> World<M> {
                 return Err(Violation::Broken(format!("node {node} gave up on failures that should be tolerated")));
             }
             Action::Unrecoverable => {
-                self.report.unrecoverable = true;
+                self.report.given_up = 1;
                 return self.checks.gave_up::<M, _>(node, &self.machines, &self.up);
             }
         }
