@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn a_run_that_fails_is_told() {
         let answer =
-            answer("simulate --protocol family --vary --as-printed gathering --seed 301 --runs 1").expect("runs");
+            answer("simulate --protocol family --vary --as-printed incarnation --seed 17 --runs 1").expect("runs");
         assert!(answer.bad && answer.text.contains("FAILS") && answer.text.contains("← unit"), "{}", answer.text);
         assert!(answer.json["timeline"].as_array().is_some_and(|lines| lines.len() > 10));
     }

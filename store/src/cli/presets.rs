@@ -11,7 +11,7 @@ use crate::protocols::group::{Primitive, cost};
 use crate::protocols::process::Workload;
 use crate::protocols::sender;
 use crate::protocols::sim::recorder_load::{Hardware, Load, OPERATING_POINTS, Utilisation, utilisation};
-use crate::protocols::sim::{Costs, Crash, Plan, Report, run};
+use crate::protocols::sim::{Costs, Crash, Plan, Report, Victim, run};
 
 /// Which experiment.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -258,7 +258,7 @@ fn elnozahy(seed: u64) -> Answer {
         detect: 500_000,
         ..Costs::default()
     };
-    let first = Crash { after_step: 600, node: 0 };
+    let first = Crash { after_step: 600, victim: Victim::Node(0) };
     // Recovery gathers soon after the restart; the second process fails while that is going on.
     for (name, second) in [("one failure", None), ("one during the recovery of another", Some(1))] {
         for blocking in [false, true] {
@@ -269,7 +269,7 @@ fn elnozahy(seed: u64) -> Answer {
             let report: Report = match second {
                 None => with(vec![first]),
                 Some(node) => {
-                    let fails = |after_step| vec![first, Crash { after_step, node }];
+                    let fails = |after_step| vec![first, Crash { after_step, victim: Victim::Node(node) }];
                     // The step at which the second failure makes the recovery longest.
                     let candidates = (610..5_000).step_by(60).map(|after_step| with(fails(after_step)));
                     candidates.max_by_key(|report| report.recovering).unwrap_or_default()

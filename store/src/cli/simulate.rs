@@ -9,7 +9,7 @@ use super::{Answer, presets, recovery_state};
 use crate::protocols::machine::Machine;
 use crate::protocols::process::{Pattern, Workload};
 use crate::protocols::rng::{Rng, scatter};
-use crate::protocols::sim::{Costs, Crash, Explored, Failing, Partition, Plan, Report, Violation};
+use crate::protocols::sim::{Bounds, Costs, Crash, Explored, Failing, Partition, Plan, Report, Victim, Violation};
 use crate::protocols::sim::{explore, run, small, timeline};
 use crate::protocols::{family, group, local, optimistic, sender};
 
@@ -46,6 +46,9 @@ pub(super) struct Simulate {
     /// Search every order of events of 3 units, 4 messages and so many failures, in up to this many states
     #[arg(long, value_name = "STATES")]
     exhaustive: Option<usize>,
+    /// With --exhaustive: only the orders in which something is put off at most so many times
+    #[arg(long, value_name = "N")]
+    delays: Option<usize>,
     /// Checkpoint a unit after so many messages; 0 is never
     #[arg(long, default_value_t = 8)]
     checkpoint_every: u64,
@@ -201,10 +204,12 @@ impl Simulate {
 
     fn simulate<M: Machine>(&self, store: bool, choose: impl Fn(&mut Plan<M::Options>)) -> Result<Answer, String> {
         let workload = self.workload()?;
-        if let Some(states_max) = self.exhaustive {
+        if let Some(states) = self.exhaustive {
             let mut plan = self.plan::<M>(small(3, 4), store, 1);
             choose(&mut plan);
-            return Ok(explored::<M>(&plan, self.crashes, 3 + usize::from(store), states_max));
+            let nodes = 3 + usize::from(store);
+            let bounds = Bounds { crashes: self.crashes, nodes, delays: self.delays, states };
+            return Ok(explored::<M>(&plan, bounds));
         }
         if self.partitions > 0 && !matches!(self.protocol, Protocol::Group) {
             return Err("--partitions is for group: the other protocols wait until the network is whole".to_owned());
@@ -245,7 +250,7 @@ impl Simulate {
         }
         let mut rng = Rng::new(seed);
         let nodes = workload.units + usize::from(store);
-        let crash = |_| Crash { after_step: 20 + rng.below(600), node: rng.index(nodes) };
+        let crash = |_| Crash { after_step: 20 + rng.below(600), victim: Victim::Node(rng.index(nodes)) };
         let crashes = (0..self.crashes).map(crash).collect();
         Plan {
             seed,
@@ -316,9 +321,9 @@ impl Simulate {
     }
 }
 
-fn explored<M: Machine>(plan: &Plan<M::Options>, crashes: usize, nodes: usize, states_max: usize) -> Answer {
+fn explored<M: Machine>(plan: &Plan<M::Options>, bounds: Bounds) -> Answer {
     let begun = std::time::Instant::now();
-    match explore::<M>(plan, crashes, nodes, states_max) {
+    match explore::<M>(plan, bounds) {
         Ok(Explored { states, steps, ends, complete }) => {
             let seconds = begun.elapsed().as_secs_f64();
             let all = if complete { "all there are" } else { "not all there are" };

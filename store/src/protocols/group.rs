@@ -91,6 +91,8 @@ pub enum Bug {
     NoFlush,
     /// A GBCAST is delivered as soon as it has its final priority, without a list of what comes before.
     NoBeforeList,
+    /// The final priority of a GBCAST stays what it is when a member joins that was not asked.
+    KeepCutPriority,
     /// Proposed views are taken for committed.
     OnePhaseViews,
     /// Frames of incarnations that are out of the view are accepted.

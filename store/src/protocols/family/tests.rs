@@ -1,7 +1,7 @@
 //! Family-based logging through failures.
 
 use super::*;
-use crate::protocols::sim::{Plan, Violation, explore, run, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{Bounds, Plan, Violation, explore, run, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 5, false);
@@ -16,20 +16,25 @@ fn plan(seed: u64) -> Plan<Options> {
 /// As many failures at a time as the member of the family tolerates, with either recovery.
 #[test]
 fn survives_f_failures() {
-    let report = sweep::<Node>(0..4_000, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
+    let report = sweep::<Node>(0..4_200, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Node>()));
     assert!(
         report.steps > 1_900_000 && report.crashes > 1_000 && report.messages > 10_000 && report.held > 100,
         "{report:?}"
     );
 }
 
-/// Three processes, two messages, one failure: every order that there is.
+/// Three processes, one failure: with two messages every order that there is; with four messages, and two
+/// failures at a time, those in which little is put off.
 #[test]
 fn every_order_of_a_small_system() {
-    let options = Options { checkpoint_every: 0, ..Options::default() };
-    let plan = Plan { workload: small(3, 2), options, down_at_most: 1, ..plan(0) };
-    let explored = explore::<Node>(&plan, 1, 3, usize::MAX).unwrap_or_else(|found| panic!("{found}"));
-    assert!(explored.complete && explored.states > 5_000 && explored.ends > 0, "{explored:?}");
+    for (messages, failures, delays, states) in [(2, 1, None, 5_000), (4, 1, Some(3), 10_000), (4, 2, Some(2), 40_000)]
+    {
+        let options = Options { checkpoint_every: 0, failures, ..Options::default() };
+        let plan = Plan { workload: small(3, messages), options, down_at_most: failures, ..plan(0) };
+        let bounds = Bounds { crashes: failures, nodes: 3, delays, states: usize::MAX };
+        let explored = explore::<Node>(&plan, bounds).unwrap_or_else(|found| panic!("{found}"));
+        assert!(explored.complete && explored.states > states && explored.ends > 0, "{explored:?}");
+    }
 }
 
 /// What was shown is recoverable at that moment, whoever fails then.

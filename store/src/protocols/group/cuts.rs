@@ -25,6 +25,8 @@ struct Run {
     waiting: BTreeSet<Site>,
     highest: Priority,
     found: Option<Priority>,
+    /// A final priority that was found may be raised: a member has joined that it was not ordered by.
+    anew: bool,
     before: BTreeSet<Id>,
     /// A list that has been used already.
     used: Option<BTreeSet<Id>>,
@@ -95,10 +97,12 @@ impl Member {
         }
     }
 
-    /// A member more: GBCASTs under way that will be delivered after it joined are for it, too.
+    /// A member more: GBCASTs under way that will be delivered after it joined are for it, too. Nobody has
+    /// delivered them, since no list has been sent.
     pub(super) fn cuts_joined(&mut self) {
         let again = self.cuts.runs.iter().filter(|(cut, run)| run.part < Part::Closing && !self.was_delivered(**cut));
         for cut in again.map(|(&cut, _)| cut).collect::<Vec<_>>() {
+            self.cuts.runs.get_mut(&cut).expect("just listed").anew = self.options.bug != Some(Bug::KeepCutPriority);
             self.begin(cut);
         }
     }
@@ -152,8 +156,9 @@ impl Member {
         self.attempts += 1;
         let attempt = self.attempts;
         let waiting = self.participants();
+        let anew = self.cuts.runs.get(&cut).is_some_and(|run| run.anew);
         let (highest, found, before, used) = ((0, 0), None, BTreeSet::new(), None);
-        self.cuts.runs.insert(cut, Run { part, attempt, waiting, highest, found, before, used });
+        self.cuts.runs.insert(cut, Run { part, attempt, waiting, highest, found, anew, before, used });
         let flush = part == Part::Flushing;
         let frame = if flush { Frame::Begin { cut, attempt } } else { Frame::Order { cut, attempt } };
         self.tell_participants(cut, frame);
@@ -227,8 +232,8 @@ impl Member {
         if let Some(run) = self.run(cut, attempt, Part::Ordering) {
             run.waiting.remove(&from);
             run.highest = run.highest.max(priority);
-            if is_final {
-                run.found = Some(priority);
+            if is_final && !run.anew {
+                run.found = run.found.max(Some(priority));
             }
         }
     }
@@ -326,6 +331,7 @@ impl Member {
             waiting,
             highest: (0, 0),
             found: None,
+            anew: false,
             before: BTreeSet::new(),
             used: None,
         };

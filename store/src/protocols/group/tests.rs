@@ -1,7 +1,7 @@
 //! Groups through failures.
 
 use super::*;
-use crate::protocols::sim::{Partition, Plan, Violation, explore, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{Bounds, Partition, Plan, Violation, explore, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, false);
@@ -68,9 +68,7 @@ fn caught(bug: Bug) -> Violation {
         plan.options.safe = bug != Bug::DeliverProposed;
         plan
     };
-    // One phase goes wrong only if a manager fails between two messages; the first seed with that is far off.
-    let seeds = if bug == Bug::OnePhaseViews { 7_200..12_000 } else { 0..4_000 };
-    sweep::<Member>(seeds, buggy).expect_err("the checks see it").violation
+    sweep::<Member>(0..4_000, buggy).expect_err("the checks see it").violation
 }
 
 /// An ABCAST is delivered before its final priority.
@@ -104,6 +102,18 @@ fn committing_views_in_one_phase_is_caught() {
     caught(Bug::OnePhaseViews);
 }
 
+/// No seed is known that does this: a site has joined at one that fails then, and broadcasts, while another
+/// goes on with a GBCAST that the new one was not asked about.
+#[test]
+fn keeping_a_priority_that_a_new_member_was_not_asked_for_is_found() {
+    let workload = Workload { first: 1, hops: 0, ..small(3, 4) };
+    let options = Options { bug: Some(Bug::KeepCutPriority), ..Options::default() };
+    let plan = Plan { workload, options, down_at_most: 2, ..plan(0) };
+    let bounds = Bounds { crashes: 2, nodes: 3, delays: Some(1), states: usize::MAX };
+    let found = explore::<Member>(&plan, bounds).expect_err("it is found");
+    assert!(found.violation.to_string().contains("not the same was delivered before"), "{found}");
+}
+
 #[test]
 fn forgetting_ids_without_asking_is_caught() {
     caught(Bug::ForgetEarly);
@@ -133,8 +143,9 @@ fn the_printed_abcast_shows_what_is_not_so() {
         plan.options.safe = false;
         plan
     };
-    let failing = sweep::<Member>(12_050..13_000, printed).expect_err("it happens");
-    assert!(failing.violation.to_string().contains("another state"), "{}", failing.violation);
+    let failing = sweep::<Member>(0..2_000, printed).expect_err("it happens");
+    // Another site did what had been asked for in another state, and showed that.
+    assert!(matches!(failing.violation, Violation::ShownTwice(_)), "{}", failing.violation);
 }
 
 /// A site that was wrongly taken for failed is killed and comes back (CBCAST, §4.2).
@@ -152,14 +163,17 @@ fn a_wrongly_suspected_site_is_killed() {
 }
 
 /// Three sites, each of which makes two broadcasts: every order that there is. With a failure there are
-/// too many; they are searched as far as so many states go.
+/// too many; with two failures at a time, those in which nothing is put off.
 #[test]
 fn orders_of_a_small_group() {
-    let plan = Plan { workload: small(3, 4), options: Options::default(), down_at_most: 1, ..plan(0) };
-    let explored = explore::<Member>(&plan, 0, 3, usize::MAX).unwrap_or_else(|found| panic!("{found}"));
-    assert!(explored.complete && explored.states > 5_000 && explored.ends > 0, "{explored:?}");
-    let explored = explore::<Member>(&plan, 1, 3, 50_000).unwrap_or_else(|found| panic!("{found}"));
-    assert!(explored.states >= 50_000, "{explored:?}");
+    let plan = Plan { workload: small(3, 4), options: Options::default(), down_at_most: 2, ..plan(0) };
+    for (first, crashes, delays, states) in [(2, 0, None, 5_000), (1, 1, Some(1), 80_000), (1, 2, Some(0), 700_000)] {
+        let workload = Workload { first, hops: u32::from(crashes == 0), ..plan.workload };
+        let bounds = Bounds { crashes, nodes: 3, delays, states: usize::MAX };
+        let explored = explore::<Member>(&Plan { workload, ..plan.clone() }, bounds);
+        let explored = explored.unwrap_or_else(|found| panic!("{found}"));
+        assert!(explored.complete && explored.states > states && explored.ends > 0, "{explored:?}");
+    }
 }
 
 /// ISIS, §7: "3 inter-site messages are sent" before an ABCAST is delivered; "CBCAST sends 1 inter-site

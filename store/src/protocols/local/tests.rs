@@ -1,7 +1,9 @@
 //! Publishing through failures.
 
 use super::*;
-use crate::protocols::sim::{Crash, Plan, Violation, explore, run, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{
+    Bounds, Crash, Plan, Victim, Violation, explore, run, run_failing_after_output, small, sweep,
+};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, true);
@@ -35,7 +37,8 @@ fn caught(bug: Bug) -> Violation {
             plan.options.checkpoint_every = 2;
             plan.costs.disk = 20_000;
             let after_step = 40 + seed % 200;
-            plan.crashes = [plan.workload.units, 0, 1].map(|node| Crash { after_step, node }).to_vec();
+            plan.crashes =
+                [plan.workload.units, 0, 1].map(|node| Crash { after_step, victim: Victim::Node(node) }).to_vec();
         }
         plan
     };
@@ -74,7 +77,8 @@ fn runs_are_reproducible() {
 #[test]
 fn every_order_of_a_small_system() {
     let plan = Plan { workload: small(3, 4), options: Options { checkpoint_every: 0, bug: None }, ..plan(0) };
-    let explored = explore::<Node>(&plan, 2, 4, usize::MAX).unwrap_or_else(|found| panic!("{found}"));
+    let explored = explore::<Node>(&plan, Bounds { crashes: 2, nodes: 4, delays: None, states: usize::MAX })
+        .unwrap_or_else(|found| panic!("{found}"));
     assert!(explored.complete && explored.states > 10_000 && explored.ends > 0, "{explored:?}");
 }
 
@@ -83,6 +87,7 @@ fn every_order_of_a_small_system() {
 fn the_search_finds_mistakes() {
     let options = Options { checkpoint_every: 0, bug: Some(Bug::ForwardBeforeStoring) };
     let plan = Plan { workload: small(3, 4), options, ..plan(0) };
-    let found = explore::<Node>(&plan, 1, 4, usize::MAX).expect_err("the mistake is found");
+    let found = explore::<Node>(&plan, Bounds { crashes: 1, nodes: 4, delays: None, states: usize::MAX })
+        .expect_err("the mistake is found");
     assert!(found.timeline.iter().any(|line| line.contains("SHOWS")), "{found}");
 }

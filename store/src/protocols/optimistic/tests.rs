@@ -1,7 +1,7 @@
 //! Optimistic logging through failures.
 
 use super::*;
-use crate::protocols::sim::{Plan, Violation, explore, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{Bounds, Plan, Violation, explore, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, true);
@@ -29,13 +29,17 @@ fn what_was_shown_is_recoverable() {
     assert!((0..300).map(shown).sum::<u64>() > 400);
 }
 
-/// Three processes, four messages, one failure, of the store too: every order that there is.
+/// Three processes, four messages, one failure, of the store too: every order that there is. With two
+/// failures, at a time, too: those in which little is put off.
 #[test]
 fn every_order_of_a_small_system() {
     let plan =
         Plan { workload: small(3, 4), options: Options { checkpoint_every: 0, ..Options::default() }, ..plan(0) };
-    let explored = explore::<Node>(&plan, 1, 4, usize::MAX).unwrap_or_else(|found| panic!("{found}"));
-    assert!(explored.complete && explored.states > 10_000 && explored.ends > 0, "{explored:?}");
+    for (crashes, delays, states) in [(1, None, 300_000), (2, Some(1), 60_000)] {
+        let bounds = Bounds { crashes, nodes: 4, delays, states: usize::MAX };
+        let explored = explore::<Node>(&plan, bounds).unwrap_or_else(|found| panic!("{found}"));
+        assert!(explored.complete && explored.states > states && explored.ends > 0, "{explored:?}");
+    }
 }
 
 fn caught(bug: Bug) -> Violation {

@@ -1,7 +1,9 @@
 //! Sender-based logging through failures.
 
 use super::*;
-use crate::protocols::sim::{Crash, Failing, Plan, Violation, explore, run, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{
+    Bounds, Crash, Failing, Plan, Victim, Violation, explore, run, run_failing_after_output, small, sweep,
+};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, false);
@@ -108,7 +110,8 @@ fn every_order_of_a_small_system() {
         let workload = Workload { outputs: 0, ..one.workload };
         let any = Plan { options, workload, down_at_most: usize::MAX, ..one.clone() };
         for plan in [one, any] {
-            let explored = explore::<Unit>(&plan, 2, 3, usize::MAX).unwrap_or_else(|found| panic!("{found}"));
+            let explored = explore::<Unit>(&plan, Bounds { crashes: 2, nodes: 3, delays: None, states: usize::MAX })
+                .unwrap_or_else(|found| panic!("{found}"));
             assert!(explored.complete && explored.states > 5_000 && explored.ends > 0, "{explored:?}");
         }
     }
@@ -128,7 +131,7 @@ fn caught(bug: Bug) -> Violation {
             plan.options.checkpoint_every = 0;
             plan.workload.units = 4;
             plan.workload.first = 4;
-            plan.crashes = vec![Crash { after_step: 10 + seed % 50, node: 0 }];
+            plan.crashes = vec![Crash { after_step: 10 + seed % 50, victim: Victim::Node(0) }];
         }
         plan
     };

@@ -17,6 +17,22 @@ use super::tell::Tale;
 use super::{Plan, Violation};
 use crate::protocols::machine::{Action, Event, Machine, Phase};
 
+/// How far a search goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// How many failures there are,
+    pub crashes: usize,
+    /// of nodes below this one.
+    pub nodes: usize,
+    /// How many times something may be put off: without a bound every order is gone through. Otherwise
+    /// the first of what may happen does, in the order of senders, receivers, disks, restarts and
+    /// detections, or, so many times in a run, anything else (delay-bounded scheduling, Emmi, Qadeer and
+    /// Rakamarić 2011). Failures happen anywhere all the same.
+    pub delays: Option<usize>,
+    /// Stop after so many states.
+    pub states: usize,
+}
+
 /// What an exhaustive search saw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Explored {
@@ -45,18 +61,14 @@ impl fmt::Display for Counterexample {
     }
 }
 
-/// Goes through every order of deliveries, writes, restarts, detections and up to `crashes` failures of
-/// the nodes below `nodes`, each of which can happen after any step and with any of the node's writes
-/// done. Packets between two nodes stay in order, and none is lost but those to a node that is down.
+/// Goes through every order of deliveries, writes, restarts, detections and failures within `bounds`. A
+/// failure can happen after any step and with any of the node's writes done. Packets between two nodes
+/// stay in order, and none is lost but those to a node that is down.
 ///
 /// In every state the checks must hold, and from every state the end must be reachable without further
-/// failures. Stops after `states_max` states; then the second is not checked.
-pub fn explore<M: Machine>(
-    plan: &Plan<M::Options>,
-    crashes: usize,
-    nodes: usize,
-    states_max: usize,
-) -> Result<Explored, Box<Counterexample>> {
+/// failures. That is not checked if the search stops at its limit of states.
+pub fn explore<M: Machine>(plan: &Plan<M::Options>, bounds: Bounds) -> Result<Explored, Box<Counterexample>> {
+    let crashes = bounds.crashes;
     let mut found = Found::default();
     let tell =
         |found: &Found, index, last, violation| Err(counterexample::<M>(plan, crashes, found, index, last, violation));
@@ -65,10 +77,11 @@ pub fn explore<M: Machine>(
         return tell(&found, 0, None, violation);
     }
     let mut explored = Explored { states: 1, steps: 0, ends: 0, complete: true };
-    found.add(created.fingerprint(), 0, Step::Turn);
-    let mut path = vec![Visit::new(created, 0, nodes, plan)];
+    let delays = bounds.delays.unwrap_or(0);
+    found.add(created.fingerprint(), 0, Step::Turn, delays);
+    let mut path = vec![Visit::new(created, 0, delays, bounds, plan)];
     while let Some(visit) = path.last_mut() {
-        let Some(step) = visit.left.pop() else {
+        let Some((step, delays)) = visit.left.pop() else {
             let visit = path.pop().expect("it is the last");
             explored.ends += usize::from(visit.done);
             found.leave(&visit);
@@ -79,15 +92,15 @@ pub fn explore<M: Machine>(
             return tell(&found, visit.index, Some(step), violation);
         }
         explored.steps += 1;
-        let (index, new) = found.add(next.fingerprint(), visit.index, step);
+        let (index, seen) = found.add(next.fingerprint(), visit.index, step, delays);
         visit.leads_to.push(index);
-        if new {
-            explored.states += 1;
-            if explored.states >= states_max {
-                explored.complete = false;
-                return Ok(explored);
-            }
-            path.push(Visit::new(next, index, nodes, plan));
+        explored.states += usize::from(seen == Seen::Never);
+        if explored.states >= bounds.states {
+            explored.complete = false;
+            return Ok(explored);
+        }
+        if seen != Seen::Enough {
+            path.push(Visit::new(next, index, delays, bounds, plan));
         }
     }
     match found.without_end() {
@@ -101,14 +114,21 @@ struct Visit<M: Machine> {
     state: State<M>,
     index: u32,
     done: bool,
-    left: Vec<Step>,
+    /// With how many delays are left after each.
+    left: Vec<(Step, usize)>,
     leads_to: Vec<u32>,
 }
 
 impl<M: Machine> Visit<M> {
-    fn new(state: State<M>, index: u32, nodes: usize, plan: &Plan<M::Options>) -> Self {
+    fn new(state: State<M>, index: u32, delays: usize, bounds: Bounds, plan: &Plan<M::Options>) -> Self {
         let done = state.unrecoverable || state.missing().is_none();
-        let left = state.possible(nodes, plan.down_at_most, done);
+        let failures = state.failures(bounds.nodes, plan.down_at_most).into_iter().map(|step| (step, delays));
+        let mut left: Vec<(Step, usize)> = failures.collect();
+        let possible = if done { Vec::new() } else { state.possible() };
+        let costs = |at: usize| usize::from(at > 0 && bounds.delays.is_some());
+        left.extend(
+            possible.into_iter().enumerate().filter_map(|(at, step)| Some((step, delays.checked_sub(costs(at))?))),
+        );
         Self { state, index, done, left, leads_to: Vec::new() }
     }
 }
@@ -129,21 +149,37 @@ enum Step {
 struct Found {
     index: HashMap<u64, u32>,
     reached: Vec<(u32, Step)>,
+    /// With how many delays left each was gone on from.
+    delays: Vec<usize>,
     /// The end can be reached from there.
     ends: Vec<bool>,
     /// Of states of which that is not known yet: where they lead.
     open: Vec<(u32, Vec<u32>)>,
 }
 
+/// Whether a state was found before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    Never,
+    /// With fewer delays left: more follows from it now.
+    WithLess,
+    Enough,
+}
+
 impl Found {
-    fn add(&mut self, fingerprint: u64, from: u32, step: Step) -> (u32, bool) {
+    fn add(&mut self, fingerprint: u64, from: u32, step: Step, delays: usize) -> (u32, Seen) {
         let next = u32::try_from(self.reached.len()).expect("fewer states than fit into memory");
         let index = *self.index.entry(fingerprint).or_insert(next);
         if index == next {
             self.reached.push((from, step));
             self.ends.push(false);
+            self.delays.push(delays);
+            return (index, Seen::Never);
         }
-        (index, index == next)
+        let before = &mut self.delays[index as usize];
+        let seen = if *before < delays { Seen::WithLess } else { Seen::Enough };
+        *before = delays.max(*before);
+        (index, seen)
     }
 
     /// All that follows from a state has been tried, but for what is further up on the path.
@@ -300,25 +336,24 @@ impl<M: Machine> State<M> {
         hasher.finish()
     }
 
-    /// What may happen next.
-    fn possible(&self, nodes: usize, down_at_most: usize, done: bool) -> Vec<Step> {
-        let mut steps = Vec::new();
+    /// Who may fail now.
+    fn failures(&self, nodes: usize, down_at_most: usize) -> Vec<Step> {
         let of = |node: usize| u8::try_from(node).expect("few nodes");
-        for node in (0..nodes).filter(|&node| self.crashes > 0 && self.may_crash(node, down_at_most)) {
-            let written = 0..=self.writes[node].len();
-            steps.extend(written.map(|written| Step::Crash { node: of(node), written: of(written) }));
-        }
-        if done {
-            return steps;
-        }
-        let before = steps.len();
+        let may = (0..nodes).filter(|&node| self.crashes > 0 && self.may_crash(node, down_at_most));
+        let after = |node: usize| (0..=self.writes[node].len()).map(move |written| (node, written));
+        may.flat_map(after).map(|(node, written)| Step::Crash { node: of(node), written: of(written) }).collect()
+    }
+
+    /// What else may happen next.
+    fn possible(&self) -> Vec<Step> {
+        let of = |node: usize| u8::try_from(node).expect("few nodes");
         let lanes = self.packets.iter().filter(|(_, packets)| !packets.is_empty());
-        steps.extend(lanes.map(|(&(from, to), _)| Step::Packet { from, to }));
+        let mut steps: Vec<Step> = lanes.map(|(&(from, to), _)| Step::Packet { from, to }).collect();
         let writing = (0..self.nodes.len()).filter(|&node| !self.writes[node].is_empty());
         steps.extend(writing.map(|node| Step::Written { node: of(node) }));
         steps.extend(self.restarts.iter().map(|&node| Step::Restart { node }));
         steps.extend(self.detections.iter().map(|&(by, node)| Step::Detected { by, node }));
-        if steps.len() == before {
+        if steps.is_empty() {
             steps.push(Step::Turn);
         }
         steps

@@ -2,7 +2,8 @@
 //!
 //! A [`Plan`] is everything that a run depends on; the same plan gives the same run. [`run`] carries
 //! it out and checks the invariants at every step ([`Violation`]); [`Failing`] makes a failing plan
-//! small; [`explore`] tries every order of events of a small system instead of a random one.
+//! small; [`explore`] tries every order of events of a small system instead of a random one,
+//! or every one in which few events are put off.
 
 mod checks;
 mod explore;
@@ -13,7 +14,7 @@ mod tell;
 mod world;
 
 pub use checks::Violation;
-pub use explore::{Counterexample, Explored, explore};
+pub use explore::{Bounds, Counterexample, Explored, explore};
 pub use shrink::{Failing, sweep};
 pub use world::World;
 
@@ -54,13 +55,24 @@ impl Default for Costs {
     }
 }
 
-/// A node fails after a step.
+/// A node fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Crash {
     /// After how many steps of the run.
     pub after_step: u64,
     /// Which node.
-    pub node: usize,
+    pub victim: Victim,
+}
+
+/// Which node fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// This one, between two steps.
+    Node(usize),
+    /// Whoever responds to the last failure: the sender in this step, from 0, of those in which several
+    /// packets are sent after a failure was detected or a node has run again; in the midst of it, when some
+    /// have left. So those that coordinate something are hit while they do.
+    Responding(u64),
 }
 
 /// For a while the network falls apart: nothing gets from one side to the other.
@@ -109,7 +121,7 @@ pub struct Plan<O> {
 
 impl<O: Default> Plan<O> {
     /// A plan chosen by a seed: a system of two to five processes, with up to `crashes` failures, half
-    /// of which fall into the recovery from another.
+    /// of which fall into the recovery from another, and some into the midst of a step of that.
     pub fn random(seed: u64, crashes: usize, store_fails: bool) -> Self {
         let mut rng = Rng::new(seed);
         let units = 2 + rng.index(4);
@@ -125,10 +137,14 @@ impl<O: Default> Plan<O> {
         };
         let nodes = units + usize::from(store_fails);
         let mut at = 0;
+        let mut victims = Rng::new(!seed);
         let crashes = (0..rng.index(crashes + 1))
-            .map(|_| {
+            .map(|k| {
                 at += if rng.below(2) == 0 { rng.below(30) } else { rng.below(400) };
-                Crash { after_step: at, node: rng.index(nodes) }
+                let node = rng.index(nodes);
+                let responding = k > 0 && victims.below(3) > 0;
+                let victim = if responding { Victim::Responding(victims.below(12)) } else { Victim::Node(node) };
+                Crash { after_step: at, victim }
             })
             .collect();
         let calm = rng.below(4) == 0;

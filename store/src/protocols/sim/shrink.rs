@@ -1,6 +1,6 @@
 //! Making a failing plan small enough to read.
 
-use super::{Plan, Violation, run};
+use super::{Plan, Victim, Violation, run};
 use crate::protocols::machine::Machine;
 
 /// A plan that breaks an invariant, and which.
@@ -68,7 +68,9 @@ fn candidates<O: Clone>(plan: &Plan<O>) -> Vec<Plan<O>> {
     if plan.costs.jitter > 0 {
         with(&|p| p.costs.jitter /= 2);
     }
-    if plan.workload.units > 2 && plan.crashes.iter().all(|c| c.node + 1 < plan.workload.units) {
+    // The last unit, or the store behind it.
+    let last = |victim| matches!(victim, Victim::Node(node) if node + 1 >= plan.workload.units);
+    if plan.workload.units > 2 && plan.crashes.iter().all(|crash| !last(crash.victim)) {
         with(&|p| {
             p.workload.units -= 1;
             // Where not all may be down, still not all may be.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::checks::Checks;
 use super::group_checks::GroupChecks;
 use super::tell::Tale;
-use super::{Crash, Plan, Report, Violation};
+use super::{Crash, Plan, Report, Victim, Violation};
 use crate::protocols::machine::{Action, Event, Machine, Phase};
 use crate::protocols::rng::Rng;
 
@@ -39,6 +39,8 @@ pub struct World<M: Machine> {
     blocked_at: Vec<Option<u64>>,
     /// Left to happen, in order.
     crashes: Vec<Crash>,
+    /// Steps in which several packets were sent since a failure was detected or a node has run again.
+    responses: u64,
     checks: Checks,
     groups: GroupChecks,
     report: Report,
@@ -67,6 +69,7 @@ impl<M: Machine> World<M> {
             failed_at: vec![None; nodes],
             blocked_at: vec![None; nodes],
             crashes,
+            responses: 0,
             checks: Checks::new(plan.workload.units),
             groups: GroupChecks::new(plan.workload.units),
             report: Report::default(),
@@ -101,13 +104,18 @@ impl<M: Machine> World<M> {
         };
         self.now = self.now.max(time);
         self.happen(coming)?;
-        while self.crashes.last().is_some_and(|crash| crash.after_step <= self.report.steps) {
-            let crash = self.crashes.pop().expect("there is one");
-            if self.may_crash(crash.node) {
-                self.crash(crash.node);
+        while let Some(Victim::Node(node)) = self.due() {
+            self.crashes.pop();
+            if self.may_crash(node) {
+                self.crash(node);
             }
         }
         Ok(true)
+    }
+
+    /// Who is to fail now.
+    fn due(&self) -> Option<Victim> {
+        self.crashes.last().filter(|crash| crash.after_step <= self.report.steps).map(|crash| crash.victim)
     }
 
     /// What keeps the run from its end.
@@ -152,12 +160,19 @@ impl<M: Machine> World<M> {
         if let Some(tale) = &mut self.tale {
             tale.event(Some(self.now), node, &event);
         }
+        if matches!(event, Event::Down(_) | Event::Restarted { .. }) {
+            self.responses = 0;
+        }
         let mut actions = std::mem::take(&mut self.actions);
         self.machines[node].step(event, &mut actions);
+        let fails = self.fails_responding(node, &mut actions);
         for action in actions.drain(..) {
             self.act(node, action)?;
         }
         self.actions = actions;
+        if fails {
+            self.crash(node);
+        }
         self.account(node);
         if self.machines[node].member().is_some() {
             return self.groups.stepped::<M, _>(node, &self.machines, &self.up);
@@ -230,6 +245,23 @@ impl<M: Machine> World<M> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a node is to fail in the midst of a step; the actions are those up to then.
+    fn fails_responding(&mut self, node: usize, actions: &mut Vec<Action<M::Packet>>) -> bool {
+        let sends = actions.iter().enumerate().filter(|(_, action)| matches!(action, Action::Send { .. }));
+        let sends: Vec<usize> = sends.map(|(at, _)| at).collect();
+        if sends.len() < 2 {
+            return false;
+        }
+        self.responses += 1;
+        let now = matches!(self.due(), Some(Victim::Responding(after)) if self.responses == after + 1);
+        if now && self.may_crash(node) {
+            self.crashes.pop();
+            actions.truncate(sends[1 + self.rng.index(sends.len() - 1)]);
+            return true;
+        }
+        false
     }
 
     /// A node fails. Of the writes that are under way, some reach the disk.
