@@ -70,6 +70,9 @@ pub(super) struct Simulate {
     /// Microseconds a write to stable storage takes
     #[arg(long, default_value_t = 500)]
     disk_us: u64,
+    /// Microseconds a unit's or the store's processor takes for each packet sent or received
+    #[arg(long, default_value_t = 0)]
+    processor_us: u64,
     /// Choose schedules with this seed
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -262,7 +265,13 @@ impl Simulate {
             must_recover: true,
             loss: self.loss,
             repeat: self.repeat,
-            costs: Costs { link: self.link_us, jitter: self.jitter_us, disk: self.disk_us, ..Costs::default() },
+            costs: Costs {
+                link: self.link_us,
+                jitter: self.jitter_us,
+                disk: self.disk_us,
+                processor: self.processor_us,
+                ..Costs::default()
+            },
             steps_max: 5_000_000,
         }
     }

@@ -91,3 +91,20 @@ fn the_search_finds_mistakes() {
         .expect_err("the mistake is found");
     assert!(found.timeline.iter().any(|line| line.contains("SHOWS")), "{found}");
 }
+
+/// A processor does one thing after the other, and what it sends leaves when it is done.
+#[test]
+fn processors_take_their_time() {
+    let (mut at_once, mut slow) = (0, 0);
+    for seed in 0..20 {
+        let mut plan = Plan { crashes: Vec::new(), loss: 0, repeat: 0, ..plan(seed) };
+        plan.costs.jitter = 0;
+        at_once += run::<Node>(&plan).expect("no violation").time;
+        plan.costs.processor = 50;
+        let report = run::<Node>(&plan).expect("no violation");
+        let nodes = plan.workload.units as u64 + 1;
+        assert!(report.time * nodes >= (report.steps - nodes) * 50, "{report:?}");
+        slow += report.time;
+    }
+    assert!(slow > at_once, "{slow} {at_once}");
+}

@@ -35,6 +35,8 @@ pub struct Costs {
     pub disk: u64,
     /// Bytes that a disk writes in a microsecond.
     pub disk_bytes_per_us: u64,
+    /// A node's processor, for each packet, timer or write done that it handles, and each packet it sends.
+    pub processor: u64,
     /// Until a failed node runs again, its state read back.
     pub restart: u64,
     /// Until others learn of a failure.
@@ -49,6 +51,7 @@ impl Default for Costs {
             link_bytes_per_us: 100,
             disk: 500,
             disk_bytes_per_us: 100,
+            processor: 0,
             restart: 10_000,
             detect: 3_000,
         }

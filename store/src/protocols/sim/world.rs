@@ -20,6 +20,16 @@ enum Coming<P> {
     Detected { by: usize, node: usize },
 }
 
+impl<P> Coming<P> {
+    /// Whom it happens to.
+    fn node(&self) -> usize {
+        match *self {
+            Self::Packet { to: node, .. } | Self::Detected { by: node, .. } | Self::Start { node } => node,
+            Self::Timer { node, .. } | Self::Written { node, .. } | Self::Restart { node } => node,
+        }
+    }
+}
+
 /// A system in the course of a run.
 #[derive(Clone, Debug)]
 pub struct World<M: Machine> {
@@ -34,6 +44,8 @@ pub struct World<M: Machine> {
     caused: u64,
     /// When a node's disk has done what it was asked to.
     disk_free: Vec<u64>,
+    /// When its processor has.
+    processor_free: Vec<u64>,
     /// Since when a node is not live after its failure, or blocked without one.
     failed_at: Vec<Option<u64>>,
     blocked_at: Vec<Option<u64>>,
@@ -66,6 +78,7 @@ impl<M: Machine> World<M> {
             now: 0,
             caused: nodes as u64,
             disk_free: vec![0; nodes],
+            processor_free: vec![0; nodes],
             failed_at: vec![None; nodes],
             blocked_at: vec![None; nodes],
             crashes,
@@ -96,13 +109,19 @@ impl<M: Machine> World<M> {
         if self.report.steps >= self.plan.steps_max {
             return Err(Violation::Stuck(self.missing().unwrap_or_default()));
         }
-        let Some(((time, _), coming)) = self.coming.pop_first() else {
+        let Some(((time, caused), coming)) = self.coming.pop_first() else {
             return match self.missing() {
                 None => Ok(false),
                 Some(why) => Err(Violation::Stuck(why)),
             };
         };
         self.now = self.now.max(time);
+        let free = self.processor_free[coming.node()];
+        if free > self.now {
+            // It waits its turn among what its node has still to do.
+            self.coming.insert((free, caused), coming);
+            return Ok(true);
+        }
         self.happen(coming)?;
         while let Some(Victim::Node(node)) = self.due() {
             self.crashes.pop();
@@ -157,6 +176,7 @@ impl<M: Machine> World<M> {
             _ => return Ok(()),
         };
         self.report.steps += 1;
+        self.processor_free[node] = self.now + self.plan.costs.processor;
         if let Some(tale) = &mut self.tale {
             tale.event(Some(self.now), node, &event);
         }
@@ -195,9 +215,11 @@ impl<M: Machine> World<M> {
                     () if self.rng.per_mille(self.plan.repeat) => 2,
                     () => 1,
                 };
+                let costs = self.plan.costs;
+                self.processor_free[node] += costs.processor;
+                let sent = self.processor_free[node] - self.now;
                 for _ in 0..copies {
-                    let costs = &self.plan.costs;
-                    let after = costs.link + bytes / costs.link_bytes_per_us + self.rng.below(costs.jitter + 1);
+                    let after = sent + costs.link + bytes / costs.link_bytes_per_us + self.rng.below(costs.jitter + 1);
                     self.cause(after, Coming::Packet { from: node, to, packet: packet.clone() });
                 }
             }
@@ -209,8 +231,8 @@ impl<M: Machine> World<M> {
                 self.report.writes += 1;
                 self.report.written += bytes;
                 let costs = &self.plan.costs;
-                self.disk_free[node] =
-                    self.disk_free[node].max(self.now) + costs.disk + bytes / costs.disk_bytes_per_us;
+                let asked = self.processor_free[node];
+                self.disk_free[node] = self.disk_free[node].max(asked) + costs.disk + bytes / costs.disk_bytes_per_us;
                 self.cause(self.disk_free[node] - self.now, Coming::Written { node, life: self.life[node], token });
             }
             Action::Show(output) => {
@@ -299,6 +321,7 @@ impl<M: Machine> World<M> {
         self.up[node] = false;
         self.life[node] += 1;
         self.disk_free[node] = 0;
+        self.processor_free[node] = 0;
         self.checks.crashed(node);
         self.groups.crashed(node);
         self.failed_at[node].get_or_insert(self.now);
