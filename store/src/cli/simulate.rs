@@ -22,7 +22,8 @@ pub(super) struct Simulate {
     /// Units that talk to each other
     #[arg(long, default_value_t = 4)]
     units: usize,
-    /// nqueens, tsp, gauss, random, ring, or a JSON file with units, first, hops, forks, outputs, bytes, pattern
+    /// nqueens, tsp, gauss, random, ring, or a JSON file with units, first, hops, forks, outputs, bytes,
+    /// computing_us, pattern
     #[arg(long, default_value = "random")]
     workload: String,
     /// Failures in each run, one or more at a time as the protocol tolerates
@@ -361,19 +362,16 @@ fn failed<M: Machine>(plan: &Plan<M::Options>, violation: Violation) -> Answer {
 
 /// The communication patterns of Johnson's programs (§3.4.4), and two plain ones.
 pub(super) fn named_workload(name: &str, units: usize) -> Option<Workload> {
-    let base =
-        Workload { units, first: 2, hops: 8, forks: 50, outputs: 100, bytes: 100, pattern: Pattern::Random, seed: 0 };
+    let (pattern, computing) = (Pattern::Random, 0);
+    let base = Workload { units, first: 2, hops: 8, forks: 50, outputs: 100, bytes: 100, pattern, computing, seed: 0 };
+    let program = Workload { first: 1, forks: 0, outputs: 0, ..base };
     Some(match name {
         "random" => base,
         "ring" => Workload { pattern: Pattern::Ring, ..base },
-        // Work is handed out once and answered once.
-        "nqueens" => Workload { pattern: Pattern::Main, first: 32, hops: 1, forks: 0, outputs: 0, bytes: 240, ..base },
-        // Each answer is answered with more work.
-        "tsp" => Workload { pattern: Pattern::Main, first: 14, hops: 24, forks: 0, outputs: 0, bytes: 130, ..base },
-        // Rows to everybody, pivots back and forth.
-        "gauss" => {
-            Workload { pattern: Pattern::Exchange, first: 16, hops: 30, forks: 0, outputs: 0, bytes: 190, ..base }
-        }
+        // As they solve the smallest problem of §3.4.4, without what they compute.
+        "nqueens" => Workload { pattern: Pattern::Ask, hops: 7, bytes: 240, ..program },
+        "tsp" => Workload { pattern: Pattern::Search, hops: 47, bytes: 130, ..program },
+        "gauss" => Workload { pattern: Pattern::Eliminate, hops: 400, bytes: 190, ..program },
         _ => return None,
     })
 }
@@ -398,7 +396,13 @@ fn workload_from_file(path: &Path, units: usize) -> Result<Workload, String> {
         "main" => Pattern::Main,
         "exchange" => Pattern::Exchange,
         "ring" => Pattern::Ring,
-        other => return Err(format!("{}: pattern {other:?}; known are random, main, exchange, ring", path.display())),
+        "ask" => Pattern::Ask,
+        "search" => Pattern::Search,
+        "eliminate" => Pattern::Eliminate,
+        other => {
+            let known = "random, main, exchange, ring, ask, search, eliminate";
+            return Err(format!("{}: pattern {other:?}; known are {known}", path.display()));
+        }
     };
     let narrow = |n: u64| u32::try_from(n).expect("bounded above");
     Ok(Workload {
@@ -409,6 +413,7 @@ fn workload_from_file(path: &Path, units: usize) -> Result<Workload, String> {
         outputs: narrow(number("outputs", 100)?),
         bytes: narrow(number("bytes", 100)?),
         pattern,
+        computing: narrow(number("computing_us", 0)?),
         seed: 0,
     })
 }

@@ -27,6 +27,9 @@ pub struct Workload {
     pub bytes: u32,
     /// Whom messages go to.
     pub pattern: Pattern,
+    /// Microseconds that a process computes, on average, where its pattern has it compute. Only
+    /// sender-based logging gives it this time.
+    pub computing: u32,
     /// Distinguishes runs.
     pub seed: u64,
 }
@@ -44,6 +47,16 @@ pub enum Pattern {
     Ring,
     /// The next process, and only the first begins.
     Chain,
+    /// The others ask a main process, which answers at once; they compute on each answer (Johnson,
+    /// §3.4.4: nqueens). How long is uniform.
+    Ask,
+    /// The same, as a branch-and-bound search asks: after anything from 64 µs to the longest, each
+    /// doubling of the time being as frequent (tsp).
+    Search,
+    /// Elimination with a pivot in each step (gauss). The others send candidates to the main process; when all
+    /// have come it tells them whose row it is; that one sends its row to each, after the answer
+    /// of the one before; who has it computes and sends the next candidate. Four hops are a step.
+    Eliminate,
 }
 
 /// A message between processes.
@@ -181,9 +194,13 @@ impl Process {
         if std::mem::replace(&mut self.started, true) {
             return Vec::new();
         }
-        let alone = matches!(self.workload.pattern, Pattern::Main | Pattern::Chain) && self.id != 0;
-        let first = if alone { 0 } else { self.workload.first };
-        (0..first).flat_map(|k| self.send(self.id, scatter(self.digest ^ u64::from(k)), self.workload.hops)).collect()
+        let waits = match self.workload.pattern {
+            Pattern::Main | Pattern::Chain => self.id != 0,
+            Pattern::Ask | Pattern::Search | Pattern::Eliminate => self.id == 0,
+            Pattern::Random | Pattern::Exchange | Pattern::Ring => false,
+        };
+        let first = if waits { 0 } else { self.workload.first };
+        (0..first).map(|k| self.send(self.id, scatter(self.digest ^ u64::from(k)), self.workload.hops)).collect()
     }
 
     /// Whether this is the next message of its sender; one that is not is a duplicate or early.
@@ -211,10 +228,12 @@ impl Process {
         });
         let choice = scatter(self.digest);
         let mut effects = Vec::new();
-        if message.hops > 0 {
-            effects.extend(self.send(message.from, choice, message.hops - 1));
+        if self.workload.pattern == Pattern::Eliminate {
+            effects = self.eliminate(message);
+        } else if message.hops > 0 {
+            effects.push(self.send(message.from, choice, message.hops - 1));
             if choice >> 20 & 1023 < u64::from(self.workload.forks) {
-                effects.extend(self.send(message.from, scatter(choice), message.hops - 1));
+                effects.push(self.send(message.from, scatter(choice), message.hops - 1));
             }
         }
         if choice >> 40 & 1023 < u64::from(self.workload.outputs) {
@@ -229,20 +248,72 @@ impl Process {
         effects
     }
 
-    fn send(&mut self, came_from: usize, choice: u64, hops: u32) -> Option<Effect> {
+    /// What follows from a message of [`Pattern::Eliminate`]; its hops say what it is.
+    fn eliminate(&mut self, message: &Message) -> Vec<Effect> {
+        let others = self.workload.units - 1;
+        let after = |unit: usize| unit % others + 1;
+        let hops = message.hops;
+        // Whom the owner of the pivot's row has to send it to now; itself when all have it.
+        let next = match hops % 4 {
+            // A candidate.
+            0 if self.sii().is_multiple_of(others as u64) => {
+                return (1..=others).map(|to| self.send_to(to, hops - 1)).collect();
+            }
+            // Everybody sees the same owner in the main process's decision.
+            3 if 1 + message.data as usize % others == self.id => after(self.id),
+            0 | 3 => return Vec::new(),
+            // The row.
+            2 => {
+                let answer = self.send_to(message.from, hops - 1);
+                return [answer].into_iter().chain(self.candidate(hops / 4 * 4)).collect();
+            }
+            // The answer to it.
+            _ => after(message.from),
+        };
+        let step = hops / 4 * 4;
+        if next == self.id { self.candidate(step).into_iter().collect() } else { vec![self.send_to(next, step + 2)] }
+    }
+
+    fn candidate(&mut self, hops: u32) -> Option<Effect> {
+        (hops > 0).then(|| self.send_to(0, hops))
+    }
+
+    /// Microseconds that this process computes before it sends a message of its own.
+    pub fn computes_before(&self, message: &Message) -> u64 {
+        let Workload { pattern, computing, .. } = self.workload;
+        let mean = u64::from(computing);
+        let choice = scatter(message.data ^ message.ssn);
+        match pattern {
+            _ if mean == 0 || self.id == 0 || message.sent_in == 0 => 0,
+            Pattern::Eliminate if !message.hops.is_multiple_of(4) => 0,
+            Pattern::Ask | Pattern::Eliminate => choice % (2 * mean),
+            Pattern::Search => {
+                // Halves of the longest: their mean is two times that by their number.
+                let halves = u64::from((mean / 8).max(1).ilog2()) + 1;
+                mean * halves / 2 >> (choice % halves)
+            }
+            _ => 0,
+        }
+    }
+
+    fn send(&mut self, came_from: usize, choice: u64, hops: u32) -> Effect {
         let n = self.workload.units;
         let anybody = (self.id + 1 + choice as usize % (n - 1)) % n;
         let to = match self.workload.pattern {
             Pattern::Random => anybody,
-            Pattern::Main if self.id != 0 => 0,
-            Pattern::Main if came_from != 0 => came_from,
-            Pattern::Main => anybody,
+            Pattern::Main | Pattern::Ask | Pattern::Search | Pattern::Eliminate if self.id != 0 => 0,
+            Pattern::Main | Pattern::Ask | Pattern::Search | Pattern::Eliminate if came_from != 0 => came_from,
+            Pattern::Main | Pattern::Ask | Pattern::Search | Pattern::Eliminate => anybody,
             Pattern::Exchange if came_from != self.id && choice >> 50 & 3 != 0 => came_from,
             Pattern::Exchange => anybody,
             Pattern::Ring | Pattern::Chain => (self.id + 1) % n,
         };
+        self.send_to(to, hops)
+    }
+
+    fn send_to(&mut self, to: usize, hops: u32) -> Effect {
         self.sent[to] += 1;
-        Some(Effect::Send(Message {
+        Effect::Send(Message {
             from: self.id,
             to,
             ssn: self.sent[to],
@@ -250,7 +321,7 @@ impl Process {
             hops,
             bytes: self.workload.bytes,
             data: self.digest,
-        }))
+        })
     }
 }
 

@@ -17,7 +17,8 @@ pub struct Cost {
 pub fn cost(primitive: Primitive, sites: usize, safe: bool) -> Cost {
     let options = Options { safe, only: Some(primitive), ..Options::default() };
     let pattern = Pattern::Random;
-    let workload = Workload { units: sites, first: 1, hops: 0, forks: 0, outputs: 0, bytes: 100, pattern, seed: 1 };
+    let workload =
+        Workload { units: sites, first: 1, hops: 0, forks: 0, outputs: 0, bytes: 100, pattern, computing: 0, seed: 1 };
     let mut members = Member::system(workload, &options);
     let mut coming: Vec<(usize, Event<Packet>)> = vec![(0, Event::Timer(0))];
     let mut cost = Cost { deep: 0, messages: 0 };

@@ -1,6 +1,7 @@
 //! Sender-based logging through failures.
 
 use super::*;
+use crate::protocols::process::Pattern;
 use crate::protocols::sim::{
     Bounds, Crash, Failing, Plan, Victim, Violation, explore, run, run_failing_after_output, small, sweep,
 };
@@ -22,6 +23,41 @@ fn survives_one_failure_at_a_time() {
         report.steps > 1_300_000 && report.crashes > 1_000 && report.messages > 10_000 && report.held > 100,
         "{report:?}"
     );
+}
+
+/// The programs of §3.4.4 fail while they compute, too.
+#[test]
+fn programs_that_compute_survive() {
+    for pattern in [Pattern::Ask, Pattern::Search, Pattern::Eliminate] {
+        let plan = |seed| {
+            let mut plan = plan(seed);
+            plan.workload = Workload { pattern, first: 1, hops: 12, computing: 3_000, ..plan.workload };
+            plan
+        };
+        let report = sweep::<Unit>(0..300, plan).unwrap_or_else(|failing| panic!("{}", failing.explain::<Unit>()));
+        assert!(report.crashes > 100 && report.messages > 3_000, "{pattern:?} {report:?}");
+    }
+}
+
+/// Table 3.7: what is asked after a computation finds its RSNs acknowledged; answers carry those of their
+/// questions, unless another question has come meanwhile. And in each step of an elimination seven candidates, decisions,
+/// and six rows and answers are sent, about half of which have to wait.
+#[test]
+fn programs_send_as_theirs_did() {
+    let sent = |pattern, hops| {
+        let mut plan = Plan { crashes: Vec::new(), loss: 0, repeat: 0, ..plan(0) };
+        plan.options.checkpoint_every = 0;
+        plan.costs.jitter = 0;
+        plan.workload =
+            Workload { units: 8, first: 1, hops, forks: 0, outputs: 0, pattern, computing: 100_000, ..plan.workload };
+        run::<Unit>(&plan).expect("no violation")
+    };
+    let asked = sent(Pattern::Ask, 7);
+    assert_eq!((asked.sent_free, asked.sent_piggybacked + asked.held), (28, 28), "{asked:?}");
+    assert!(asked.sent_piggybacked > asked.held, "{asked:?}");
+    let eliminated = sent(Pattern::Eliminate, 40);
+    assert_eq!(eliminated.messages, 260);
+    assert!((100..160).contains(&eliminated.held) && eliminated.sent_free > 50, "{eliminated:?}");
 }
 
 /// The hybrid, too; and the optimisations save packets.

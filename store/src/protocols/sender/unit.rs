@@ -12,10 +12,20 @@ pub(super) type Action = super::Action<Packet>;
 
 const RETRANSMIT: u64 = 0;
 const FLUSH: u64 = 1;
+const COMPUTED: u64 = 2;
 /// Microseconds between retransmissions.
 const RETRANSMIT_EVERY: u64 = 4_000;
 /// Microseconds that RSNs and acknowledgements wait for a message to go with.
 const FLUSH_AFTER: u64 = 1_000;
+
+/// Whether a process computes. What it receives meanwhile is acknowledged as always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+enum Computing {
+    #[default]
+    NotYet,
+    Now,
+    Done,
+}
 
 /// A process, its message log and its protocol state.
 #[derive(Clone, Debug, Hash)]
@@ -41,6 +51,10 @@ pub struct Unit {
     pub(super) replaying: BTreeSet<usize>,
     /// Held sends and outputs.
     held: VecDeque<Effect>,
+    /// The first of these waits for acknowledgements.
+    waiting: bool,
+    /// What the process computes before the first of these is sent.
+    computing: Computing,
     flushing: bool,
     pub(super) recovery: Recovery,
     /// Messages sent during replay whose RSNs have not come back.
@@ -75,6 +89,8 @@ impl Unit {
             lives: vec![0; n],
             replaying: BTreeSet::new(),
             held: VecDeque::new(),
+            waiting: false,
+            computing: Computing::default(),
             flushing: false,
             recovery: Recovery::NotNeeded,
             unrestored: BTreeSet::new(),
@@ -106,6 +122,11 @@ impl Unit {
             Event::Timer(RETRANSMIT) => {
                 self.retransmit(actions);
                 actions.push(Action::Timer { timer: RETRANSMIT, after: RETRANSMIT_EVERY });
+            }
+            Event::Timer(COMPUTED) => {
+                self.computing = Computing::Done;
+                self.release(actions);
+                self.return_what_holds(actions);
             }
             Event::Timer(_) => {
                 self.flushing = false;
@@ -228,7 +249,6 @@ impl Unit {
     }
 
     pub(super) fn carry_out(&mut self, effects: Vec<Effect>, actions: &mut Vec<Action>) {
-        let new = effects.len();
         for effect in effects {
             match &effect {
                 // "Copies message m into its local volatile message log before transmitting" (§3.2.3).
@@ -240,14 +260,15 @@ impl Unit {
         }
         self.spill(actions);
         self.release(actions);
-        if !self.held.is_empty() {
-            self.counters.held += self.held.len().min(new) as u64;
-            // What is held waits for RSNs to be acknowledged, so they are returned at once (§3.2.5); without
-            // the optimisations they have been.
-            for other in self.others() {
-                if self.options.piggyback && self.unreturned[other] {
-                    self.send(other, Body::Nothing, actions);
-                }
+        self.return_what_holds(actions);
+    }
+
+    /// What is held waits for RSNs to be acknowledged, so they are returned at once (§3.2.5); without the
+    /// optimisations they have been.
+    fn return_what_holds(&mut self, actions: &mut Vec<Action>) {
+        for other in self.others() {
+            if self.waiting && self.options.piggyback && self.unreturned[other] {
+                self.send(other, Body::Nothing, actions);
             }
         }
     }
@@ -255,26 +276,51 @@ impl Unit {
     /// Lets out what need not be held (any more).
     fn release(&mut self, actions: &mut Vec<Action>) {
         while let Some(effect) = self.held.front() {
+            if let Effect::Send(message) = effect
+                && self.computing != Computing::Done
+                && !self.is_gathering()
+            {
+                let after = self.process.computes_before(message);
+                if after > 0 {
+                    if self.computing == Computing::NotYet {
+                        self.computing = Computing::Now;
+                        actions.push(Action::Timer { timer: COMPUTED, after });
+                    }
+                    break;
+                }
+            }
             let outstanding: Vec<usize> =
                 self.others().filter(|&other| !self.unacknowledged[other].is_empty()).collect();
             let free = outstanding.is_empty() || self.is_gathering() || self.options.bug == Some(Bug::NoHold);
             match effect {
                 Effect::Send(message) if free || self.options.piggyback && outstanding == [message.to] => {
                     let message = message.clone();
+                    let Counters { held, sent_free, sent_piggybacked, .. } = &mut self.counters;
+                    *if self.waiting {
+                        held
+                    } else if free {
+                        sent_free
+                    } else {
+                        sent_piggybacked
+                    } += 1;
+                    self.computing = Computing::NotYet;
                     self.held.pop_front();
-                    let counter = if free { &mut self.counters.sent_free } else { &mut self.counters.sent_piggybacked };
-                    *counter += 1;
                     self.send(message.to, Body::Message(message), actions);
                 }
                 Effect::Show(output) if free => {
                     let output = output.clone();
+                    self.counters.held += u64::from(self.waiting);
                     self.held.pop_front();
                     self.shown = output.number + 1;
                     actions.push(Action::Show(output));
                 }
-                _ => return,
+                _ => {
+                    self.waiting = true;
+                    return;
+                }
             }
         }
+        self.waiting = false;
     }
 
     /// Sends a packet with all RSNs and acknowledgements for that node.

@@ -136,6 +136,7 @@ impl<O: Default> Plan<O> {
             outputs: 300,
             bytes: 100,
             pattern: [Pattern::Random, Pattern::Main, Pattern::Exchange, Pattern::Ring][rng.index(4)],
+            computing: 0,
             seed: rng.bits(),
         };
         let nodes = units + usize::from(store_fails);
@@ -270,5 +271,5 @@ pub fn timeline<M: Machine>(plan: &Plan<M::Options>) -> (Vec<String>, Result<Rep
 /// the second, which answers each with one to the third. With outputs.
 pub fn small(units: usize, messages: u32) -> Workload {
     let pattern = Pattern::Chain;
-    Workload { units, first: messages / 2, hops: 1, forks: 0, outputs: 700, bytes: 10, pattern, seed: 1 }
+    Workload { units, first: messages / 2, hops: 1, forks: 0, outputs: 700, bytes: 10, pattern, computing: 0, seed: 1 }
 }
