@@ -3,6 +3,7 @@
 mod presets;
 mod recovery_state;
 mod simulate;
+mod workloads;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -4,8 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use super::Answer;
-use super::simulate::named_workload;
+use super::{Answer, workloads};
 use crate::protocols::family;
 use crate::protocols::group::{Primitive, cost};
 use crate::protocols::process::Workload;
@@ -156,7 +155,7 @@ fn johnson(seed: u64) -> Answer {
     for Program { name, size, messages, kilobytes, pending: [free, piggybacked, delayed], seconds, .. } in PROGRAMS {
         // Two packets and four times a processor are an RSN's round trip of 550 µs (§3.4.1).
         let costs = Costs { link: 90, jitter: 20, link_bytes_per_us: 1, processor: 50, ..Costs::default() };
-        let named = named_workload(name, 8).expect("a known name");
+        let named = workloads::named(name, 8).expect("a known name");
         // Gauss has a step for each row. The others have as many questions and answers as the paper's messages.
         let rounds = if name == "gauss" { size } else { (8.0 * messages / 14.0) as u32 };
         let workload = Workload {
@@ -261,7 +260,7 @@ fn elnozahy(seed: u64) -> Answer {
     );
     let mut rows = Vec::new();
     let workload =
-        Workload { first: 4, hops: 100, forks: 0, outputs: 20, ..named_workload("random", 8).expect("a known name") };
+        Workload { first: 4, hops: 100, forks: 0, outputs: 20, ..workloads::named("random", 8).expect("a known name") };
     // On 155 Mb/s ATM a message took about a millisecond then.
     let costs = Costs {
         link: 800,

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Answer, presets, recovery_state};
+use super::{Answer, presets, recovery_state, workloads};
 use crate::protocols::machine::Machine;
-use crate::protocols::process::{Pattern, Workload};
+use crate::protocols::process::Workload;
 use crate::protocols::rng::{Rng, scatter};
 use crate::protocols::sim::{Bounds, Costs, Crash, Explored, Failing, Partition, Plan, Report, Victim, Violation};
 use crate::protocols::sim::{explore, run, small, timeline};
@@ -288,9 +288,9 @@ impl Simulate {
     }
 
     fn workload(&self) -> Result<Workload, String> {
-        let mut workload = match named_workload(&self.workload, self.units) {
+        let mut workload = match workloads::named(&self.workload, self.units) {
             Some(workload) => workload,
-            None => workload_from_file(Path::new(&self.workload), self.units)?,
+            None => workloads::from_file(Path::new(&self.workload), self.units)?,
         };
         workload.seed = self.seed;
         if !(2..=63).contains(&workload.units) {
@@ -358,62 +358,4 @@ fn failed<M: Machine>(plan: &Plan<M::Options>, violation: Violation) -> Answer {
     let text = format!("{}\n{violation}\n\n{plan:#?}\n", timeline.join("\n"));
     let json = json!({ "violation": violation.to_string(), "plan": format!("{plan:?}"), "timeline": timeline });
     Answer { text, json, bad: true }
-}
-
-/// The communication patterns of Johnson's programs (§3.4.4), and two plain ones.
-pub(super) fn named_workload(name: &str, units: usize) -> Option<Workload> {
-    let (pattern, computing) = (Pattern::Random, 0);
-    let base = Workload { units, first: 2, hops: 8, forks: 50, outputs: 100, bytes: 100, pattern, computing, seed: 0 };
-    let program = Workload { first: 1, forks: 0, outputs: 0, ..base };
-    Some(match name {
-        "random" => base,
-        "ring" => Workload { pattern: Pattern::Ring, ..base },
-        // As they solve the smallest problem of §3.4.4, without what they compute.
-        "nqueens" => Workload { pattern: Pattern::Ask, hops: 7, bytes: 240, ..program },
-        "tsp" => Workload { pattern: Pattern::Search, hops: 47, bytes: 130, ..program },
-        "gauss" => Workload { pattern: Pattern::Eliminate, hops: 400, bytes: 190, ..program },
-        _ => return None,
-    })
-}
-
-fn workload_from_file(path: &Path, units: usize) -> Result<Workload, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| {
-        format!(
-            "--workload {}: neither a known name (nqueens, tsp, gauss, random, ring) nor readable: {error}",
-            path.display()
-        )
-    })?;
-    let value: Value = serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
-    let number = |name: &str, default: u64| match &value[name] {
-        Value::Null => Ok(default),
-        given => given
-            .as_u64()
-            .filter(|&n| n <= 1_000_000)
-            .ok_or_else(|| format!("{}: {name} is {given}; it must be a number from 0 to 1000000", path.display())),
-    };
-    let pattern = match value["pattern"].as_str().unwrap_or("random") {
-        "random" => Pattern::Random,
-        "main" => Pattern::Main,
-        "exchange" => Pattern::Exchange,
-        "ring" => Pattern::Ring,
-        "ask" => Pattern::Ask,
-        "search" => Pattern::Search,
-        "eliminate" => Pattern::Eliminate,
-        other => {
-            let known = "random, main, exchange, ring, ask, search, eliminate";
-            return Err(format!("{}: pattern {other:?}; known are {known}", path.display()));
-        }
-    };
-    let narrow = |n: u64| u32::try_from(n).expect("bounded above");
-    Ok(Workload {
-        units: usize::try_from(number("units", units as u64)?).expect("bounded above"),
-        first: narrow(number("first", 2)?),
-        hops: narrow(number("hops", 8)?),
-        forks: narrow(number("forks", 50)?),
-        outputs: narrow(number("outputs", 100)?),
-        bytes: narrow(number("bytes", 100)?),
-        pattern,
-        computing: narrow(number("computing_us", 0)?),
-        seed: 0,
-    })
 }

@@ -6,6 +6,7 @@
 //! | [`recovery_state`] | the current recovery state: batch, incremental, streaming | Johnson, ch. 4 |
 //! | [`process`] | the processes that are carried, and their messages | |
 //! | [`machine`] | what a protocol is: a state machine for each node | |
+//! | `writes` | what a node is writing to its stable storage | |
 //! | [`local`] | messages are stored before their receiver gets them | Publishing |
 //! | [`sender`] | messages are logged by their senders, in memory | Johnson, ch. 3 |
 //! | [`optimistic`] | messages are logged later, orphans are rolled back | Johnson, ch. 4 |
@@ -32,3 +33,4 @@ pub mod recovery_state;
 pub mod rng;
 pub mod sender;
 pub mod sim;
+mod writes;

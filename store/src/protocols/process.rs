@@ -290,7 +290,7 @@ impl Process {
             Pattern::Search => {
                 // Halves of the longest: their mean is two times that by their number.
                 let halves = u64::from((mean / 8).max(1).ilog2()) + 1;
-                mean * halves / 2 >> (choice % halves)
+                (mean * halves / 2) >> (choice % halves)
             }
             _ => 0,
         }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use super::{Body, Bug, Counters, Determinant, Determinants, Event, Message, Options, Outbox, Output, Packet, Phase};
 use super::{Process, Receipt, Sii};
 use crate::protocols::process::Effect;
+use crate::protocols::writes::Writes;
 
 type Action = super::Action<Packet>;
 
@@ -48,8 +49,7 @@ pub struct Unit {
     units: usize,
     /// Stable storage: the checkpoint, and the incarnation.
     disk: Saved,
-    writes: VecDeque<(u64, Saved)>,
-    next_token: u64,
+    writes: Writes<Saved>,
     process: Process,
     outbox: Outbox,
     depinfo: Determinants,
@@ -82,8 +82,7 @@ impl Unit {
         Self {
             options,
             units,
-            writes: VecDeque::new(),
-            next_token: 0,
+            writes: Writes::new(),
             process: disk.process.clone(),
             outbox: disk.outbox.clone(),
             depinfo: disk.depinfo.clone(),
@@ -174,8 +173,7 @@ impl Unit {
                 self.release(actions);
             }
             Event::Written(token) => {
-                if let Some(at) = self.writes.iter().position(|(t, _)| *t == token) {
-                    let (_, saved) = self.writes.remove(at).expect("just found");
+                if let Some(saved) = self.writes.done(token) {
                     let sii = saved.process.sii();
                     self.forget(self.id(), sii);
                     for other in self.others().chain([self.registrar()]) {
@@ -344,11 +342,7 @@ impl Unit {
                 incarnation: self.incarnation,
             };
             let bytes = saved.process.checkpoint_bytes() + saved.outbox.bytes();
-            // A name is free again when nothing is under way.
-            let token = if self.writes.is_empty() { 0 } else { self.next_token };
-            self.next_token = token + 1;
-            self.writes.push_back((token, saved));
-            actions.push(Action::Write { token, bytes });
+            self.writes.begin(saved, bytes, actions);
         }
     }
 
@@ -526,7 +520,7 @@ impl Unit {
     }
 
     pub(super) fn persist(&mut self, token: u64) {
-        if let Some((_, saved)) = self.writes.iter().find(|(t, _)| *t == token) {
+        if let Some(saved) = self.writes.get(token) {
             self.disk = Saved { incarnation: self.disk.incarnation.max(saved.incarnation), ..saved.clone() };
         }
     }

@@ -1,10 +1,11 @@
 //! The recording node: stores every message, watches the units, brings back those that fail.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use super::{Bug, Event, Options, Packet, Process, Workload};
 use crate::protocols::model::Sii;
 use crate::protocols::process::Message;
+use crate::protocols::writes::Writes;
 
 type Action = super::Action<Packet>;
 
@@ -43,9 +44,7 @@ pub struct Recorder {
     options: Options,
     workload: Workload,
     disk: Disk,
-    /// Being written.
-    writes: VecDeque<(u64, Record)>,
-    next_token: u64,
+    writes: Writes<Record>,
     /// Accepted, stored or being written: the highest number from each process to each other.
     accepted: Vec<Vec<u64>>,
     /// Up to where each unit says that it has received.
@@ -66,8 +65,7 @@ impl Recorder {
                 last: vec![0; n],
                 sent: vec![vec![0; n]; n],
             },
-            writes: VecDeque::new(),
-            next_token: 0,
+            writes: Writes::new(),
             accepted: vec![vec![0; n]; n],
             reached: vec![0; n],
             silent: vec![0; n],
@@ -113,7 +111,7 @@ impl Recorder {
                 if message.ssn == *accepted + 1 {
                     *accepted += 1;
                     let bytes = 64 + u64::from(message.bytes);
-                    let token = self.write(Record::Message(message), bytes, actions);
+                    let token = self.writes.begin(Record::Message(message), bytes, actions);
                     if self.options.bug == Some(Bug::ForwardBeforeStoring) {
                         self.announce(token, actions);
                     }
@@ -130,7 +128,7 @@ impl Recorder {
                     self.disk.stream[from] = self.disk.stream[from].split_off(&(process.sii() + 1));
                 }
                 let bytes = process.checkpoint_bytes();
-                self.write(Record::Checkpoint(process), bytes, actions);
+                self.writes.begin(Record::Checkpoint(process), bytes, actions);
             }
             Packet::Hello => {
                 self.reached[from] = self.disk.checkpoint[from].sii();
@@ -180,17 +178,8 @@ impl Recorder {
         actions.push(Action::Timer { timer: WATCH, after: WATCH_EVERY });
     }
 
-    fn write(&mut self, record: Record, bytes: u64, actions: &mut Vec<Action>) -> u64 {
-        // A name is free again when nothing is under way.
-        let token = if self.writes.is_empty() { 0 } else { self.next_token };
-        self.next_token = token + 1;
-        self.writes.push_back((token, record));
-        actions.push(Action::Write { token, bytes });
-        token
-    }
-
     pub(super) fn persist(&mut self, token: u64) {
-        let Some((_, record)) = self.writes.iter().find(|(t, _)| *t == token) else { return };
+        let Some(record) = self.writes.get(token) else { return };
         match record.clone() {
             Record::Message(message) => {
                 let sii = self.disk.last[message.to] + 1;
@@ -214,18 +203,18 @@ impl Recorder {
         if self.options.bug != Some(Bug::ForwardBeforeStoring) {
             self.announce(token, actions);
         }
-        self.writes.retain(|(t, _)| *t != token);
+        self.writes.done(token);
     }
 
     /// The message is recorded: says so to the sender and passes it on.
     fn announce(&self, token: u64, actions: &mut Vec<Action>) {
-        let Some((_, Record::Message(message))) = self.writes.iter().find(|(t, _)| *t == token) else { return };
+        let Some(Record::Message(message)) = self.writes.get(token) else { return };
         let recorded = Packet::Recorded { to: message.to, ssn: message.ssn };
         actions.push(Action::Send { to: message.from, packet: recorded });
         let early = self.options.bug == Some(Bug::ForwardBeforeStoring);
         let last = self.disk.last[message.to];
-        let before = self.writes.iter().take_while(|(t, _)| *t < token);
-        let ahead = before.filter(|(_, r)| matches!(r, Record::Message(m) if m.to == message.to)).count() as Sii;
+        let same = |record: &&Record| matches!(record, Record::Message(m) if m.to == message.to);
+        let ahead = self.writes.before(token).filter(same).count() as Sii;
         let sii = if early { last + ahead + 1 } else { last };
         actions.push(Action::Send { to: message.to, packet: Packet::Forward { sii, message: message.clone() } });
     }

@@ -1,10 +1,11 @@
 //! The store: logging server, checkpoint server, recovery server (Johnson, §4.5.4 to §4.5.6).
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Bug, Event, Message, Options, Packet, Process, Saved, Sii, Workload};
 use crate::protocols::process::Outbox;
 use crate::protocols::recovery_state::RecoveryState;
+use crate::protocols::writes::Writes;
 
 type Action = super::Action<Packet>;
 
@@ -50,8 +51,7 @@ pub struct Store {
     options: Options,
     units: usize,
     disk: Disk,
-    writes: VecDeque<(u64, Record)>,
-    next_token: u64,
+    writes: Writes<Record>,
     round: Option<Round>,
 }
 
@@ -66,7 +66,7 @@ impl Store {
             state: RecoveryState::new(n),
             round: 0,
         };
-        Self { options, units: n, disk, writes: VecDeque::new(), next_token: 0, round: None }
+        Self { options, units: n, disk, writes: Writes::new(), round: None }
     }
 
     pub(super) fn recovery_state(&self) -> Vec<Sii> {
@@ -133,7 +133,7 @@ impl Store {
                     *known = life.max(*known);
                 }
                 let being_written = |record: &Record| matches!(record, Record::Log { unit, last_of_round, .. } if *unit == from && *last_of_round == Some(round));
-                if self.writes.iter().any(|(_, record)| being_written(record)) {
+                if self.writes.iter().any(being_written) {
                     return;
                 }
                 if let Some(saved) = saved {
@@ -181,7 +181,7 @@ impl Store {
     }
 
     fn is_being_written(&self, by: usize, of: u64, sii: Sii) -> bool {
-        self.writes.iter().any(|(_, record)| match record {
+        self.writes.iter().any(|record| match record {
             Record::Log { unit, round, messages, .. } => {
                 *unit == by && *round == of && messages.iter().any(|(s, _)| *s == sii)
             }
@@ -195,15 +195,11 @@ impl Store {
             Record::Checkpoint { saved, .. } => saved.process.checkpoint_bytes() + saved.outbox.bytes(),
             Record::RollBack { .. } => 64,
         };
-        // A name is free again when nothing is under way.
-        let token = if self.writes.is_empty() { 0 } else { self.next_token };
-        self.next_token = token + 1;
-        self.writes.push_back((token, record));
-        actions.push(Action::Write { token, bytes });
+        self.writes.begin(record, bytes, actions);
     }
 
     pub(super) fn persist(&mut self, token: u64) {
-        let Some((_, record)) = self.writes.iter().find(|(t, _)| *t == token) else { return };
+        let Some(record) = self.writes.get(token) else { return };
         match record.clone() {
             Record::Log { unit, round, messages, .. } if round == self.disk.round => {
                 for (sii, message) in messages {
@@ -250,8 +246,7 @@ impl Store {
     }
 
     fn written(&mut self, token: u64, actions: &mut Vec<Action>) {
-        let Some(at) = self.writes.iter().position(|(t, _)| *t == token) else { return };
-        let Some((_, record)) = self.writes.remove(at) else { return };
+        let Some(record) = self.writes.done(token) else { return };
         match record {
             Record::Log { unit, messages, last_of_round: None, .. } => {
                 self.say_logged(unit, messages.into_iter().map(|(sii, _)| sii).collect(), actions);

@@ -7,6 +7,7 @@ use super::recovery::Recovery;
 use super::storage::{Checkpoint, Disk, Record};
 use super::{Body, Bug, Counters, Event, Extension, Message, Options, Packet, Phase, Process, Rsn};
 use crate::protocols::process::Effect;
+use crate::protocols::writes::Writes;
 
 pub(super) type Action = super::Action<Packet>;
 
@@ -33,8 +34,7 @@ pub struct Unit {
     pub(super) options: Options,
     pub(super) id: usize,
     pub(super) disk: Disk,
-    writes: VecDeque<(u64, Record)>,
-    next_token: u64,
+    writes: Writes<Record>,
     pub(super) process: Process,
     pub(super) log: Log,
     /// RSN history list: what RSN was returned for each message since the last checkpoint.
@@ -78,8 +78,7 @@ impl Unit {
             options,
             id: process.id,
             disk,
-            writes: VecDeque::new(),
-            next_token: 0,
+            writes: Writes::new(),
             process,
             log,
             history: vec![BTreeMap::new(); n],
@@ -401,23 +400,18 @@ impl Unit {
     }
 
     pub(super) fn write(&mut self, record: Record, bytes: u64, actions: &mut Vec<Action>) {
-        // A name is free again when nothing is under way.
-        let token = if self.writes.is_empty() { 0 } else { self.next_token };
-        self.next_token = token + 1;
-        self.writes.push_back((token, record));
-        actions.push(Action::Write { token, bytes });
+        self.writes.begin(record, bytes, actions);
     }
 
     pub(super) fn stored(&mut self, token: u64) {
-        if let Some((_, record)) = self.writes.iter().find(|(t, _)| *t == token) {
+        if let Some(record) = self.writes.get(token) {
             self.disk.store(record);
         }
     }
 
     fn written(&mut self, token: u64, actions: &mut Vec<Action>) {
-        let Some(at) = self.writes.iter().position(|(t, _)| *t == token) else { return };
-        match self.writes.remove(at) {
-            Some((_, Record::Checkpoint(checkpoint))) => {
+        match self.writes.done(token) {
+            Some(Record::Checkpoint(checkpoint)) => {
                 let Process { received, .. } = checkpoint.process;
                 for other in self.others() {
                     // "The RSN history list may be purged when the process is checkpointed" (§3.2.2).
@@ -425,7 +419,7 @@ impl Unit {
                     self.send(other, Body::Checkpointed { received: received[other] }, actions);
                 }
             }
-            Some((_, Record::Replayed { .. })) => self.replay_stored(actions),
+            Some(Record::Replayed { .. }) => self.replay_stored(actions),
             _ => {}
         }
     }
@@ -437,13 +431,13 @@ impl Unit {
 
     /// The process and its log are lost as in a failure, and what is being written is not to count.
     pub(super) fn roll_back(&mut self) {
-        self.writes.iter_mut().for_each(|(_, record)| *record = Record::Nothing);
+        self.writes.iter_mut().for_each(|record| *record = Record::Nothing);
         let mut before = self.clone();
         self.fail();
         std::mem::swap(&mut self.writes, &mut before.writes);
         std::mem::swap(&mut self.lives, &mut before.lives);
         std::mem::swap(&mut self.replaying, &mut before.replaying);
-        (self.next_token, self.shown, self.counters) = (before.next_token, before.shown, before.counters);
+        (self.shown, self.counters) = (before.shown, before.counters);
     }
 
     pub(super) fn the_process(&self) -> Option<&Process> {
