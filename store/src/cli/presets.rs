@@ -23,7 +23,7 @@ pub(super) enum Preset {
     Johnson,
     /// Elnozahy, §5: one failure, and one during the recovery from another; both recoveries
     Elnozahy,
-    /// ISIS, figures 2 and 3: messages between sites for one broadcast of each primitive
+    /// ISIS, figures 2 and 3: messages between sites for one broadcast of each primitive, and how many in a second
     Isis,
 }
 
@@ -324,5 +324,29 @@ fn isis() -> Answer {
             json!({ "primitive": name, "in_a_row": deep, "latency_ms": latency, "messages_2": two, "messages_4": four, "messages_8": eight }),
         );
     }
+    text.push_str(&throughput(&mut rows));
     Answer { text, json: Value::Array(rows), bad: false }
+}
+
+/// Figure 2, as far as the text tells of it: a sender that waits for each ABCAST is busy for 30 to 35 % of the
+/// time. That says what a message takes its processor, and so how many CBCASTs it can send that wait for nothing.
+fn throughput(rows: &mut Vec<Value>) -> String {
+    let mut text = String::from(
+        "\nbroadcasts in a second if the sender of ABCASTs, one after the other, is busy for a third of the time\n",
+    );
+    let _ = writeln!(
+        text,
+        "{:<6} {:>14} {:>8} {:>8} {:>20}",
+        "sites", "ms for a packet", "ABCAST", "CBCAST", "others busy, CBCAST"
+    );
+    for sites in [2, 4, 8] {
+        let (abcast, cbcast) = (cost(Primitive::Abcast, sites, false), cost(Primitive::Cbcast, sites, false));
+        let latency = f64::from(16 * abcast.deep + 20);
+        let packet = latency / 3.0 / f64::from(abcast.sender);
+        let (one, other) = (1e3 / latency, 1e3 / packet / f64::from(cbcast.sender));
+        let busy = 100.0 * f64::from(cbcast.other) / f64::from(cbcast.sender);
+        let _ = writeln!(text, "{sites:<6} {packet:>15.1} {one:>8.0} {other:>8.0} {busy:>18.0} %");
+        rows.push(json!({ "sites": sites, "packet_ms": packet, "abcasts_per_s": one, "cbcasts_per_s": other, "others_busy_percent": busy }));
+    }
+    text
 }

@@ -11,6 +11,10 @@ pub struct Cost {
     pub deep: u32,
     /// Altogether, without acknowledgements of the channels and the forgetting of ids.
     pub messages: u32,
+    /// Of these, sent or received by the site that broadcasts.
+    pub sender: u32,
+    /// And by the one of the others that has most of them.
+    pub other: u32,
 }
 
 /// One broadcast of the oldest site to a group of so many, on a network that is in step.
@@ -21,7 +25,8 @@ pub fn cost(primitive: Primitive, sites: usize, safe: bool) -> Cost {
         Workload { units: sites, first: 1, hops: 0, forks: 0, outputs: 0, bytes: 100, pattern, computing: 0, seed: 1 };
     let mut members = Member::system(workload, &options);
     let mut coming: Vec<(usize, Event<Packet>)> = vec![(0, Event::Timer(0))];
-    let mut cost = Cost { deep: 0, messages: 0 };
+    let (mut deep, mut messages) = (0, 0);
+    let mut handled = vec![0; sites];
     let mut delivered = false;
     for round in 0..20 {
         let mut next = Vec::new();
@@ -30,17 +35,20 @@ pub fn cost(primitive: Primitive, sites: usize, safe: bool) -> Cost {
             members[node].step(event, &mut actions);
             for action in actions {
                 if let Action::Send { to, packet } = action {
-                    cost.messages += u32::from(counts(&packet));
+                    let counts = u32::from(counts(&packet));
+                    messages += counts;
+                    handled[node] += counts;
+                    handled[to] += counts;
                     next.push((to, Event::Packet { from: node, packet }));
                 }
             }
         }
         coming = next;
         if !delivered && has_it(&members[sites - 1]) {
-            (delivered, cost.deep) = (true, round);
+            (delivered, deep) = (true, round);
         }
     }
-    cost
+    Cost { deep, messages, sender: handled[0], other: handled[1..].iter().copied().max().unwrap_or(0) }
 }
 
 fn counts(packet: &Packet) -> bool {

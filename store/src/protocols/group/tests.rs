@@ -182,4 +182,7 @@ fn orders_of_a_small_group() {
 fn primitives_cost_what_the_paper_says() {
     let deep = |primitive| cost(primitive, 4, false).deep;
     assert_eq!([Primitive::Cbcast, Primitive::Abcast, Primitive::Gbcast].map(deep), [1, 3, 5]);
+    // Figure 2: while nothing is waited for, the sender is busy, and seven others have little to do.
+    let handled = |primitive| (cost(primitive, 8, false).sender, cost(primitive, 8, false).other);
+    assert_eq!((handled(Primitive::Cbcast), handled(Primitive::Abcast)), ((7, 1), (21, 3)));
 }
