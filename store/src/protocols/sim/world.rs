@@ -321,7 +321,7 @@ impl<M: Machine> World<M> {
         self.up[node] = false;
         self.life[node] += 1;
         self.disk_free[node] = 0;
-        self.processor_free[node] = 0;
+        self.processor_free[node] = self.now;
         self.checks.crashed(node);
         self.groups.crashed(node);
         self.failed_at[node].get_or_insert(self.now);
