@@ -6,10 +6,11 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{Answer, presets, recovery_state, workloads};
-use crate::protocols::machine::Machine;
 use crate::protocols::process::Workload;
 use crate::protocols::rng::{Rng, scatter};
-use crate::protocols::sim::{Bounds, Costs, Crash, Explored, Failing, Partition, Plan, Report, Victim, Violation};
+use crate::protocols::sim::{
+    Bounds, Costs, Crash, Explored, Failing, Partition, Plan, Report, Subject, Victim, Violation,
+};
 use crate::protocols::sim::{explore, run, small, timeline};
 use crate::protocols::{family, group, local, optimistic, sender};
 
@@ -206,7 +207,7 @@ impl Simulate {
         }
     }
 
-    fn simulate<M: Machine>(&self, store: bool, choose: impl Fn(&mut Plan<M::Options>)) -> Result<Answer, String> {
+    fn simulate<M: Subject>(&self, store: bool, choose: impl Fn(&mut Plan<M::Options>)) -> Result<Answer, String> {
         let workload = self.workload()?;
         if let Some(states) = self.exhaustive {
             let mut plan = self.plan::<M>(small(3, 4), store, 1);
@@ -248,7 +249,7 @@ impl Simulate {
         Ok(self.figures(&sum, slowest))
     }
 
-    fn plan<M: Machine>(&self, workload: Workload, store: bool, seed: u64) -> Plan<M::Options> {
+    fn plan<M: Subject>(&self, workload: Workload, store: bool, seed: u64) -> Plan<M::Options> {
         if self.vary {
             return Plan::random(seed, 4, store);
         }
@@ -331,7 +332,7 @@ impl Simulate {
     }
 }
 
-fn explored<M: Machine>(plan: &Plan<M::Options>, bounds: Bounds) -> Answer {
+fn explored<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds) -> Answer {
     let begun = std::time::Instant::now();
     match explore::<M>(plan, bounds) {
         Ok(Explored { states, steps, ends, complete }) => {
@@ -352,7 +353,7 @@ fn explored<M: Machine>(plan: &Plan<M::Options>, bounds: Bounds) -> Answer {
 }
 
 /// A run that broke an invariant: the smallest plan that does, and what happens in it.
-fn failed<M: Machine>(plan: &Plan<M::Options>, violation: Violation) -> Answer {
+fn failed<M: Subject>(plan: &Plan<M::Options>, violation: Violation) -> Answer {
     let (failing, timeline) = Failing { plan: plan.clone(), violation }.shrunk::<M>();
     let Failing { plan, violation } = failing;
     let text = format!("{}\n{violation}\n\n{plan:#?}\n", timeline.join("\n"));

@@ -363,10 +363,6 @@ impl Machine for Member {
         if self.replica().is_some() { Phase::Live } else { Phase::Recovering }
     }
 
-    fn member(&self) -> Option<&Member> {
-        Some(self)
-    }
-
     fn counters(&self) -> Counters {
         self.figures()
     }

@@ -3,7 +3,6 @@
 use std::fmt::{Debug, Display};
 use std::hash::{Hash, Hasher};
 
-use super::group::Member;
 use super::model::Sii;
 use super::process::{Output, Process, Workload};
 
@@ -116,11 +115,6 @@ pub trait Machine: Clone + Debug + Hash {
 
     /// The process that it carries.
     fn process(&self) -> Option<&Process>;
-
-    /// The member of a group that it is.
-    fn member(&self) -> Option<&Member> {
-        None
-    }
 
     /// What kind of node it is.
     fn role(&self) -> &'static str {

@@ -50,7 +50,7 @@ pub enum Pattern {
     /// The others ask a main process, which answers at once; they compute on each answer (Johnson,
     /// §3.4.4: nqueens). How long is uniform.
     Ask,
-    /// The same, as a branch-and-bound search asks: after anything from 64 µs to the longest, each
+    /// The same, as a branch-and-bound search asks: after anything from some 100 µs to the longest, each
     /// doubling of the time being as frequent (tsp).
     Search,
     /// Elimination with a pivot in each step (gauss). The others send candidates to the main process; when all

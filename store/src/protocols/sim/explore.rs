@@ -13,9 +13,10 @@ use std::rc::Rc;
 
 use super::checks::Checks;
 use super::group_checks::GroupChecks;
+use super::subject::Subject;
 use super::tell::Tale;
 use super::{Plan, Violation};
-use crate::protocols::machine::{Action, Event, Machine, Phase};
+use crate::protocols::machine::{Action, Event, Phase};
 
 /// How far a search goes.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +68,7 @@ impl fmt::Display for Counterexample {
 ///
 /// In every state the checks must hold, and from every state the end must be reachable without further
 /// failures. That is not checked if the search stops at its limit of states.
-pub fn explore<M: Machine>(plan: &Plan<M::Options>, bounds: Bounds) -> Result<Explored, Box<Counterexample>> {
+pub fn explore<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds) -> Result<Explored, Box<Counterexample>> {
     let crashes = bounds.crashes;
     let mut found = Found::default();
     let tell =
@@ -110,7 +111,7 @@ pub fn explore<M: Machine>(plan: &Plan<M::Options>, bounds: Bounds) -> Result<Ex
 }
 
 /// A state that the search is in, and what it has not tried there.
-struct Visit<M: Machine> {
+struct Visit<M: Subject> {
     state: State<M>,
     index: u32,
     done: bool,
@@ -119,7 +120,7 @@ struct Visit<M: Machine> {
     leads_to: Vec<u32>,
 }
 
-impl<M: Machine> Visit<M> {
+impl<M: Subject> Visit<M> {
     fn new(state: State<M>, index: u32, delays: usize, bounds: Bounds, plan: &Plan<M::Options>) -> Self {
         let done = state.unrecoverable || state.missing().is_none();
         let failures = state.failures(bounds.nodes, plan.down_at_most).into_iter().map(|step| (step, delays));
@@ -183,7 +184,7 @@ impl Found {
     }
 
     /// All that follows from a state has been tried, but for what is further up on the path.
-    fn leave<M: Machine>(&mut self, visit: &Visit<M>) {
+    fn leave<M: Subject>(&mut self, visit: &Visit<M>) {
         if visit.done || visit.leads_to.iter().any(|&to| self.ends[to as usize]) {
             self.ends[visit.index as usize] = true;
         } else {
@@ -209,7 +210,7 @@ impl Found {
 }
 
 /// Goes again to a state, and one step further, and tells.
-fn counterexample<M: Machine>(
+fn counterexample<M: Subject>(
     plan: &Plan<M::Options>,
     crashes: usize,
     found: &Found,
@@ -269,7 +270,7 @@ type Lane<P> = VecDeque<Shared<P>>;
 
 /// A state of the system.
 #[derive(Clone)]
-struct State<M: Machine> {
+struct State<M: Subject> {
     nodes: Vec<Shared<M>>,
     up: Vec<bool>,
     packets: BTreeMap<(u8, u8), Lane<M::Packet>>,
@@ -286,7 +287,7 @@ struct State<M: Machine> {
     tale: Option<Tale>,
 }
 
-impl<M: Machine> State<M> {
+impl<M: Subject> State<M> {
     fn created(plan: &Plan<M::Options>, crashes: usize) -> Self {
         let nodes: Vec<Shared<M>> =
             M::system(plan.workload, &plan.options).into_iter().map(|m| Shared(Hashed::new(m))).collect();

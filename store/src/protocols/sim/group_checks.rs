@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 
 use super::Violation;
+use super::subject::Subject;
 use crate::protocols::group::{Broadcast, Cut, Entry, Id, Kind, LABELS, Member, Payload, Replica, Site, digest_of};
-use crate::protocols::machine::Machine;
 use crate::protocols::process::Output;
 use crate::protocols::rng::scatter;
 
@@ -51,7 +51,7 @@ impl GroupChecks {
     }
 
     /// After a step of `node`.
-    pub(super) fn stepped<M: Machine, B: Borrow<M>>(
+    pub(super) fn stepped<M: Subject, B: Borrow<M>>(
         &mut self,
         node: usize,
         machines: &[B],
@@ -127,7 +127,7 @@ impl GroupChecks {
     }
 
     /// Why the run is not at its end; `None` when everybody is, with the same state.
-    pub(super) fn missing<M: Machine, B: Borrow<M>>(&self, machines: &[B], up: &[bool]) -> Option<String> {
+    pub(super) fn missing<M: Subject, B: Borrow<M>>(&self, machines: &[B], up: &[bool]) -> Option<String> {
         let mut first: Option<BTreeSet<String>> = None;
         for (node, machine) in machines.iter().enumerate() {
             let member = machine.borrow().member()?;

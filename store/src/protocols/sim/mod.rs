@@ -10,15 +10,16 @@ mod explore;
 mod group_checks;
 pub mod recorder_load;
 mod shrink;
+mod subject;
 mod tell;
 mod world;
 
 pub use checks::Violation;
 pub use explore::{Bounds, Counterexample, Explored, explore};
 pub use shrink::{Failing, sweep};
+pub use subject::Subject;
 pub use world::World;
 
-use super::machine::Machine;
 use super::process::{Pattern, Workload};
 use super::rng::Rng;
 
@@ -228,14 +229,14 @@ impl Report {
 }
 
 /// Carries out a plan.
-pub fn run<M: Machine>(plan: &Plan<M::Options>) -> Result<Report, Violation> {
+pub fn run<M: Subject>(plan: &Plan<M::Options>) -> Result<Report, Violation> {
     World::<M>::new(plan, false).finish()
 }
 
 /// Carries out a plan, and on the side what would happen if, right after something was shown, the
 /// unit that showed it failed, with as many others as are tolerated. So what was shown has to be
 /// recoverable then and there. Returns how many times something was shown.
-pub fn run_failing_after_output<M: Machine>(plan: &Plan<M::Options>) -> Result<u64, Violation> {
+pub fn run_failing_after_output<M: Subject>(plan: &Plan<M::Options>) -> Result<u64, Violation> {
     let mut world = World::<M>::new(plan, false);
     let mut shows = 0;
     while world.next()? {
@@ -255,7 +256,7 @@ pub fn run_failing_after_output<M: Machine>(plan: &Plan<M::Options>) -> Result<u
 }
 
 /// Carries out a plan and tells what happened, line by line.
-pub fn timeline<M: Machine>(plan: &Plan<M::Options>) -> (Vec<String>, Result<Report, Violation>) {
+pub fn timeline<M: Subject>(plan: &Plan<M::Options>) -> (Vec<String>, Result<Report, Violation>) {
     let mut world = World::<M>::new(plan, true);
     let result = loop {
         match world.next() {

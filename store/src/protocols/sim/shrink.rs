@@ -1,7 +1,7 @@
 //! Making a failing plan small enough to read.
 
+use super::subject::Subject;
 use super::{Plan, Victim, Violation, run};
-use crate::protocols::machine::Machine;
 
 /// A plan that breaks an invariant, and which.
 #[derive(Clone, Debug)]
@@ -14,7 +14,7 @@ pub struct Failing<O> {
 
 impl<O: Clone + std::fmt::Debug> Failing<O> {
     /// A smaller plan that fails, not necessarily in the same way, and what happens in it line by line.
-    pub fn shrunk<M: Machine<Options = O>>(&self) -> (Self, Vec<String>) {
+    pub fn shrunk<M: Subject<Options = O>>(&self) -> (Self, Vec<String>) {
         let plan = shrink::<M>(&self.plan);
         let (lines, result) = super::timeline::<M>(&plan);
         let violation = result.err().unwrap_or_else(|| self.violation.clone());
@@ -22,14 +22,14 @@ impl<O: Clone + std::fmt::Debug> Failing<O> {
     }
 
     /// That, to read.
-    pub fn explain<M: Machine<Options = O>>(&self) -> String {
+    pub fn explain<M: Subject<Options = O>>(&self) -> String {
         let (Self { plan, violation }, lines) = self.shrunk::<M>();
         format!("{}\n{violation}\n\n{plan:#?}\n", lines.join("\n"))
     }
 }
 
 /// A smaller plan that still breaks an invariant.
-fn shrink<M: Machine>(plan: &Plan<M::Options>) -> Plan<M::Options> {
+fn shrink<M: Subject>(plan: &Plan<M::Options>) -> Plan<M::Options> {
     let mut plan = plan.clone();
     let fails = |candidate: &Plan<M::Options>| run::<M>(candidate).is_err();
     loop {
@@ -99,7 +99,7 @@ fn candidates<O: Clone>(plan: &Plan<O>) -> Vec<Plan<O>> {
 }
 
 /// Runs the plans of many seeds, up to the first that fails.
-pub fn sweep<M: Machine>(
+pub fn sweep<M: Subject>(
     seeds: std::ops::Range<u64>,
     plan: impl Fn(u64) -> Plan<M::Options>,
 ) -> Result<super::Report, Box<Failing<M::Options>>> {

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use super::checks::Checks;
 use super::group_checks::GroupChecks;
+use super::subject::Subject;
 use super::tell::Tale;
 use super::{Crash, Plan, Report, Victim, Violation};
-use crate::protocols::machine::{Action, Event, Machine, Phase};
+use crate::protocols::machine::{Action, Event, Phase};
 use crate::protocols::rng::Rng;
 
 /// What is on its way. `life` says to which life of the node it belongs.
@@ -32,7 +33,7 @@ impl<P> Coming<P> {
 
 /// A system in the course of a run.
 #[derive(Clone, Debug)]
-pub struct World<M: Machine> {
+pub struct World<M: Subject> {
     machines: Vec<M>,
     up: Vec<bool>,
     life: Vec<u32>,
@@ -62,7 +63,7 @@ pub struct World<M: Machine> {
     actions: Vec<Action<M::Packet>>,
 }
 
-impl<M: Machine> World<M> {
+impl<M: Subject> World<M> {
     /// A system as it is created.
     pub fn new(plan: &Plan<M::Options>, keep_timeline: bool) -> Self {
         let machines = M::system(plan.workload, &plan.options);
