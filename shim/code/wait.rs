@@ -173,8 +173,9 @@ pub(crate) fn select(control: &Control, call: &Call) -> Option<i64> {
                 to[i] = copied as u64;
             }
         }
-        let time = [left / SECOND, left % SECOND];
-        let time = if left == NEVER { 0 } else { (&raw const time) as u64 };
+        // The kernel leaves there what is left.
+        let mut time = [left / SECOND, left % SECOND];
+        let time = if left == NEVER { 0 } else { (&raw mut time) as u64 };
         syscall(nr::PSELECT6, [count as u64, to[0], to[1], to[2], time, 0])
     };
     let mut wait = Wait::new(control, call, digest, limit);
@@ -413,7 +414,7 @@ fn give(control: &Control) {
         return;
     }
     if control.shared.load(SeqCst) != 0 {
-        let (supervisor, tracer) = (control.parent.load(Relaxed), u64::from(control.tracer.load(Relaxed)));
+        let (supervisor, tracer) = (control.supervisor.load(Relaxed), u64::from(control.tracer.load(Relaxed)));
         syscall(nr::TGKILL, [supervisor, tracer, SIGUSR2, 0, 0, 0]);
     }
 }

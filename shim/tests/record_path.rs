@@ -11,8 +11,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Instant;
 
 use ftrun_abi::fast::{
-    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_BYTES_MAX, CONTROL_BASE, CONTROL_BYTES, Control, FD_PRIVATE,
-    RING_BASE, area,
+    AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_BYTES_MAX, CONTROL_BASE, CONTROL_BYTES, Control, FD_COUNTED,
+    FD_PRIVATE, RING_BASE, area,
 };
 use ftrun_abi::ring::Ring;
 
@@ -130,6 +130,11 @@ struct Case {
     limit: u64,
 }
 
+/// Where in [`Bench::buffer`] there are a message's header, a set of descriptors and zeroes.
+const HEADER: usize = 20480;
+const READY: usize = 24576;
+const ZERO: usize = 28672;
+
 /// A pair of TCP sockets on the loopback interface, an epoll set with the near one, and memory.
 struct Bench {
     near: TcpStream,
@@ -171,6 +176,13 @@ impl Bench {
     fn cases(&mut self) -> Vec<Case> {
         let (file, null) = (self.file.as_raw_fd() as u64, c"/dev/null".as_ptr() as u64);
         let (fd, set, at) = (self.near.as_raw_fd() as u64, self.set as u64, self.buffer.as_mut_ptr() as u64);
+        // Behind what is received: `struct msghdr`, its piece, and a set with the file in it, which is always ready.
+        let (header, ready, zero) = (at + HEADER as u64, at + READY as u64, at + ZERO as u64);
+        let message = [0, 0, header + 56, 1, 0, 0, 0, at, 4096];
+        for (word, to) in message.into_iter().zip(self.buffer[HEADER..].chunks_exact_mut(8)) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        self.buffer[READY..READY + 8].copy_from_slice(&(1u64 << file).to_le_bytes());
         let case = |name, nr, args, feed, drain, limit| Case { name, nr, args, feed, drain, limit };
         vec![
             case("getppid", libc::SYS_getppid, [0; 6], 0, 0, 360),
@@ -182,9 +194,12 @@ impl Bench {
             case("write 100 B", libc::SYS_write, [fd, at, 100, 0, 0, 0], 0, 100, 1050),
             case("write 4 KiB", libc::SYS_write, [fd, at, 4096, 0, 0, 0], 0, 4096, 3500),
             case("fstat", libc::SYS_fstat, [fd, at, 0, 0, 0, 0], 0, 0, 950),
-            case("setsockopt", libc::SYS_setsockopt, [fd, 6, 1, at + 8192, 4, 0], 0, 0, 1250),
+            case("setsockopt", libc::SYS_setsockopt, [fd, 6, 1, zero, 4, 0], 0, 0, 1250),
             case("pwrite 4 KiB", libc::SYS_pwrite64, [file, at, 4096, 0, 0, 0], 0, 0, 3500),
             case("openat", libc::SYS_openat, [-100i64 as u64, null, 0, 0, 0, 0], 0, 0, 850),
+            case("recvmsg 100 B", libc::SYS_recvmsg, [fd, header, 0, 0, 0, 0], 100, 0, 1200),
+            case("select", libc::SYS_select, [file + 1, ready, 0, 0, zero, 0], 0, 0, 1700),
+            case("epoll_pwait2", libc::SYS_epoll_pwait2, [set, at, 64, zero, 0, 8], 1, 0, 1150),
             case("epoll_wait", libc::SYS_epoll_wait, [set, at, 64, 0, 0, 0], 1, 0, 780),
         ]
     }
@@ -203,7 +218,8 @@ impl Bench {
                 assert_eq!(close(libc::SYS_close, [result as u64, 0, 0, 0, 0, 0]), 0);
                 result
             }
-            libc::SYS_epoll_wait => {
+            libc::SYS_select => 1,
+            libc::SYS_epoll_wait | libc::SYS_epoll_pwait2 => {
                 self.near.read_exact(&mut self.sink[..case.feed]).expect("what it reported");
                 1
             }
@@ -239,6 +255,11 @@ fn stepped() {
             bench.after(&case, result);
         }
         assert!(control().fast.load(SeqCst) - before >= WARM, "{} is served in the process", case.name);
+        if matches!(case.nr, libc::SYS_read | libc::SYS_write) {
+            // SAFETY: as in `own`.
+            let known = unsafe { (&(*(CONTROL_BASE as *mut Control)).fds)[bench.near.as_raw_fd() as usize] };
+            assert!(known & FD_COUNTED != 0, "{}: the stream is not counted", case.name);
+        }
         bench.before(&case);
         // SAFETY: the tracer waits for this.
         unsafe { asm!("int3") };

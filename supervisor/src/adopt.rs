@@ -61,6 +61,8 @@ impl Unit {
         pages.commit(&staged).map_err(broken("keeping pages"))?;
         hide_vdso(&mut pages, &mut mm.auxv, regs.rsp, vdso).map_err(broken("hiding the vDSO"))?;
         self.pages = Arc::new(RwLock::new(pages));
+        // Descriptors were closed: their numbers will be given to others.
+        self.log.forget_fds(None, 0);
         let actions: Vec<[u64; 4]> = (1..=64)
             .map(|s| if s != 9 && s != 19 && ignored >> (s - 1) & 1 == 1 { [1, 0, 0, 0] } else { [0; 4] })
             .collect();
@@ -100,11 +102,13 @@ impl Unit {
         self.snapshot = Some(Arc::clone(&snapshot));
         self.log.checkpointed();
         self.checkpoint_at = now();
+        let first = snapshot.sii == 0;
+        let capture = Arc::new(Capture { snapshot, parent: None, staged, gone: vec![] });
+        self.outlive(&capture, true)?;
         if let Some(journal) = &mut self.journal {
-            if snapshot.sii == 0 {
-                return Ok(journal.begin(&snapshot, &self.pages));
+            if first {
+                return Ok(journal.begin(&capture.snapshot, &self.pages));
             }
-            let capture = Capture { snapshot, parent: None, staged, gone: vec![] };
             journal.checkpoint(&mut self.log, capture, &self.pages, false);
         }
         Ok(Ok(()))

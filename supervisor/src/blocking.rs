@@ -7,7 +7,7 @@
 use ftrun_abi::table::{Row, Wait};
 
 use crate::live::Outcome;
-use crate::marshal::{Prepared, raw_call, steady_call};
+use crate::marshal::{Prepared, steady_call};
 use crate::tracee;
 use crate::unit::{Result, Unit, Waiting, now};
 
@@ -46,11 +46,13 @@ fn kind(fd: i32) -> Kind {
 }
 
 /// Writes what surely fits into a pipe that is writable: one page.
-fn write_page(fd: i32, data: &[u8]) -> i64 {
+fn write_page(call: &mut Prepared, fd: i32, done: usize) -> i64 {
     if !ready(fd, libc::POLLOUT) {
         return AGAIN;
     }
-    raw_call(libc::SYS_write as u64, &[fd as u64, data.as_ptr() as u64, data.len().min(libc::PIPE_BUF) as u64, 0, 0, 0])
+    let rest = &call.payload()[done..];
+    let (at, len) = (rest.as_ptr() as u64, rest.len().min(libc::PIPE_BUF) as u64);
+    call.run_with(libc::SYS_write as u64, &[fd as u64, at, len, 0, 0, 0], 1 << 1)
 }
 
 /// `poll` of one descriptor without waiting.
@@ -222,6 +224,10 @@ impl Unit {
         let (digest, total) = (call.digest, call.payload().len());
         loop {
             let done = self.begun(vtid, digest).done;
+            if done >= total && total > 0 {
+                // All of it was written for a supervisor that could not log it any more.
+                return Outcome::Done(done as i64);
+            }
             let r = if kind == Kind::Socket {
                 match flags {
                     Some(2) => {
@@ -233,22 +239,19 @@ impl Unit {
                     }
                     _ => {
                         let rest = &call.payload()[done..];
+                        let (at, n) = (rest.as_ptr() as u64, rest.len() as u64);
                         let (f, addr, len) =
                             if flags.is_some() { (call.args[3], call.args[4], call.args[5]) } else { (0, 0, 0) };
                         let f = f | (libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) as u64;
-                        raw_call(
-                            libc::SYS_sendto as u64,
-                            &[fd as u64, rest.as_ptr() as u64, rest.len() as u64, f, addr, len],
-                        )
+                        let args = [fd as u64, at, n, f, addr, len];
+                        call.run_with(libc::SYS_sendto as u64, &args, 1 << 1 | 1 << 4)
                     }
                 }
             } else {
-                let rest = &call.payload()[done..];
-                let iov = libc::iovec { iov_base: rest.as_ptr() as *mut libc::c_void, iov_len: rest.len() };
-                let at = (&raw const iov) as u64;
+                let args = [fd as u64, call.rest(done), 1, u64::MAX, 0, libc::RWF_NOWAIT as u64];
                 // preadv2(2): offset -1 means the current one; RWF_NOWAIT works on pipes since Linux 6.4.
-                match raw_call(libc::SYS_pwritev2 as u64, &[fd as u64, at, 1, u64::MAX, 0, libc::RWF_NOWAIT as u64]) {
-                    NOT_SUPPORTED => write_page(fd, rest),
+                match call.run_with(libc::SYS_pwritev2 as u64, &args, 1 << 1) {
+                    NOT_SUPPORTED => write_page(call, fd, done),
                     r => r,
                 }
             };
@@ -268,6 +271,7 @@ impl Unit {
             }
             let done = done + r as usize;
             self.begun(vtid, digest).done = done;
+            self.keep_outside(self.sii);
             if done >= total || r == 0 {
                 return Outcome::Done(done as i64);
             }

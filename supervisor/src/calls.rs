@@ -27,7 +27,7 @@ impl Unit {
         match nr as i64 {
             libc::SYS_getpid => Ok(Outcome::Done(i64::from(self.vpid))),
             libc::SYS_gettid => Ok(Outcome::Done(i64::from(vtid))),
-            libc::SYS_getppid => Ok(Outcome::Done(i64::from(std::process::id()))),
+            libc::SYS_getppid => Ok(Outcome::Done(i64::from(self.parent()))),
             libc::SYS_sched_yield => Ok(self.sched_yield(vtid)),
             libc::SYS_poll | libc::SYS_ppoll => self.poll(vtid, nr, args, call),
             libc::SYS_select | libc::SYS_pselect6 => self.select(vtid, nr, args, call),

@@ -14,6 +14,7 @@ use ftrun_ckpt::runs::PageRun;
 use ftrun_ckpt::state::{Mapping, Snapshot, ThreadState};
 use libc::user_regs_struct;
 
+use crate::desk::GROUPS_MAX;
 use crate::launch::{self, GATE};
 use crate::tracee::{self, Event};
 use crate::unit::{Credentials, Halt, Place, Result, State, Thread, Unit, now};
@@ -139,7 +140,7 @@ impl Unit {
             sigactions: self.model.actions.clone(),
             model: postcard::to_stdvec(&self.model).map_err(broken("encoding the model"))?,
         });
-        self.model.irregular = None;
+        let irregular = self.model.irregular.take().is_some();
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
         self.log.checkpointed();
@@ -159,16 +160,27 @@ impl Unit {
             });
         }
         tracing::debug!(sii = self.sii, pages, pause_us = self.pause_ns / 1000, "a checkpoint");
+        let capture = Arc::new(Capture { snapshot, parent, staged, gone: scan.gone });
         if let Some(journal) = &mut self.journal {
-            let capture = Capture { snapshot, parent, staged, gone: scan.gone };
-            journal.checkpoint(&mut self.log, capture, &self.pages, wanted);
+            journal.checkpoint(&mut self.log, Arc::clone(&capture), &self.pages, wanted);
         }
+        self.outlive(&capture, irregular)?;
         if wanted {
             self.shared.checkpoint.store(false, Relaxed);
             self.shared.checkpoints.fetch_add(1, SeqCst);
         }
         crate::fault::point("checkpoint-end", self.pid);
         Ok(())
+    }
+
+    /// Has a checkpoint kept for the next supervisor, complete when this returns if it is `irregular`. Without the first
+    /// one the program is not started; a unit that runs goes on when there is no memory for it.
+    pub(crate) fn outlive(&self, capture: &Arc<Capture>, irregular: bool) -> Result<()> {
+        let Some(standby) = &self.standby else { return Ok(()) };
+        match standby.checkpoint(&self.log, capture, &self.pages, irregular) {
+            Err(why) if capture.snapshot.sii == 0 => Err(Halt::Broken(why)),
+            _told => Ok(()),
+        }
     }
 
     /// The checkpoint before has been stored, if that is wanted and can be: the next one may be.
@@ -230,15 +242,18 @@ impl Unit {
                 (old[0], old[1])
             })
             .collect();
-        // Descriptors are allocated by this process in the unit's name.
+        // Descriptors are allocated by this process in the unit's name, or by the keeper.
         if let Some(&(soft, hard)) = self.model.limits.get(libc::RLIMIT_NOFILE as usize)
             && soft >= 64
         {
             let limit = [soft, hard.max(soft)];
-            crate::marshal::raw_call(
-                libc::SYS_prlimit64 as u64,
-                &[0, u64::from(libc::RLIMIT_NOFILE), limit.as_ptr() as u64, 0, 0, 0],
-            );
+            let keeper = self.desk.filter(|_| self.standby.is_some()).map(|d| d.keeper.load(SeqCst));
+            for pid in [0].into_iter().chain(keeper) {
+                crate::marshal::raw_call(
+                    libc::SYS_prlimit64 as u64,
+                    &[pid as u64, u64::from(libc::RLIMIT_NOFILE), limit.as_ptr() as u64, 0, 0, 0],
+                );
+            }
         }
     }
 
@@ -246,7 +261,7 @@ impl Unit {
     pub(crate) fn follow_credentials(&mut self) -> Result<()> {
         let pid = self.pid;
         let credentials = self.service.run(move || read_credentials(pid)).map_err(broken("reading credentials"))?;
-        apply_fs_credentials(&credentials);
+        self.apply_fs_credentials(&credentials)?;
         self.model.credentials = Some(credentials);
         Ok(())
     }
@@ -254,6 +269,7 @@ impl Unit {
     /// Builds the process from the newest checkpoint. Every thread stands before a call or in user code.
     pub fn restore(&mut self) -> Result<()> {
         let snapshot = self.snapshot.clone().ok_or_else(|| Halt::Broken("there is no checkpoint".into()))?;
+        self.enter_table();
         self.threads.clear();
         self.vtids.clear();
         self.ready.clear();
@@ -317,8 +333,9 @@ impl Unit {
         self.restore_limits_and_credentials(&base)?;
         self.shared.pid.store(pid, Relaxed);
         crate::run::lock(&self.status).pid = Some(pid);
-        if let Some(board) = self.board_pid {
-            board.store(pid, std::sync::atomic::Ordering::SeqCst);
+        if let Some(desk) = self.desk {
+            desk.pid.store(pid, SeqCst);
+            desk.vpid.store(self.vpid, SeqCst);
         }
         for t in self.outside.timers.values_mut().chain(self.outside.itimers.values_mut()) {
             t.kernel_id = None;
@@ -344,6 +361,19 @@ impl Unit {
             self.thread(vtid).state = State::Blocked(waiting);
         }
         Ok(())
+    }
+
+    /// Files of ours will be opened in the unit's table, to be mapped: until it runs.
+    fn enter_table(&self) {
+        let Some(desk) = self.desk.filter(|d| self.standby.is_some() && d.entered_table().is_none()) else { return };
+        // SAFETY: no arguments.
+        let (pid, tracer) = (std::process::id(), unsafe { libc::syscall(libc::SYS_gettid) });
+        let fds: Vec<i32> = self.service.run(move || {
+            let listed = fs::read_dir(format!("/proc/{pid}/task/{tracer}/fd"));
+            let names = listed.into_iter().flatten().flatten().map(|e| e.file_name());
+            names.filter_map(|n| n.to_str()?.parse().ok()).collect()
+        });
+        desk.enter_table(&fds);
     }
 
     fn restore_thread(&mut self, vtid: i32, state: &ThreadState, base: &user_regs_struct) -> Result<()> {
@@ -382,7 +412,7 @@ impl Unit {
             );
         }
         let Some(c) = self.model.credentials.clone() else { return Ok(()) };
-        apply_fs_credentials(&c);
+        self.apply_fs_credentials(&c)?;
         for t in self.threads.values() {
             let groups: Vec<u8> = c.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
             let at = GATE.slot(t.slot);
@@ -396,6 +426,22 @@ impl Unit {
             ] {
                 launch::gate_call(t.tid, base, nr as u64, args, &mut |_| {})?;
             }
+        }
+        Ok(())
+    }
+
+    /// File access in the unit's name, here and by the hands, follows its credentials.
+    fn apply_fs_credentials(&self, c: &Credentials) -> Result<()> {
+        // SAFETY: no arguments.
+        if unsafe { libc::geteuid() } != 0 {
+            return Ok(());
+        }
+        set_fs_credentials(c.uids[1], c.gids[1], &c.groups);
+        if let Some(desk) = self.desk.filter(|_| self.standby.is_some()) {
+            if c.groups.len() > GROUPS_MAX {
+                return Err(Halt::Broken(format!("more than {GROUPS_MAX} supplementary groups")));
+            }
+            desk.owner.change(c.uids[1], c.gids[1], &c.groups);
         }
         Ok(())
     }
@@ -508,15 +554,11 @@ pub(crate) fn read_credentials(pid: i32) -> std::io::Result<Credentials> {
     Ok(Credentials { uids: three(numbers("Uid:")), gids: three(numbers("Gid:")), groups: numbers("Groups:") })
 }
 
-/// File access of the calling thread follows the unit's credentials.
-fn apply_fs_credentials(c: &Credentials) {
+/// File access of the calling thread is in this name from now on.
+pub(crate) fn set_fs_credentials(uid: u32, gid: u32, groups: &[u32]) {
     use crate::marshal::raw_call;
-    // SAFETY: no arguments.
-    if unsafe { libc::geteuid() } != 0 {
-        return;
-    }
     raw_call(libc::SYS_setfsuid as u64, &[0; 6]);
-    raw_call(libc::SYS_setgroups as u64, &[c.groups.len() as u64, c.groups.as_ptr() as u64, 0, 0, 0, 0]);
-    raw_call(libc::SYS_setfsgid as u64, &[u64::from(c.gids[1]), 0, 0, 0, 0, 0]);
-    raw_call(libc::SYS_setfsuid as u64, &[u64::from(c.uids[1]), 0, 0, 0, 0, 0]);
+    raw_call(libc::SYS_setgroups as u64, &[groups.len() as u64, groups.as_ptr() as u64, 0, 0, 0, 0]);
+    raw_call(libc::SYS_setfsgid as u64, &[u64::from(gid), 0, 0, 0, 0, 0]);
+    raw_call(libc::SYS_setfsuid as u64, &[u64::from(uid), 0, 0, 0, 0, 0]);
 }

@@ -80,6 +80,8 @@ fn default_name(program: &OsString, pid: u32) -> String {
 pub enum Durability {
     /// The death of any process of the unit, however it dies.
     Process,
+    /// Also the death of the supervisor.
+    Supervisor,
 }
 
 impl Durability {
@@ -87,7 +89,13 @@ impl Durability {
     pub fn name(self) -> &'static str {
         match self {
             Self::Process => "process",
+            Self::Supervisor => "supervisor",
         }
+    }
+
+    /// Whether the death of the supervisor is survived.
+    pub fn survives_supervisor(self) -> bool {
+        self != Self::Process
     }
 }
 

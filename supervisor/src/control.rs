@@ -30,6 +30,8 @@ const CONNECTIONS_MAX: usize = 16;
 const IDLE_MAX: Duration = Duration::from_secs(30);
 /// How long a client waits for the live status before it takes the written one.
 const STATUS_WAIT: Duration = Duration::from_secs(2);
+/// How long an order waits for a supervisor to answer at all.
+const START_WAIT: Duration = Duration::from_secs(10);
 /// How long a client waits for a checkpoint or a stop.
 const WORK_WAIT: Duration = Duration::from_secs(120);
 
@@ -223,7 +225,17 @@ fn order(unit: &UnitDir, request: Request) -> Result<Reply, Error> {
         let hint = format!("see its last state: ftrun status {name}");
         return Err(Error::environment(format!("the unit {name} is not running"), hint));
     }
-    let reply = ask(unit, request, WORK_WAIT).map_err(|e| {
+    let end = Instant::now() + START_WAIT;
+    let reply = loop {
+        match ask(unit, request, WORK_WAIT) {
+            // A supervisor that was killed has a successor in a moment; both orders may be given twice.
+            Err(e) if may_have_died(&e) && unit.is_running() && Instant::now() < end => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            reply => break reply,
+        }
+    };
+    let reply = reply.map_err(|e| {
         Error::environment(
             format!("the supervisor of {name} does not answer: {e}"),
             "it may be starting or recovering: try again",
@@ -233,6 +245,11 @@ fn order(unit: &UnitDir, request: Request) -> Result<Reply, Error> {
         None if reply.ok => Ok(reply),
         error => Err(Error::environment(format!("the unit {name} refused: {}", error.unwrap_or_default()), "")),
     }
+}
+
+fn may_have_died(e: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
+    matches!(e.kind(), BrokenPipe | ConnectionRefused | ConnectionReset | NotFound | UnexpectedEof)
 }
 
 #[cfg(test)]

@@ -30,14 +30,11 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    fn new(bytes: usize) -> std::io::Result<Self> {
-        // SAFETY: a name and flags; the descriptor is owned by the file made from it.
-        let file = unsafe {
-            let fd = libc::memfd_create(c"ftrun-log".as_ptr(), libc::MFD_CLOEXEC);
-            if fd < 0 {
-                return Err(std::io::Error::last_os_error());
-            }
-            File::from_raw_fd(fd)
+    /// Maps a file, or memory without a name.
+    fn new(file: Option<File>, bytes: usize) -> std::io::Result<Self> {
+        let file = match file {
+            Some(file) => file,
+            None => memory_file()?,
         };
         file.set_len(bytes as u64)?;
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
@@ -65,6 +62,21 @@ impl Memory {
     }
 }
 
+/// An empty file in memory, which lives as long as somebody has it.
+///
+/// # Errors
+/// No descriptor.
+pub fn memory_file() -> std::io::Result<File> {
+    // SAFETY: a name and flags; the descriptor is owned by the file made from it.
+    unsafe {
+        let fd = libc::memfd_create(c"ftrun-log".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(File::from_raw_fd(fd))
+    }
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: mapped in `new`; handles on the ring do not outlive their `Arc` of this.
@@ -87,15 +99,31 @@ pub struct EventLog {
 }
 
 /// Up to where each reader needs events no more.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Kept {
     checkpoint: AtomicU64,
-    journal: AtomicU64,
+    tails: [AtomicU64; 2],
 }
 
-/// The journal's end of the log.
+impl Default for Kept {
+    fn default() -> Self {
+        Self { checkpoint: AtomicU64::new(0), tails: [AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX)] }
+    }
+}
+
+/// Who needs events beside replay.
+#[derive(Clone, Copy, Debug)]
+pub enum Reader {
+    /// The journal, until it has written them to disk.
+    Journal,
+    /// The standby, until there is a checkpoint behind them that outlives the supervisor.
+    Standby,
+}
+
+/// Another reader's end of the log.
 #[derive(Debug)]
 pub struct LogTail {
+    reader: Reader,
     #[expect(dead_code, reason = "the ring is in it")]
     memory: Arc<Memory>,
     ring: Ring,
@@ -109,13 +137,47 @@ impl EventLog {
     /// # Errors
     /// There is not enough memory.
     pub fn new(bytes: u64) -> std::io::Result<Self> {
+        Self::in_memory(None, bytes)
+    }
+
+    /// An empty log in a file of somebody who outlives its supervisor.
+    ///
+    /// # Errors
+    /// There is not enough memory.
+    pub fn create(file: File, bytes: u64) -> std::io::Result<Self> {
+        // What a supervisor began that was killed at once is gone.
+        file.set_len(0)?;
+        Self::in_memory(Some(file), bytes)
+    }
+
+    /// The log in a file, as a supervisor left it that has died; the newest checkpoint is at event `sii`.
+    ///
+    /// # Errors
+    /// The file cannot be mapped.
+    pub fn attach(file: File, sii: u64) -> std::io::Result<Self> {
+        let bytes = file.metadata()?.len() as usize;
+        let memory = Arc::new(Memory::new(Some(file), bytes)?);
+        let ring = memory.ring();
+        let mut begin = ring.begin();
+        let first = |bytes: &[u8]| Record::parse(bytes).is_ok_and(|(r, _)| r.header.sii > sii);
+        while let Ok(Some((record, next))) = ring.read_at(begin) {
+            if first(record) {
+                break;
+            }
+            begin = next;
+        }
+        let kept = Arc::new(Kept::default());
+        kept.checkpoint.store(begin, Ordering::SeqCst);
+        Ok(Self { memory, ring, begin, kept })
+    }
+
+    fn in_memory(file: Option<File>, bytes: u64) -> std::io::Result<Self> {
         let ring_bytes = ((bytes as usize).next_power_of_two() + Ring::HEADER_BYTES).next_multiple_of(4096);
-        let memory = Arc::new(Memory::new(CONTROL_BYTES as usize + ring_bytes)?);
+        let memory = Arc::new(Memory::new(file, CONTROL_BYTES as usize + ring_bytes)?);
         // SAFETY: fresh memory that nobody else uses yet.
         let ring = unsafe { Ring::create(memory.at.as_ptr().add(CONTROL_BYTES as usize), memory.ring_bytes()) };
         let ring = ring.map_err(std::io::Error::other)?;
         let kept = Arc::new(Kept::default());
-        kept.journal.store(u64::MAX, Ordering::SeqCst);
         let log = Self { memory, ring, begin: 0, kept };
         log.control().ring_bytes.store(log.memory.ring_bytes() as u64, Ordering::SeqCst);
         Ok(log)
@@ -156,6 +218,19 @@ impl EventLog {
     /// made the log.
     pub fn file(&self) -> (i32, u64) {
         (self.memory.file.as_raw_fd(), self.memory.bytes as u64)
+    }
+
+    /// The events lead on from a checkpoint at `sii`: none is missing, and none but the last needs a checkpoint of its own.
+    pub fn leads_on(&self, sii: u64) -> bool {
+        let (mut position, mut sii, mut stuck) = (self.begin, sii, false);
+        while let Some((record, next)) = self.read_at(position) {
+            let follows = Record::parse(record).is_ok_and(|(r, _)| r.header.sii == sii + 1);
+            if !follows || stuck {
+                return false;
+            }
+            (position, sii, stuck) = (next, sii + 1, is_unloggable(record));
+        }
+        true
     }
 
     /// Adds a record.
@@ -201,11 +276,13 @@ impl EventLog {
 
     /// Begins the memory anew if no event in it is needed any more. The unit is stopped.
     pub fn rewind(&mut self, tail: &mut LogTail) {
-        if tail.position == self.end() && self.begin == self.end() && self.ring.rewind() {
+        // Positions must stay what they are for a reader that goes by them later.
+        let by_position = self.kept.tails[Reader::Standby as usize].load(Ordering::SeqCst) != u64::MAX;
+        if !by_position && tail.position == self.end() && self.begin == self.end() && self.ring.rewind() {
             (self.begin, tail.position) = (0, 0);
             tail.ring = self.memory.ring();
             self.kept.checkpoint.store(0, Ordering::SeqCst);
-            self.kept.journal.store(0, Ordering::SeqCst);
+            tail.give_back();
         }
     }
 
@@ -227,14 +304,15 @@ impl EventLog {
         self.ring.uncommitted()
     }
 
-    /// The journal's end: events from now on are kept until it has written them.
-    pub fn tail(&self) -> LogTail {
-        self.kept.journal.store(self.end(), Ordering::SeqCst);
+    /// A reader's end: events since the newest checkpoint are kept until it needs them no more.
+    pub fn tail(&self, reader: Reader) -> LogTail {
+        self.kept.tails[reader as usize].store(self.begin, Ordering::SeqCst);
         LogTail {
+            reader,
             memory: Arc::clone(&self.memory),
             ring: self.memory.ring(),
             kept: Arc::clone(&self.kept),
-            position: self.end(),
+            position: self.begin,
         }
     }
 }
@@ -254,8 +332,14 @@ impl LogTail {
 
     /// Gives back what was taken.
     pub fn give_back(&mut self) {
-        self.kept.journal.store(self.position, Ordering::SeqCst);
+        self.kept.tails[self.reader as usize].store(self.position, Ordering::SeqCst);
         release(&mut self.ring, &self.kept);
+    }
+
+    /// Gives back what lies before a position.
+    pub fn give_back_to(&mut self, position: u64) {
+        self.position = self.position.max(position);
+        self.give_back();
     }
 
     /// Passes over what the newest checkpoint makes needless.
@@ -276,6 +360,6 @@ fn is_unloggable(record: &[u8]) -> bool {
 }
 
 fn release(ring: &mut Ring, kept: &Kept) {
-    let (a, b) = (kept.checkpoint.load(Ordering::SeqCst), kept.journal.load(Ordering::SeqCst));
-    ring.release_to(a.min(b));
+    let tails = kept.tails.iter().map(|t| t.load(Ordering::SeqCst));
+    ring.release_to(tails.fold(kept.checkpoint.load(Ordering::SeqCst), u64::min));
 }

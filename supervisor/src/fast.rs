@@ -150,7 +150,8 @@ impl Unit {
             slot.again.store(0, SeqCst);
         }
         control.pid.store(self.vpid as u64, SeqCst);
-        control.parent.store(u64::from(std::process::id()), SeqCst);
+        control.parent.store(self.parent() as u64, SeqCst);
+        control.supervisor.store(u64::from(std::process::id()), SeqCst);
         // SAFETY: no arguments.
         control.tracer.store(unsafe { libc::syscall(libc::SYS_gettid) } as u32, SeqCst);
         control.free_fd.store(0, SeqCst);

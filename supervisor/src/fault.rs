@@ -1,19 +1,22 @@
 //! Fault points: places where tests have the unit killed.
 //!
 //! `FTRUN_FAULT=NAME[:N]` kills the unit with SIGKILL the Nth time (default 1) that point NAME is passed,
-//! and never again. Without the variable a point costs one comparison.
+//! and never again; `FTRUN_FAULT=supervisor@NAME[:N]` kills the supervisor there. Several, separated by commas, are
+//! armed together. Without the variable a point costs one comparison.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 15] = [
+pub const POINTS: [&str; 20] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
     "replay-event",
     "replay-end",
     "call-entry",
+    "hands-ordered",
+    "hands-made",
     "call-logged",
     "call-written",
     "unloggable-made",
@@ -23,37 +26,53 @@ pub const POINTS: [&str; 15] = [
     "checkpoint-end",
     "exec-made",
     "shim-seam",
+    "settle-found",
+    "settle-logged",
+    "standby-written",
 ];
 
 struct Armed {
     name: String,
+    /// The supervisor is killed, not the unit.
+    supervisor: bool,
     left: AtomicI64,
 }
 
-fn armed() -> Option<&'static Armed> {
-    static ARMED: OnceLock<Option<Armed>> = OnceLock::new();
-    ARMED
-        .get_or_init(|| {
-            let text = std::env::var("FTRUN_FAULT").ok()?;
-            let (name, n) = text.split_once(':').map_or((text.as_str(), 1), |(a, b)| (a, b.parse().unwrap_or(1)));
-            POINTS.contains(&name).then(|| Armed { name: name.to_owned(), left: AtomicI64::new(n) })
-        })
-        .as_ref()
+static DISARMED: AtomicBool = AtomicBool::new(false);
+
+/// In a supervisor that takes over: the point has been passed.
+pub fn disarm() {
+    DISARMED.store(true, Ordering::Relaxed);
+}
+
+fn armed() -> &'static [Armed] {
+    static ARMED: OnceLock<Vec<Armed>> = OnceLock::new();
+    ARMED.get_or_init(|| {
+        let text = std::env::var("FTRUN_FAULT").ok().filter(|_| !DISARMED.load(Ordering::Relaxed)).unwrap_or_default();
+        let arm = |text: &str| {
+            let (name, n) = text.split_once(':').map_or((text, 1), |(a, b)| (a, b.parse().unwrap_or(1)));
+            let (supervisor, name) = name.strip_prefix("supervisor@").map_or((false, name), |name| (true, name));
+            POINTS.contains(&name).then(|| Armed { name: name.to_owned(), supervisor, left: AtomicI64::new(n) })
+        };
+        text.split(',').filter_map(arm).collect()
+    })
 }
 
 /// For the shim: how many of its seams are passed before the one at which it kills its own process; 0 for
 /// never.
 pub fn in_shim() -> u64 {
-    armed().filter(|a| a.name == "shim-seam").map_or(0, |a| a.left.load(Ordering::Relaxed).max(0) as u64)
+    armed()
+        .iter()
+        .find(|a| a.name == "shim-seam" && !a.supervisor)
+        .map_or(0, |a| a.left.load(Ordering::Relaxed).max(0) as u64)
 }
 
 /// Passes point `name`: kills process `pid` if the point is armed and its turn has come.
 pub fn point(name: &str, pid: i32) {
-    if let Some(a) = armed()
-        && a.name == name
-        && a.left.fetch_sub(1, Ordering::Relaxed) == 1
-    {
-        // SAFETY: a process of ours, alive or not yet reaped.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
+    for a in armed().iter().filter(|a| a.name == name) {
+        if a.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+            // SAFETY: this process, or one of ours, alive or not yet reaped.
+            unsafe { libc::kill(if a.supervisor { libc::getpid() } else { pid }, libc::SIGKILL) };
+        }
     }
 }

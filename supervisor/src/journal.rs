@@ -21,7 +21,7 @@ use ftrun_ckpt::state::Snapshot;
 use ftrun_store::LogWriter;
 
 use crate::capture::Capture;
-use crate::evlog::{EventLog, LogTail};
+use crate::evlog::{EventLog, LogTail, Reader};
 use crate::service::Service;
 
 /// Events that are collected before they are written, bytes.
@@ -104,7 +104,7 @@ impl Journal {
             log: LogWriter::open(log)?,
             dir: checkpoints,
             chain,
-            tail: events.tail(),
+            tail: events.tail(Reader::Journal),
             allowed: 0,
             warned: false,
             stored: Arc::clone(&stored),
@@ -215,7 +215,7 @@ impl Journal {
 
     /// Takes over a checkpoint, while the unit is stopped: stored when it is `wanted` and what it follows is there,
     /// as what has changed since; whole when everything is kept.
-    pub fn checkpoint(&mut self, events: &mut EventLog, capture: Capture, pages: &SharedPages, wanted: bool) {
+    pub fn checkpoint(&mut self, events: &mut EventLog, capture: Arc<Capture>, pages: &SharedPages, wanted: bool) {
         self.refused = false;
         let (wanted, stored) = (wanted || self.always, self.is(STORED));
         self.rewind(events, wanted && stored);

@@ -79,11 +79,27 @@ fn fork_child(set_tid: Option<i32>, filter: Option<&[sock_filter]>, ignored: u64
     }
     let prog = filter.map(|f| libc::sock_fprog { len: f.len() as u16, filter: f.as_ptr().cast_mut() });
     let all = u64::MAX;
-    let r = raw_call(libc::SYS_clone3 as u64, &[args.as_ptr() as u64, 88, 0, 0, 0, 0]);
+    let parent = i64::from(std::process::id());
+    let mut patience = IdPatience::new(set_tid);
+    let r = loop {
+        let r = raw_call(libc::SYS_clone3 as u64, &[args.as_ptr() as u64, 88, 0, 0, 0, 0]);
+        if patience.try_again(r) {
+            continue;
+        }
+        if !patience.gives_up(r) {
+            break r;
+        }
+        (args[8], args[9]) = (0, 0);
+    };
     if r != 0 {
         return if r < 0 { Err(io::Error::from_raw_os_error(-r as i32)) } else { Ok(r as i32) };
     }
     // The child: only system calls from here, since other threads of the parent may have held locks.
+    // Until it is traced, it ends with its parent by this.
+    raw_call(libc::SYS_prctl as u64, &[libc::PR_SET_PDEATHSIG as u64, libc::SIGKILL as u64, 0, 0, 0, 0]);
+    if raw_call(libc::SYS_getppid as u64, &[0; 6]) != parent {
+        raw_call(libc::SYS_exit_group as u64, &[125, 0, 0, 0, 0, 0]);
+    }
     raw_call(libc::SYS_rt_sigprocmask as u64, &[libc::SIG_BLOCK as u64, (&raw const all) as u64, 0, 8, 0, 0]);
     for signal in 1..=64 {
         let handler = if ignored >> (signal - 1) & 1 == 1 { libc::SIG_IGN } else { libc::SIG_DFL };
@@ -104,6 +120,32 @@ fn fork_child(set_tid: Option<i32>, filter: Option<&[sock_filter]>, ignored: u64
     }
     loop {
         raw_call(libc::SYS_pause as u64, &[0; 6]);
+    }
+}
+
+/// Waits for a thread id to be given back: the kernel does that some time after it has reported that the thread's
+/// process is gone (`free_pids` in `release_task`), on the processor where the thread ended. One that somebody else
+/// has got meanwhile is given up: the program goes on to see it, as it does where ids cannot be chosen.
+struct IdPatience(Option<std::time::Instant>);
+
+impl IdPatience {
+    fn new(set_tid: Option<i32>) -> Self {
+        const LIMIT: std::time::Duration = std::time::Duration::from_millis(20);
+        Self(set_tid.map(|_| std::time::Instant::now() + LIMIT))
+    }
+
+    /// Whether to make the call again that returned this.
+    fn try_again(&mut self, result: i64) -> bool {
+        let again = result == -i64::from(libc::EEXIST) && self.0.is_some_and(|end| std::time::Instant::now() < end);
+        if again {
+            std::thread::yield_now();
+        }
+        again
+    }
+
+    /// Whether to make it again with any id.
+    fn gives_up(&mut self, result: i64) -> bool {
+        result == -i64::from(libc::EEXIST) && self.0.take().is_some()
     }
 }
 
@@ -284,6 +326,13 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
     tracee::write_mem(tid, GATE.base, &Gate::CODE)?;
     regs.orig_rax = libc::SYS_mprotect as u64;
     [regs.rdi, regs.rsi, regs.rdx] = [GATE.base, 4096, (libc::PROT_READ | libc::PROT_EXEC) as u64];
+    tracee::set_regs(tid, &regs)?;
+    tracee::cont(tid, 0)?;
+    tracee::wait_one(tid)?;
+
+    // It is traced, and ends with its tracer; the program has no such signal.
+    regs.orig_rax = libc::SYS_prctl as u64;
+    [regs.rdi, regs.rsi] = [libc::PR_SET_PDEATHSIG as u64, 0];
     tracee::set_regs(tid, &regs)?;
     tracee::cont(tid, 0)?;
     tracee::wait_one(tid)?;
@@ -496,7 +545,18 @@ pub fn clone_through_gate(
     let bytes: Vec<u8> = words.iter().flat_map(|w: &u64| w.to_le_bytes()).collect();
     tracee::write_mem(tid, at, &bytes)?;
     tracee::write_mem(tid, at + 128, &set_tid.unwrap_or(0).to_le_bytes())?;
-    let r = gate_call(tid, user, libc::SYS_clone3 as u64, [at, 88, 0, 0, 0, 0], signal)?;
+    let mut patience = IdPatience::new(set_tid);
+    let r = loop {
+        let r = gate_call(tid, user, libc::SYS_clone3 as u64, [at, 88, 0, 0, 0, 0], signal)?;
+        if patience.try_again(r) {
+            continue;
+        }
+        if !patience.gives_up(r) {
+            break r;
+        }
+        // `set_tid` and `set_tid_size`.
+        tracee::write_mem(tid, at + 64, &[0; 16])?;
+    };
     if r < 0 {
         return Ok(Err(io::Error::from_raw_os_error(-r as i32)));
     }
@@ -511,6 +571,28 @@ pub fn clone_through_gate(
                 tracee::cont(new, 0)?;
             }
             Event::Stop(_) | Event::Other(_) => tracee::cont(new, 0)?,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Break it: return EEXIST when patience is over.
+    #[test]
+    fn an_id_that_is_taken_is_given_up() {
+        if !crate::run::can_set_tid() {
+            return;
+        }
+        let taken = std::process::id() as i32;
+        let pid = fork_child(Some(taken), None, 0).unwrap();
+        assert_ne!(pid, taken);
+        let mut status = 0;
+        // SAFETY: our own child.
+        unsafe {
+            libc::kill(pid, libc::SIGKILL);
+            assert_eq!(libc::waitpid(pid, &raw mut status, 0), pid);
         }
     }
 }

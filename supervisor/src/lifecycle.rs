@@ -16,16 +16,21 @@
 //!              stopped          (failed: replay diverged, or a fault came back three times)
 //! ```
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::{Arc, RwLock};
 
 use ftrun_abi::record::{Kind, flag};
+use ftrun_ckpt::pages::PageStore;
+use ftrun_ckpt::state::Snapshot;
 
+use crate::capture::broken;
+use crate::hands;
 use crate::launch::{self, LaunchError, Program};
 use crate::report::Error;
 use crate::run::lock;
 use crate::status::{RecoveryInfo, State as UnitState};
 use crate::tracee::{self, Event};
-use crate::unit::{Halt, Unit, now};
+use crate::unit::{Halt, Model, Unit, now};
 
 /// How often a fault may come back at one SII before it is the program's own.
 const FAULTS_MAX: u32 = 3;
@@ -41,22 +46,21 @@ pub enum End {
 
 impl Unit {
     /// Starts the program and keeps it alive until it ends by itself.
-    pub fn supervise(&mut self, program: &Program) -> Result<End, Error> {
-        let scratch = launch::exec_scratch(program).map_err(|e| launch_error(&e))?;
-        if self.set_tid {
-            self.vpid = scratch;
-        }
-        match self.adopt_image(scratch) {
-            Ok(stored) => stored.map_err(|why| {
-                Error::environment(
-                    format!("the first checkpoint cannot be stored, so that the program was not started: {why}"),
-                    "free some space there, or choose another directory with --state-dir DIR or FTRUN_STATE_DIR",
-                )
-            })?,
-            Err(e) => return Ok(End::Failed(e.to_string())),
+    ///
+    /// `last` is what a supervisor that was killed has left, if one was.
+    pub fn supervise(&mut self, program: &Program, last: Option<crate::standby::State>) -> Result<End, Error> {
+        let mut died_at = None;
+        if let Some((snapshot, pages)) = last {
+            died_at = Some(now());
+            match self.take_over(snapshot, pages) {
+                Ok(Some(status)) => return Ok(End::Ended(status)),
+                Ok(None) => {}
+                Err(e) => return Ok(End::Failed(e.to_string())),
+            }
+        } else {
+            self.start(program)?;
         }
         let mut faults = (0, 0);
-        let mut died_at = None;
         loop {
             let halt = self.run_once(died_at.take());
             match halt {
@@ -120,6 +124,53 @@ impl Unit {
         }
     }
 
+    /// Executes the program, and takes its image for the first checkpoint.
+    fn start(&mut self, program: &Program) -> Result<(), Error> {
+        let scratch = launch::exec_scratch(program).map_err(|e| launch_error(&e))?;
+        if self.set_tid {
+            self.vpid = scratch;
+        }
+        let stored = self.adopt_image(scratch).map_err(|e| Error::bug(format!("the program was not started: {e}")))?;
+        stored.map_err(|why| {
+            Error::environment(
+                format!("the first checkpoint cannot be stored, so that the program was not started: {why}"),
+                "free some space there, or choose another directory with --state-dir DIR or FTRUN_STATE_DIR",
+            )
+        })
+    }
+
+    /// Goes on where a supervisor was killed, and the unit with it: the wait status if the unit was ending.
+    fn take_over(&mut self, snapshot: Snapshot, pages: PageStore) -> crate::unit::Result<Option<i32>> {
+        if let Some(desk) = self.desk {
+            // Before the first restore only the image knows.
+            self.vpid = match desk.vpid.load(SeqCst) {
+                0 => snapshot.threads.first().map_or(0, |t| t.tid),
+                vpid => vpid,
+            };
+            self.pid = desk.pid.load(SeqCst);
+            self.incarnation = desk.incarnation.load(SeqCst).max(1);
+        }
+        let model: Model = postcard::from_bytes(&snapshot.model).map_err(broken("decoding the model"))?;
+        self.shim = model.sites.used;
+        self.sii = snapshot.sii;
+        self.snapshot = Some(Arc::new(snapshot));
+        self.pages = Arc::new(RwLock::new(pages));
+        if !self.log.leads_on(self.sii) {
+            return Err(Halt::Broken(
+                "the supervisor was killed while the memory that outlives it was full, and the last checkpoint there is too \
+                 old"
+                    .into(),
+            ));
+        }
+        self.count_log();
+        self.find_outside()?;
+        self.settle()?;
+        self.log.forget_fds(None, 0);
+        hands::take_over(self.sii);
+        tracing::info!(sii = self.sii, "the supervisor was killed; recovering");
+        Ok(self.outside.fatal)
+    }
+
     fn own_fault(&self, signal: i32, addr: u64) -> String {
         let name = lock(&self.status).name.clone();
         format!(
@@ -138,6 +189,8 @@ impl Unit {
             lock(&self.status).state = UnitState::Recovering;
             self.incarnation += 1;
         }
+        // A thread to which the result of a call is owed has come to that call before.
+        self.arrive_last = hands::owed_to().is_some();
         if let Err(h) = self.restore() {
             return h;
         }
@@ -157,6 +210,10 @@ impl Unit {
             status.dirty_backend = self.tracker.name().to_owned();
             if let Some(died) = died_at {
                 status.recoveries += 1;
+                if let Some(desk) = self.desk {
+                    desk.recoveries.store(status.recoveries, SeqCst);
+                    desk.incarnation.store(self.incarnation, SeqCst);
+                }
                 status.last_recovery = Some(RecoveryInfo {
                     total_ms: (replayed - died) as f64 / 1e6,
                     restore_ms: (restored - begin) as f64 / 1e6,
@@ -174,6 +231,9 @@ impl Unit {
     /// Waits until a killed process is gone; returns its wait status.
     pub(crate) fn bury(&mut self) -> i32 {
         let pid = self.pid;
+        if let Some(desk) = self.desk {
+            desk.runs.store(0, SeqCst);
+        }
         // SAFETY: our own child, not reaped yet.
         unsafe { libc::kill(pid, libc::SIGKILL) };
         let threads = std::mem::take(&mut self.vtids);
@@ -198,13 +258,7 @@ impl Unit {
                 Err(_) => break 0,
             }
         };
-        let (pid, vpid) = (self.pid, self.vpid);
-        for queue in self.outside.signals.values_mut() {
-            queue.retain(|info| {
-                let (_, code, from) = tracee::siginfo_head(info);
-                !(code <= 0 && code != libc::SI_TIMER && (from == pid || from == vpid))
-            });
-        }
+        self.outside.forget_own_signals(self.pid, self.vpid);
         status
     }
 

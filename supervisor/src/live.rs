@@ -12,9 +12,11 @@ use ftrun_abi::record::{Kind, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
 use libc::c_int;
 
+use crate::hands;
 use crate::marshal::Prepared;
+use crate::outside::Begun;
 use crate::tracee::{self, Event};
-use crate::unit::{Begun, Halt, PREEMPTED, Place, Result, State, Unit, Waiting, now};
+use crate::unit::{Halt, PREEMPTED, Place, Result, State, Unit, Waiting, now};
 
 /// How long a thread may keep the turn while others could run, nanoseconds.
 const SLICE_NS: u64 = 2_000_000;
@@ -42,6 +44,10 @@ pub(crate) enum Outcome {
 impl Unit {
     /// Runs the unit until something ends that.
     pub fn live(&mut self) -> Result<std::convert::Infallible> {
+        if let Some(desk) = self.desk {
+            desk.leave_table();
+            desk.runs.store(1, SeqCst);
+        }
         self.log.control().mode.store(RECORD, SeqCst);
         // The thread of the last event may be on its way to its next call; the others have arrived.
         let running = self.current.filter(|v| self.threads.get(v).is_some_and(|t| t.place == Place::Program));
@@ -65,6 +71,14 @@ impl Unit {
             self.ready.retain(|v| *v != vtid);
             self.attempt(vtid)?;
         }
+        if let Some(vtid) = hands::owed_to() {
+            // What its call has done is done: it is told before anything else happens.
+            if self.threads.contains_key(&vtid) {
+                self.ready.retain(|v| *v != vtid);
+                self.attempt(vtid)?;
+            }
+            hands::settle_debt(vtid);
+        }
         if self.outside.signals.get(&-1).is_some_and(|q| !q.is_empty()) {
             // A child's end was announced to the process that died.
             // SAFETY: our own child.
@@ -84,6 +98,7 @@ impl Unit {
                     continue;
                 }
             }
+            self.keep_outside(self.sii);
             match tracee::wait(-1, 0) {
                 Ok(Some((tid, event))) => self.on_event(tid, event)?,
                 Ok(None) => {}
@@ -254,7 +269,8 @@ impl Unit {
     /// Tries the call that a stopped thread stands before.
     pub(crate) fn attempt(&mut self, vtid: i32) -> Result<()> {
         self.current = Some(vtid);
-        if self.interrupted(vtid)? {
+        hands::serve(vtid, self.sii);
+        if hands::owed_to() != Some(vtid) && self.interrupted(vtid)? {
             return Ok(());
         }
         let regs = self.thread(vtid).regs;

@@ -9,10 +9,10 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::FromRawFd;
 use std::ptr;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
@@ -25,15 +25,15 @@ use tracing_subscriber::fmt::MakeWriter;
 /// Lines that wait for the thread at most; then the sender waits.
 const QUEUE_LINES: usize = 65536;
 /// Our duplicate of standard error gets a number from here on, out of the program's way.
-const FD_MIN: i32 = 100;
+pub const FD_MIN: i32 = 100;
 
 enum Message {
     Line(Vec<u8>),
     Flush(SyncSender<()>),
 }
 
-/// The standard error that ftrun was started with.
-static STDERR: OnceLock<File> = OnceLock::new();
+/// Number of our duplicate of the standard error that ftrun was started with, -1 for none.
+static STDERR: AtomicI32 = AtomicI32::new(-1);
 /// Channel to the logging thread. What it points to is never freed: a fork may have copied it in
 /// any state.
 static CHANNEL: AtomicPtr<SyncSender<Message>> = AtomicPtr::new(ptr::null_mut());
@@ -49,9 +49,7 @@ fn channel() -> Option<&'static SyncSender<Message>> {
 /// (trace). Call once, before any thread or child.
 pub fn init(verbose: u8, json: bool) {
     if let Ok(fd) = fcntl(io::stderr(), FcntlArg::F_DUPFD_CLOEXEC(FD_MIN)) {
-        // SAFETY: the descriptor was just made and has no other owner.
-        let file = unsafe { File::from_raw_fd(fd) };
-        drop(STDERR.set(file));
+        STDERR.store(fd, Ordering::Release);
     }
     let level = match verbose {
         0 => LevelFilter::WARN,
@@ -97,7 +95,9 @@ fn write_lines(lines: &Receiver<Message>) {
 }
 
 fn write_stderr(bytes: &[u8]) {
-    if let Some(mut file) = STDERR.get() {
+    if let Some(fd) = stderr_fd() {
+        // SAFETY: the number is ours, here as in the table of the thread that writes lines; it is not closed.
+        let mut file = ManuallyDrop::new(unsafe { File::from_raw_fd(fd) });
         // There is nobody to tell when standard error fails.
         drop(file.write_all(bytes));
     }
@@ -124,7 +124,12 @@ pub fn flush() {
 
 /// Number of our duplicate of standard error, if there is one: it is not the program's.
 pub fn stderr_fd() -> Option<i32> {
-    STDERR.get().map(AsRawFd::as_raw_fd)
+    Some(STDERR.load(Ordering::Acquire)).filter(|fd| *fd >= 0)
+}
+
+/// In a supervisor: our duplicate has another number in its table.
+pub fn use_fd(fd: Option<i32>) {
+    STDERR.store(fd.unwrap_or(-1), Ordering::Release);
 }
 
 /// Makes a [`Line`] for each event.

@@ -5,8 +5,9 @@
 //! written back. Replay needs only the first.
 
 use ftrun_abi::record::Digest;
-use ftrun_abi::table::{Arg, Len, Row, Used};
+use ftrun_abi::table::{Arg, Class, Len, Row, Used, Wait};
 
+use crate::hands::{self, Piece};
 use crate::tracee::{self, Result};
 
 /// Largest buffer that one call moves, bytes; a longer one is cut, as the kernel may do too.
@@ -53,6 +54,10 @@ pub struct Prepared {
     iovs: Vec<Box<libc::iovec>>,
     /// Index of the buffer that holds the data to be written, for write-like calls.
     pub data: Option<usize>,
+    /// By bits: the arguments that point to local copies.
+    pointers: u8,
+    /// It takes effect, or takes something away: it must not be made twice.
+    once: bool,
 }
 
 impl Prepared {
@@ -67,6 +72,8 @@ impl Prepared {
             msg: None,
             iovs: Vec::new(),
             data: None,
+            pointers: 0,
+            once: row.class != Class::Input || row.wait != Wait::Never,
         };
         let mut digest = Digest::new();
         digest.add_u64(nr);
@@ -149,6 +156,7 @@ impl Prepared {
                     Ok(()) => {
                         if let Some(m) = &mut p.msg {
                             p.args[i] = (&raw mut *m.header) as u64;
+                            p.pointers |= 1 << i;
                         }
                     }
                     Err(e) => p.bad(i, e)?,
@@ -173,12 +181,14 @@ impl Prepared {
             b.reserve(8);
         }
         self.args[i] = b.as_mut_ptr() as u64;
+        self.pointers |= 1 << i;
         self.bufs.push(b);
     }
 
     fn give_iov(&mut self, i: usize, count: u8, mut b: Vec<u8>) {
         let iov = Box::new(libc::iovec { iov_base: b.as_mut_ptr().cast(), iov_len: b.len() });
         self.args[i] = (&raw const *iov) as u64;
+        self.pointers |= 1 << i;
         self.args[count as usize] = 1;
         self.iovs.push(iov);
         self.bufs.push(b);
@@ -249,7 +259,65 @@ impl Prepared {
 
     /// Makes the call. The result is as the kernel returns it; a signal of our own does not end it.
     pub fn run(&mut self, nr: u64) -> i64 {
-        steady_call(nr, &self.args)
+        let args = self.args;
+        self.run_with(nr, &args, self.pointers)
+    }
+
+    /// Makes another call on the same copies; `pointers` says, by bits, which arguments lead into them.
+    pub fn run_with(&mut self, nr: u64, args: &[u64; 6], pointers: u8) -> i64 {
+        if !self.once {
+            return steady_call(nr, args);
+        }
+        let receives = self.msg.as_ref().is_some_and(|m| m.receive);
+        let (outs, digest) = (&self.outs, self.digest);
+        let piece = |at: *mut u8, len, out, pointers| Piece { at, len, out, pointers };
+        let mut pieces: Vec<Piece> = Vec::new();
+        for (i, b) in self.bufs.iter_mut().enumerate() {
+            let out = receives || outs.iter().any(|o| o.buf == i);
+            pieces.push(piece(b.as_mut_ptr(), b.len(), out, &[]));
+        }
+        // Offsets in `struct iovec` and `struct msghdr`: iov_base; msg_name, msg_iov, msg_control.
+        let mut iovec =
+            |iov: &mut libc::iovec| pieces.push(piece((&raw mut *iov).cast(), size_of::<libc::iovec>(), false, &[0]));
+        self.iovs.iter_mut().for_each(|iov| iovec(iov));
+        if let Some(m) = &mut self.msg {
+            iovec(&mut m.iov);
+            let header = (&raw mut *m.header).cast();
+            pieces.push(piece(header, size_of::<libc::msghdr>(), receives, &[0, 16, 32]));
+        }
+        hands::call(nr, args, pointers, digest, &mut pieces)
+    }
+
+    /// Memory for a call beside the prepared one: where it is.
+    pub fn more(&mut self, bytes: usize) -> u64 {
+        let mut b = vec![0; bytes];
+        let at = b.as_mut_ptr() as u64;
+        self.outs.push(OutBuf { pieces: vec![], buf: self.bufs.len(), used: Used::All });
+        self.bufs.push(b);
+        at
+    }
+
+    /// What stands in the first `n` bytes of memory that [`Prepared::more`] has made.
+    pub fn bytes_at(&self, at: u64, n: usize) -> Vec<u8> {
+        let found = self.bufs.iter().find(|b| b.as_ptr() as u64 == at);
+        found.and_then(|b| b.get(..n)).unwrap_or_default().to_vec()
+    }
+
+    /// Fills the beginning of such memory.
+    pub fn put_at(&mut self, at: u64, bytes: &[u8]) {
+        let found = self.bufs.iter_mut().find(|b| b.as_ptr() as u64 == at);
+        if let Some(to) = found.and_then(|b| b.get_mut(..bytes.len())) {
+            to.copy_from_slice(bytes);
+        }
+    }
+
+    /// An `iovec` of the data but for its first `done` bytes: where it is.
+    pub fn rest(&mut self, done: usize) -> u64 {
+        let rest = &self.payload()[done..];
+        let iov = Box::new(libc::iovec { iov_base: rest.as_ptr() as *mut libc::c_void, iov_len: rest.len() });
+        let at = (&raw const *iov) as u64;
+        self.iovs.push(iov);
+        at
     }
 
     /// The data of a write-like call.

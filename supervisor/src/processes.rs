@@ -4,8 +4,9 @@ use crate::calls::err;
 use crate::launch::{self, GATE};
 use crate::live::Outcome;
 use crate::marshal::Prepared;
+use crate::outside::Child;
 use crate::tracee::{self, Event};
-use crate::unit::{Child, Halt, Place, Result, State, Thread, Unit, Waiting};
+use crate::unit::{Halt, Place, Result, State, Thread, Unit, Waiting};
 
 /// What `clone`, `fork`, `vfork` and `clone3` ask for, in one form.
 pub(crate) struct CloneRequest {

@@ -1,27 +1,30 @@
-//! `ftrun run`: the keeper and the supervisor.
-//!
-//! The keeper is the process that the user started: it holds the unit's lock, passes signals on and ends
-//! with the program's status. The supervisor is its child; its main thread is the tracer.
+//! `ftrun run`: what is run, and the life of a supervisor. Its main thread is the tracer; the process that the user
+//! started is the keeper ([`crate::keeper`]).
 
 use std::ffi::{CString, OsStr};
+use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ftrun_ckpt::dirty;
 
 use crate::cli::RunOptions;
+use crate::desk::Desk;
 use crate::evlog::EventLog;
 use crate::journal::{Journal, Stored};
+use crate::keeper::{self, Start, keep_only};
 use crate::launch::Program;
 use crate::lifecycle::End;
 use crate::report::Error;
 use crate::service::Service;
+use crate::standby::Standby;
 use crate::status::{State, Status, Timestamp};
 use crate::unit::{Shared, Unit};
 use crate::unitdir::UnitDir;
@@ -34,36 +37,11 @@ pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     }
 }
 
-/// What keeper and supervisor share: a page that both map.
-struct Board {
-    /// The unit's process.
-    pid: AtomicI32,
-    /// Exit status of the run, -1 while it goes on.
-    code: AtomicI32,
-}
-
 /// Runs a program as a unit; returns the exit status for the user.
 pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
     let program = program(&options)?;
     dir.begin()?;
-    // SAFETY: a fresh shared mapping; both processes only use the atomics in it.
-    let board: &'static Board = unsafe {
-        let at = libc::mmap(
-            std::ptr::null_mut(),
-            4096,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-            -1,
-            0,
-        );
-        if at == libc::MAP_FAILED {
-            return Err(Error::bug(format!("mmap: {}", io::Error::last_os_error())));
-        }
-        &*at.cast::<Board>()
-    };
-    board.code.store(-1, Ordering::SeqCst);
-    let keeper = std::process::id() as i32;
-    let unit_fds = inherited();
+    let desk = Desk::map().map_err(|e| Error::bug(format!("the desk: {e}")))?;
     // Who started us may ignore SIGCHLD; ignored, it would reap our children before we have their status.
     // SAFETY: the default action, in a process with one thread.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
@@ -75,71 +53,17 @@ pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
         libc::sigprocmask(libc::SIG_BLOCK, &raw const all, &raw mut old);
         old
     };
-    // SAFETY: this process has one thread, so the child may go on as a whole program.
-    let child = unsafe { libc::fork() };
-    match child {
-        -1 => Err(Error::bug(format!("fork: {}", io::Error::last_os_error()))),
-        0 => {
-            let code = supervisor(&options, &dir, program, unit_fds, keeper, board, &old_mask);
-            crate::logging::flush();
-            // SAFETY: ends the supervisor without running the keeper's destructors a second time.
-            unsafe { libc::_exit(code) }
-        }
-        supervisor => Ok(keep(supervisor, board)),
+    let program = Program { sigmask: mask_word(&old_mask), ..program };
+    let log = options.durability.survives_supervisor().then(crate::evlog::memory_file).transpose();
+    let log = log.map_err(|e| Error::bug(format!("a file for the event log: {e}")))?;
+    let (lock, log_fd) = (dir.lock_fd(), log.as_ref().map(AsRawFd::as_raw_fd));
+    let dir = Arc::new(dir);
+    let ours = Arc::clone(&dir);
+    let code = keeper::keep(desk, lock, log_fd, move |start| supervisor(&options, &ours, &program, start, desk))?;
+    if log.is_some() {
+        dir.forget_memory();
     }
-}
-
-/// The keeper: passes signals on until the run is over.
-fn keep(supervisor: i32, board: &Board) -> i32 {
-    // The program's own standard input and output must not be kept open by us.
-    // SAFETY: replaces descriptors 0 and 1 of this process, which it does not use any more.
-    unsafe {
-        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
-        if null >= 0 {
-            libc::dup2(null, 0);
-            libc::dup2(null, 1);
-        }
-    }
-    loop {
-        // SAFETY: plain data; the calls are given objects that outlive them.
-        let (signal, info) = unsafe {
-            let mut all: libc::sigset_t = std::mem::zeroed();
-            libc::sigfillset(&raw mut all);
-            let mut info: libc::siginfo_t = std::mem::zeroed();
-            let wait = libc::timespec { tv_sec: 0, tv_nsec: 20_000_000 };
-            (libc::sigtimedwait(&raw const all, &raw mut info, &raw const wait), info)
-        };
-        let code = board.code.load(Ordering::SeqCst);
-        if code >= 0 {
-            return code;
-        }
-        if signal > 0 && signal != libc::SIGCHLD {
-            let pid = board.pid.load(Ordering::SeqCst);
-            // What the terminal sends to the foreground group reaches the program by itself.
-            if pid > 0 && info.si_code <= 0 {
-                // SAFETY: a process of this unit.
-                unsafe { libc::kill(pid, signal) };
-            }
-            continue;
-        }
-        let mut status = 0;
-        // SAFETY: `status` outlives the call.
-        if unsafe { libc::waitpid(supervisor, &raw mut status, libc::WNOHANG) } == supervisor {
-            let code = board.code.load(Ordering::SeqCst);
-            if code >= 0 {
-                return code;
-            }
-            if libc::WIFEXITED(status) {
-                return libc::WEXITSTATUS(status);
-            }
-            crate::logging::line(
-                b"ftrun: the supervisor was killed, and the unit with it (durability `process` survives only the \
-                  program's death)\n"
-                    .to_vec(),
-            );
-            return 125;
-        }
-    }
+    Ok(code)
 }
 
 /// Room for events beyond those that make a checkpoint due: two of the longest, and what the disk has not
@@ -186,16 +110,8 @@ impl crate::control::Handler for Control {
     }
 }
 
-fn supervisor(
-    options: &RunOptions,
-    dir: &UnitDir,
-    program: Program,
-    unit_fds: Vec<i32>,
-    keeper: i32,
-    board: &'static Board,
-    old_mask: &libc::sigset_t,
-) -> i32 {
-    match try_supervisor(options, dir, &program, &unit_fds, keeper, board, old_mask) {
+fn supervisor(options: &RunOptions, dir: &UnitDir, program: &Program, start: Start, desk: &'static Desk) -> i32 {
+    match try_supervisor(options, dir, program, start, desk) {
         Ok(code) => code,
         Err(e) => {
             let mut text = Vec::new();
@@ -211,48 +127,70 @@ fn try_supervisor(
     options: &RunOptions,
     dir: &UnitDir,
     program: &Program,
-    unit_fds: &[i32],
-    keeper: i32,
-    board: &'static Board,
-    old_mask: &libc::sigset_t,
+    start: Start,
+    desk: &'static Desk,
 ) -> Result<i32, Error> {
     let os = |what: &str, e: io::Error| Error::bug(format!("{what}: {e}"));
     // SAFETY: changes an attribute of this process.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
-    let service = Service::start(unit_fds.to_vec()).map_err(|e| os("the service thread", e))?;
+    let takes_over = desk.generation.load(Ordering::SeqCst) > 1;
+    if takes_over {
+        crate::fault::disarm();
+        desk.owner.leave();
+    }
+    let service = Service::start(start.unit_fds.clone()).map_err(|e| os("the service thread", e))?;
+    crate::logging::use_fd(start.stderr);
     service.run(crate::logging::start_thread).map_err(|e| os("the logging thread", e))?;
     let shared = Arc::new(Shared::default());
+    let before = if takes_over { dir.read_status()? } else { Status::default() };
     let mut status = Status {
         name: dir.name().to_owned(),
-        state: State::Running,
+        state: if takes_over { State::Recovering } else { State::Running },
         supervisor_pid: Some(std::process::id() as i32),
-        keeper_pid: Some(keeper),
-        incarnation: 1,
+        keeper_pid: Some(desk.keeper.load(Ordering::SeqCst)),
+        incarnation: desk.incarnation.load(Ordering::SeqCst).max(1),
+        recoveries: desk.recoveries.load(Ordering::SeqCst),
+        supervisors: desk.generation.load(Ordering::SeqCst),
         durability: options.durability.name().to_owned(),
         program: options.program.to_string_lossy().into_owned(),
         args: options.args.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
-        started_at: Timestamp::now(),
+        started_at: if takes_over { before.started_at } else { Timestamp::now() },
+        unloggable: before.unloggable,
         ..Status::default()
     };
     let backend = dirty::choose();
     status.dirty_backend = backend.name().to_owned();
     let status = Arc::new(Mutex::new(status));
-    let (log, journal) = service.run(|| -> Result<_, Error> {
-        let log = EventLog::new(options.checkpoint_log_bytes + LOG_SLACK)
-            .map_err(|e| Error::environment(format!("memory for the event log: {e}"), "lower --checkpoint-log"))?;
+    let (log, standby, last, journal) = service.run(|| -> Result<_, Error> {
+        let no_memory = |e| Error::environment(format!("memory for the event log: {e}"), "lower --checkpoint-log");
+        let (log, standby, last) = if let Some(fd) = start.log {
+            let memory = dir.memory_dir()?;
+            let (standby, last) = Standby::open(&memory)?;
+            // SAFETY: of this thread's table, and owned by nobody else in it.
+            let file = unsafe { File::from_raw_fd(fd) };
+            let log = match &last {
+                Some((snapshot, _)) => EventLog::attach(file, snapshot.sii),
+                None => EventLog::create(file, options.checkpoint_log_bytes + 2 * LOG_SLACK),
+            };
+            let log = log.map_err(no_memory)?;
+            let standby = standby.follow(&log);
+            (log, Some(standby), last)
+        } else {
+            (EventLog::new(options.checkpoint_log_bytes + LOG_SLACK).map_err(no_memory)?, None, None)
+        };
         dir.write_status(&lock(&status))?;
         let journal = Journal::open(&dir.log_dir(), dir.ckpt_dir(), &log, options.journal)?;
         let listener = dir.bind_control()?;
         let (writer, stored) = journal.progress();
         let handler = Control { writer, stored, shared: Arc::clone(&shared), status: Arc::clone(&status) };
         crate::control::serve(listener, Arc::new(handler)).map_err(|e| Error::bug(format!("control socket: {e}")))?;
-        Ok((log, journal))
+        Ok((log, standby, last, journal))
     })?;
     // SAFETY: no arguments.
     let tracer = unsafe { libc::syscall(libc::SYS_gettid) };
     start_ticks(&service, tracer)?;
-    keep_only(unit_fds);
-    if let Some(cwd) = &options.cwd {
+    keep_only(&start.unit_fds);
+    if let Some(cwd) = options.cwd.as_ref().filter(|_| last.is_none()) {
         std::env::set_current_dir(cwd)
             .map_err(|e| Error::environment(format!("--cwd {}: {e}", cwd.display()), "name a directory that exists"))?;
     }
@@ -262,7 +200,8 @@ fn try_supervisor(
     let mut unit =
         ManuallyDrop::new(Unit::new(service.clone(), log, Arc::clone(&shared), Arc::clone(&status), backend));
     unit.journal = Some(journal);
-    unit.board_pid = Some(&board.pid);
+    unit.standby = standby;
+    unit.desk = Some(desk);
     unit.checkpoint_every = options.checkpoint_every.as_nanos() as u64;
     unit.replay_max = options.recover_within.as_nanos() as u64;
     unit.checkpoint_log = options.checkpoint_log_bytes;
@@ -270,14 +209,10 @@ fn try_supervisor(
     unit.choose_cpu();
     unit.shim = options.shim;
     unit.vdso_clock = service.run(|| crate::vdso::clock_gettime(crate::vdso::areas()));
-    let program = Program {
-        path: program.path.clone(),
-        argv: program.argv.clone(),
-        envp: program.envp.clone(),
-        sigmask: mask_word(old_mask),
-        ignored: program.ignored,
-    };
-    let end = unit.supervise(&program);
+    if unit.standby.is_some() {
+        crate::hands::hire(desk);
+    }
+    let end = unit.supervise(program, last);
     let unit = &mut *unit;
     if let Some(journal) = &mut unit.journal {
         journal.finish(unit.snapshot.as_ref(), &unit.pages);
@@ -297,8 +232,12 @@ fn try_supervisor(
         }
     };
     write_end(&service, dir, &shared, &status, state, Some(code), reason);
+    if unit.standby.is_some() {
+        // The keeper does this, too, unless it was killed.
+        service.run(|| dir.forget_memory());
+    }
     crate::logging::flush();
-    board.code.store(code, Ordering::SeqCst);
+    desk.code.store(code, Ordering::SeqCst);
     // The program's end has closed its descriptors; ours of the shared table go with it.
     keep_only(&[]);
     unit.serve_children();
@@ -364,7 +303,7 @@ fn catch_signals() {
 }
 
 /// A process id can be chosen (`clone3` with `set_tid`): CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN.
-fn can_set_tid() -> bool {
+pub(crate) fn can_set_tid() -> bool {
     caps::has_cap(None, caps::CapSet::Effective, caps::Capability::CAP_SYS_ADMIN).unwrap_or(false)
         || caps::has_cap(None, caps::CapSet::Effective, caps::Capability::CAP_CHECKPOINT_RESTORE).unwrap_or(false)
 }
@@ -374,38 +313,6 @@ fn mask_word(set: &libc::sigset_t) -> u64 {
         // SAFETY: a valid set and signal number.
         .filter(|s| unsafe { libc::sigismember(&raw const *set, *s) } == 1)
         .fold(0, |m, s| m | 1 << (s - 1))
-}
-
-/// Descriptors that we inherited: ours are all close-on-exec, those of the one who started us cannot be.
-fn inherited() -> Vec<i32> {
-    let listed = std::fs::read_dir("/proc/self/fd")
-        .map(|d| d.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect::<Vec<i32>>());
-    listed
-        .unwrap_or_else(|_| vec![0, 1, 2])
-        .into_iter()
-        .filter(|fd| {
-            // SAFETY: a query about a number.
-            let flags = unsafe { libc::fcntl(*fd, libc::F_GETFD) };
-            flags >= 0 && flags & libc::FD_CLOEXEC == 0
-        })
-        .collect()
-}
-
-/// Closes every descriptor of the calling thread's table but these.
-pub(crate) fn keep_only(fds: &[i32]) {
-    let mut keep = fds.to_vec();
-    keep.sort_unstable();
-    let mut from = 0u32;
-    for fd in keep {
-        let fd = fd as u32;
-        if fd > from {
-            // SAFETY: closes numbers that nothing in this thread owns.
-            unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
-        }
-        from = fd + 1;
-    }
-    // SAFETY: as above.
-    unsafe { libc::syscall(libc::SYS_close_range, from, u32::MAX, 0) };
 }
 
 /// An `execve` that failed, as the user sees it.

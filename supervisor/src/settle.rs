@@ -26,14 +26,7 @@ impl Unit {
         if !self.shim {
             return Ok(None);
         }
-        let (mut position, mut last) = (self.log.begin(), None);
-        while let Some((bytes, next)) = self.log.read_at(position) {
-            position = next;
-            if let Ok((record, _)) = Record::parse(bytes) {
-                self.sii = record.header.sii;
-                last = Some(record.header.result);
-            }
-        }
+        let last = self.count_log();
         let control = self.log.control();
         control.sii.store(self.sii, SeqCst);
         if control.pending.load(SeqCst) == NOTHING {
@@ -46,9 +39,10 @@ impl Unit {
         }
         let what = control.pending.load(SeqCst);
         let [vtid, nr, digest, at] = control.pending_call.each_ref().map(|w| w.load(SeqCst));
-        let done = self.outcome(what, at)?;
-        self.log.control().pending.store(NOTHING, SeqCst);
-        let Some(Done(result, mut outs)) = done else { return Ok(None) };
+        let Some(Done(result, mut outs)) = self.outcome(what, at)? else {
+            self.log.control().pending.store(NOTHING, SeqCst);
+            return Ok(None);
+        };
         if nr == libc::SYS_recvmsg as u64 && result >= 0 {
             // No ancillary data, and no flags.
             let header = self.log.control().pending_set.load(SeqCst);
@@ -56,14 +50,33 @@ impl Unit {
         }
         if what & !COUNTED == SEND_ALL && (result as u64) < self.log.control().pending_from.load(SeqCst) {
             self.begun(vtid as i32, digest).done = result as usize;
+            self.keep_outside(self.sii);
+            self.log.control().pending.store(NOTHING, SeqCst);
             return Ok(None);
         }
+        crate::fault::point("settle-found", self.pid);
         self.begin_record(Kind::Call);
         for (at, bytes) in &outs {
             self.output(*at, bytes)?;
         }
         self.append(vtid as i32, nr as u16, result, digest, flag::FAST)?;
+        crate::fault::point("settle-logged", self.pid);
+        // Only now: a supervisor that dies before must leave it to the next one.
+        self.log.control().pending.store(NOTHING, SeqCst);
         Ok(Some(result))
+    }
+
+    /// Counts what is in the log; the result of the last event.
+    pub(crate) fn count_log(&mut self) -> Option<i64> {
+        let (mut position, mut last) = (self.log.begin(), None);
+        while let Some((bytes, next)) = self.log.read_at(position) {
+            position = next;
+            if let Ok((record, _)) = Record::parse(bytes) {
+                self.sii = record.header.sii;
+                last = Some(record.header.result);
+            }
+        }
+        last
     }
 
     /// A thread came with a call of which the shim has handed over a part.
@@ -73,10 +86,11 @@ impl Unit {
             && control.pending_sii.load(SeqCst) == control.sii.load(SeqCst)
         {
             let (digest, length) = (control.pending_call[2].load(SeqCst), control.message.len.load(SeqCst) & NOT_YET);
-            control.pending.store(NOTHING, SeqCst);
             if length != NOT_YET {
                 self.begun(vtid, digest).done = length as usize;
+                self.keep_outside(self.sii);
             }
+            self.log.control().pending.store(NOTHING, SeqCst);
         }
     }
 

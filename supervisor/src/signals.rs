@@ -143,6 +143,8 @@ impl Unit {
             Disposition::Stop => Ok(tracee::cont(tid, signal)?),
             Disposition::Fatal => {
                 self.ending = true;
+                self.outside.fatal = Some(signal);
+                self.keep_outside(self.sii);
                 Ok(tracee::cont(tid, signal)?)
             }
             Disposition::Handler => {
@@ -191,18 +193,20 @@ impl Unit {
         for to in [vtid, ANY_THREAD] {
             for info in self.outside.signals.remove(&to).unwrap_or_default() {
                 let (signal, ..) = tracee::siginfo_head(&info);
+                let free = found.is_none() && mask & (1 << (signal - 1)) == 0;
                 match self.disposition(signal) {
-                    Disposition::Handler if found.is_none() && mask & (1 << (signal - 1)) == 0 => found = Some(info),
-                    Disposition::Fatal if found.is_none() && mask & (1 << (signal - 1)) == 0 => {
+                    Disposition::Handler if free => found = Some((to, info)),
+                    Disposition::Fatal if free => {
                         self.ending = true;
-                        found = Some(info);
+                        found = Some((to, info));
                     }
                     Disposition::Ignore => {}
                     _ => self.outside.signals.entry(to).or_default().push_back(info),
                 }
             }
         }
-        Ok(found)
+        self.outside.delivering = found;
+        Ok(found.map(|(_, info)| info))
     }
 
     /// A thread has left signals of the process to the others (it masks them, or has ended): each other thread
@@ -317,6 +321,10 @@ impl Unit {
             self.output(1, &mask.to_le_bytes())?;
         }
         let (signal, ..) = tracee::siginfo_head(info);
+        self.outside.delivering = None;
+        if self.disposition(signal) == Disposition::Fatal {
+            self.outside.fatal = Some(signal);
+        }
         self.append(vtid, signal as u16, 0, 0, flags)?;
         crate::fault::point("signal-logged", self.pid);
         Ok(())

@@ -198,6 +198,9 @@ pub struct Status {
     pub unloggable: Unloggable,
     /// Durability level.
     pub durability: String,
+    /// Supervisors so far: more than one when some were killed.
+    #[serde(default)]
+    pub supervisors: u32,
     /// How written pages are found.
     pub dirty_backend: String,
     /// The newest published checkpoint.

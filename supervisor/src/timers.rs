@@ -6,8 +6,9 @@ use crate::calls::{SEC, err};
 use crate::launch::GATE;
 use crate::live::Outcome;
 use crate::marshal::Prepared;
+use crate::outside::Timer;
 use crate::tracee::{self};
-use crate::unit::{Place, Result, Timer, Unit, now};
+use crate::unit::{Place, Result, Unit, now};
 
 impl Unit {
     pub(crate) fn setitimer(&mut self, vtid: i32, nr: u64, args: &[u64; 6]) -> Result<Outcome> {

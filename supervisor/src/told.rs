@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
 
 use libc::{c_int, c_void, siginfo_t, ucontext_t};
 
+use crate::marshal::steady_call;
+
 static TOLD: AtomicU8 = AtomicU8::new(0);
 
 global_asm!(
@@ -60,10 +62,12 @@ pub(crate) fn listen() {
 /// `wait4`; `-EINTR` when somebody has told something since the last time that this was said. With `WNOHANG` that makes
 /// no difference.
 pub(crate) fn wait4(pid: i32, status: &mut c_int, options: c_int) -> i64 {
-    static NOTHING: AtomicU8 = AtomicU8::new(0);
-    let told = if options & libc::WNOHANG != 0 { &raw const NOTHING } else { &raw const TOLD };
+    if options & libc::WNOHANG != 0 {
+        let at = std::ptr::from_mut(status) as u64;
+        return steady_call(libc::SYS_wait4 as u64, &[pid as u64, at, options as u64, 0, 0, 0]);
+    }
     // SAFETY: the status outlives the call.
-    let result = unsafe { ftrun_wait_told(pid, status, options, told) };
+    let result = unsafe { ftrun_wait_told(pid, status, options, &raw const TOLD) };
     if result == -i64::from(libc::EINTR) {
         TOLD.store(0, SeqCst);
     }

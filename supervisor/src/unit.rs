@@ -14,6 +14,7 @@ use libc::user_regs_struct;
 use serde::{Deserialize, Serialize};
 
 use crate::divergence::Divergence;
+use crate::outside::Outside;
 use crate::service::Service;
 use crate::tracee::{self, SigInfo, TraceError};
 
@@ -132,22 +133,6 @@ pub struct Thread {
     pub sent_back: u64,
 }
 
-/// A timer of `timer_create(2)` or `setitimer(2)`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Timer {
-    /// Clock, or `ITIMER_*` for interval timers.
-    pub clock: i32,
-    /// `struct sigevent` (64 bytes), empty for interval timers.
-    pub event: Vec<u8>,
-    /// `CLOCK_MONOTONIC` nanoseconds of the next expiry.
-    pub next: Option<u64>,
-    /// Period in nanoseconds, 0 for one shot.
-    pub period: u64,
-    /// The kernel's id in this process, when it exists.
-    #[serde(skip)]
-    pub kernel_id: Option<i32>,
-}
-
 /// A waiter of a futex.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Waiter {
@@ -201,44 +186,6 @@ pub struct Credentials {
     pub gids: [u32; 3],
     /// Supplementary groups.
     pub groups: Vec<u32>,
-}
-
-/// A child process of the unit. It runs on its own.
-#[derive(Clone, Debug)]
-pub struct Child {
-    /// Wait status when it has ended.
-    pub ended: Option<i32>,
-    /// The signal of its end has been given to the unit.
-    pub reported: bool,
-}
-
-/// A call that a thread has begun: what a retry must remember.
-#[derive(Clone, Debug, Default)]
-pub struct Begun {
-    /// Digest of the call, so that nothing is applied to another one.
-    pub digest: u64,
-    /// `CLOCK_MONOTONIC` nanoseconds.
-    pub deadline: Option<u64>,
-    /// Bytes already written.
-    pub done: usize,
-    /// `connect` has been started.
-    pub started: bool,
-}
-
-/// What happened outside; never rolled back.
-#[derive(Debug, Default)]
-pub struct Outside {
-    /// Children by pid.
-    pub children: BTreeMap<i32, Child>,
-    /// Calls begun and not completed, by thread.
-    pub begun: HashMap<i32, Begun>,
-    /// POSIX timers by the program's id: time passes whether the process lives or not.
-    pub timers: BTreeMap<i32, Timer>,
-    /// Interval timers by `ITIMER_*`.
-    pub itimers: BTreeMap<i32, Timer>,
-    /// Signals that arrived and have not been delivered, by thread; 0 for those sent to the process, -1 for
-    /// what is known of children whose SIGCHLD is on its way.
-    pub signals: HashMap<i32, VecDeque<SigInfo>>,
 }
 
 /// What others ask of the tracer, and what they may read.
@@ -337,8 +284,12 @@ pub struct Unit {
     pub(crate) last_entry: u64,
     /// How written pages are found.
     pub(crate) backend: ftrun_ckpt::dirty::Kind,
-    /// Where the keeper reads the unit's process id.
-    pub(crate) board_pid: Option<&'static std::sync::atomic::AtomicI32>,
+    /// What is shared with the keeper.
+    pub(crate) desk: Option<&'static crate::desk::Desk>,
+    /// What outlives this supervisor, when its death is to be survived.
+    pub(crate) standby: Option<crate::standby::Standby>,
+    /// What was last kept there of the outside world.
+    pub(crate) kept_outside: Vec<u8>,
     /// The signal of a fault that made the unit fail.
     pub(crate) failed_signal: Option<i32>,
     /// When the running thread was last asked to pass the turn.
@@ -413,7 +364,9 @@ impl Unit {
             futex_results: HashMap::new(),
             last_entry: 0,
             backend,
-            board_pid: None,
+            desk: None,
+            standby: None,
+            kept_outside: Vec::new(),
             failed_signal: None,
             last_tick: 0,
             offered: false,
@@ -439,6 +392,11 @@ impl Unit {
             Some(t) => t,
             None => panic!("no thread {vtid} in the unit"),
         }
+    }
+
+    /// The parent that the program knows: the keeper, which the user started and which outlives supervisors.
+    pub(crate) fn parent(&self) -> i32 {
+        self.desk.map_or(std::process::id() as i32, |d| d.keeper.load(std::sync::atomic::Ordering::SeqCst))
     }
 
     /// A thread of the unit, or the unit itself; 0 stands for the caller.
@@ -472,11 +430,16 @@ impl Unit {
     /// The log is full, and its events are still needed.
     pub fn append(&mut self, vtid: i32, nr: u16, result: i64, digest: u64, flags: u32) -> Result<()> {
         let sii = self.sii + 1;
+        // What the event changes of the outside world has been changed, and holds when it is in the log.
+        self.keep_outside(sii);
         self.record.tid(vtid as u32).nr(nr).flags(flags).result(result).digest(digest).sii(sii);
         let record = self.record.finish();
         if self.log.append(record).is_err() {
             if let Some(journal) = &mut self.journal {
                 journal.make_room();
+            }
+            if let Some(standby) = &self.standby {
+                standby.make_room();
             }
             if self.log.append(record).is_err() {
                 return Err(Halt::Broken("the event log is full of events without a checkpoint".into()));

@@ -141,6 +141,7 @@ impl UnitDir {
         assert!(self.lock.is_some(), "only the holder of the lock begins a unit");
         self.fresh = false;
         self.wipe()?;
+        self.forget_memory();
         for dir in [self.log_dir(), self.ckpt_dir()] {
             let made = DirBuilder::new().mode(0o700).create(&dir);
             made.map_err(Error::state("create", &dir))?;
@@ -193,6 +194,44 @@ impl UnitDir {
         self.path.join("ckpt")
     }
 
+    /// Makes the unit's directory of what outlives its supervisor in memory, or finds it.
+    ///
+    /// # Errors
+    /// There is no memory file system, or it is not ours to use.
+    pub fn memory_dir(&self) -> Result<PathBuf, Error> {
+        let dir = self.memory_path();
+        let refused = |what: &dyn std::fmt::Display| {
+            let hint = "mount a tmpfs on /dev/shm, or use --durability process";
+            Error::environment(format!("{}: {what}", dir.display()), hint)
+        };
+        DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|e| refused(&e))?;
+        // Everybody may make directories there, and what we write is the program's memory.
+        for path in dir.ancestors().take(2) {
+            let meta = fs::symlink_metadata(path).map_err(|e| refused(&e))?;
+            if !meta.is_dir() || meta.uid() != nix::unistd::geteuid().as_raw() || meta.mode() & 0o77 != 0 {
+                return Err(refused(&format!("{} is somebody else's, or open to others", path.display())));
+            }
+        }
+        Ok(dir)
+    }
+
+    /// Removes that directory.
+    pub fn forget_memory(&self) {
+        if let Err(e) = fs::remove_dir_all(self.memory_path())
+            && e.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("{}: {e}", self.memory_path().display());
+        }
+    }
+
+    /// Of the user and of this directory's path: other state directories may have units of the same name.
+    fn memory_path(&self) -> PathBuf {
+        let mut path = ftrun_abi::record::Digest::new();
+        path.add_bytes(self.path.as_os_str().as_encoded_bytes());
+        let uid = nix::unistd::geteuid();
+        PathBuf::from(format!("/dev/shm/ftrun-{uid}/{}-{:016x}", self.name, path.finish()))
+    }
+
     /// File that says what was run.
     pub fn spec_path(&self) -> PathBuf {
         self.path.join("spec.json")
@@ -225,6 +264,7 @@ impl UnitDir {
             ));
         }
         self.wipe()?;
+        self.forget_memory();
         // The lock file goes while it is locked: who waits for it finds out that it is stale.
         fs::remove_dir_all(&self.path).map_err(Error::state("remove", &self.path))
     }

@@ -144,11 +144,10 @@ impl Unit {
         };
         let mask = if nr == libc::SYS_epoll_wait as u64 { None } else { sigmask(tid, args[4])? };
         let max = (args[2] as i32).clamp(0, 65536) as usize;
-        let mut events = vec![0u8; max * 12];
-        let at = events.as_mut_ptr() as u64;
-        let r = steady_call(libc::SYS_epoll_wait as u64, &[args[0], at, args[2].min(65536), 0, 0, 0]);
+        let at = call.more(max * 12);
+        let r = call.run_with(libc::SYS_epoll_wait as u64, &[args[0], at, args[2].min(65536), 0, 0, 0], 1 << 1);
         if r != 0 {
-            events.truncate(r.max(0) as usize * 12);
+            let events = call.bytes_at(at, r.max(0) as usize * 12);
             return Ok(Outcome::With(r, if r > 0 { vec![(args[1], events)] } else { vec![] }));
         }
         if timeout == Some(0) {
@@ -225,15 +224,20 @@ impl Unit {
         let fd = args[0] as i32;
         // SAFETY: queries about a descriptor number.
         let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+        // A supervisor may have died while the flag was set.
+        let flags = self.begun(vtid, call.digest).mode.unwrap_or(flags);
         if flags < 0 || flags & libc::O_NONBLOCK != 0 {
             return Ok(Outcome::With(call.run(libc::SYS_connect as u64), vec![]));
         }
         if !self.begun(vtid, call.digest).started {
+            self.begun(vtid, call.digest).mode = Some(flags);
+            self.keep_outside(self.sii);
             // SAFETY: sets a flag of a descriptor, and takes it back.
             unsafe { libc::fcntl(fd, libc::F_SETFL, flags | libc::O_NONBLOCK) };
             let r = call.run(libc::SYS_connect as u64);
             // SAFETY: as above.
             unsafe { libc::fcntl(fd, libc::F_SETFL, flags) };
+            self.begun(vtid, call.digest).mode = None;
             if r == -i64::from(libc::EAGAIN) {
                 // A Unix socket whose listener has no room: tried again later.
                 return Ok(Outcome::Block(Waiting { deadline: Some(now() + 2_000_000), ..Waiting::default() }));
@@ -242,18 +246,18 @@ impl Unit {
                 return Ok(Outcome::With(r, vec![]));
             }
             self.begun(vtid, call.digest).started = true;
+            self.keep_outside(self.sii);
         }
         let mut p = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
         steady_call(libc::SYS_poll as u64, &[(&raw mut p) as u64, 1, 0, 0, 0, 0]);
         if p.revents == 0 {
             return Ok(Outcome::Block(Waiting { fds: vec![(fd, libc::POLLOUT)], ..Waiting::default() }));
         }
-        let mut error: libc::c_int = 0;
-        let mut len = 4u32;
-        // SAFETY: the buffer is as long as `len` says.
-        unsafe {
-            libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut error).cast(), &raw mut len);
-        }
-        Ok(Outcome::With(-i64::from(error), vec![]))
+        // Asking for the error clears it.
+        let (error, len) = (call.more(4), call.more(4));
+        call.put_at(len, &4u32.to_le_bytes());
+        let args = [fd as u64, libc::SOL_SOCKET as u64, libc::SO_ERROR as u64, error, len, 0];
+        call.run_with(libc::SYS_getsockopt as u64, &args, 1 << 3 | 1 << 4);
+        Ok(Outcome::With(-i64::from(u32::from_le_bytes(call.bytes_at(error, 4).try_into().unwrap_or([0; 4]))), vec![]))
     }
 }

@@ -53,6 +53,22 @@ static inline void write_all(int fd, const void *data, size_t length) {
     }
 }
 
+/* Answers a line as the echo servers do: numbers of the answer on this connection and of all, the line, and the process
+ * id where it is asked for. */
+static inline void answer_line(int fd, unsigned long served, unsigned long total, const char *line, size_t length) {
+    char head[80], tail[32] = "\n";
+    int head_length = snprintf(head, sizeof head, "%lu %lu ", served, total);
+    if (strcmp(line, "pid") == 0) snprintf(tail, sizeof tail, " %d\n", (int)getpid());
+    size_t size = (size_t)head_length + length + strlen(tail);
+    char *reply = malloc(size + 1);
+    if (!reply) fail("no memory");
+    memcpy(reply, head, (size_t)head_length);
+    memcpy(reply + head_length, line, length);
+    strcpy(reply + head_length + length, tail);
+    write_all(fd, reply, size);
+    free(reply);
+}
+
 static inline void say(const char *format, ...) {
     char text[256];
     va_list args;

@@ -55,17 +55,8 @@ static void *serve(void *argument) {
     unsigned long served = 0;
     while ((length = getline(&line, &room, in)) > 0) {
         if (line[length - 1] == '\n') line[--length] = 0;
-        char head[80], tail[32] = "\n";
-        int head_length = snprintf(head, sizeof head, "%lu %lu ", ++served, draw());
-        if (strcmp(line, "pid") == 0) snprintf(tail, sizeof tail, " %d\n", (int)getpid());
-        size_t size = (size_t)head_length + (size_t)length + strlen(tail);
-        char *reply = malloc(size + 1);
-        CHECK(reply != NULL);
-        memcpy(reply, head, (size_t)head_length);
-        memcpy(reply + head_length, line, (size_t)length);
-        strcpy(reply + head_length + length, tail);
-        write_all(fd, reply, size);
-        free(reply);
+        served++;
+        answer_line(fd, served, draw(), line, (size_t)length);
     }
     free(line);
     fclose(in);

@@ -95,17 +95,8 @@ static void *serve(void *argument) {
         while (end) {
             *end = 0;
             size_t length = (size_t)(end - line);
-            char head[80], tail[32] = "\n";
-            int head_length = snprintf(head, sizeof head, "%lu %lu ", ++served, draw());
-            if (strcmp(line, "pid") == 0) snprintf(tail, sizeof tail, " %d\n", (int)getpid());
-            size_t size = (size_t)head_length + length + strlen(tail);
-            char *reply = malloc(size + 1);
-            CHECK(reply != NULL);
-            memcpy(reply, head, (size_t)head_length);
-            memcpy(reply + head_length, line, length);
-            strcpy(reply + head_length + length, tail);
-            write_all(fd, reply, size);
-            free(reply);
+            served++;
+            answer_line(fd, served, draw(), line, length);
             have -= length + 1;
             memmove(line, end + 1, have);
             end = memchr(line, '\n', have);

@@ -23,8 +23,21 @@ pub struct Load {
     pub at_least: Duration,
     /// Milliseconds between a recovery and the next kill.
     pub gap_ms: RangeInclusive<u64>,
+    /// Whom the kills may strike; each draws one.
+    pub victims: &'static [Victim],
     /// Everything random follows from it.
     pub seed: u64,
+}
+
+/// Whom a kill strikes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Victim {
+    /// The unit's root process.
+    Unit,
+    /// The supervisor.
+    Supervisor,
+    /// Both, one right after the other.
+    Both,
 }
 
 impl Load {
@@ -38,8 +51,20 @@ impl Load {
             kills: if binaries::is_bare() { 0 } else { number("FTRUN_TEST_KILLS").unwrap_or(20) },
             at_least: Duration::from_millis(500),
             gap_ms: 5..=300,
+            victims: &[Victim::Unit],
             seed: number("FTRUN_TEST_SEED").unwrap_or(clock),
         }
+    }
+
+    /// The same with any of ftrun's processes but the keeper for victims; `FTRUN_TEST_VICTIM` chooses one.
+    pub fn any_victim(mut self) -> Self {
+        self.victims = match std::env::var("FTRUN_TEST_VICTIM").as_deref() {
+            Ok("unit") => &[Victim::Unit],
+            Ok("supervisor") => &[Victim::Supervisor],
+            Ok("both") => &[Victim::Both],
+            _ => &[Victim::Unit, Victim::Supervisor, Victim::Both],
+        };
+        self
     }
 
     /// The same with another number of kills (none when programs run bare).
@@ -133,6 +158,8 @@ pub struct Report {
     pub kills: u64,
     /// Recoveries that ftrun counted.
     pub recoveries: u64,
+    /// Supervisors that the unit had.
+    pub supervisors: u64,
     /// Process ids that the unit had.
     pub pids: BTreeSet<i32>,
     /// How long the run took.
@@ -243,7 +270,7 @@ fn strike(load: &Load, unit: &Unit, progress: &Progress) -> (Vec<Killed>, Option
                 return Ok(());
             }
             progress.begun.fetch_add(1, Ordering::SeqCst);
-            let killed = unit.kill9();
+            let killed = unit.kill9_victim(load.victims[rng.within(0..=load.victims.len() as u64 - 1) as usize]);
             progress.gone.fetch_add(1, Ordering::SeqCst);
             kills.push(killed?);
             again = rng.one_in(6);
@@ -289,7 +316,7 @@ pub fn run(load: &Load, unit: &Unit, mut connect: impl FnMut(usize, Rng) -> Resu
     });
     report.seconds = start.elapsed().as_secs_f64();
     report.kills = kills.len() as u64;
-    report.pids = kills.iter().map(|k| k.pid).collect();
+    report.pids = kills.iter().map(|k| k.pid).filter(|pid| *pid > 0).collect();
     for (n, tally) in tallies.iter().enumerate() {
         report.requests += tally.requests;
         report.latencies_us.extend(&tally.latencies_us);
@@ -345,6 +372,7 @@ fn check_unit(unit: &Unit, report: &mut Report) {
     match unit.status() {
         Ok(status) => {
             report.recoveries = status["recoveries"].as_u64().unwrap_or(0);
+            report.supervisors = status["supervisors"].as_u64().unwrap_or(1);
             report.pids.extend(status["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()));
             if status["state"] != "running" {
                 report.fault("unit", &Fault::error(format!("not running: {status}")));

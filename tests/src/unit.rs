@@ -8,12 +8,13 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::binaries::{self, Mode};
+use crate::load::Victim;
 use crate::process::{self, Process};
 use crate::{Error, error};
 
@@ -46,6 +47,13 @@ pub struct Launch {
     ready: Ready,
     /// Without ftrun, whatever the mode of this run: the words that stand before the program, if any.
     instead: Option<Vec<OsString>>,
+}
+
+static OPTIONS: OnceLock<&'static str> = OnceLock::new();
+
+/// Options of `ftrun run`, separated by blanks, with which this test program starts every unit.
+pub fn start_all_with(options: &'static str) {
+    assert_eq!(*OPTIONS.get_or_init(|| options), options, "they are the same for every unit");
 }
 
 impl Launch {
@@ -149,13 +157,15 @@ impl Launch {
                 line.extend([ftrun.into(), "run".into(), "--name".into(), self.name.clone().into()]);
                 line.extend(self.options.iter().cloned());
                 let more = std::env::var("FTRUN_TEST_OPTIONS").unwrap_or_default();
+                let more = format!("{} {more}", OPTIONS.get().copied().unwrap_or_default());
                 line.extend(more.split_whitespace().map(OsString::from));
                 line.push("--".into());
             }
         }
         line.extend(self.argv.iter().cloned());
         let mut command = Command::new(&line[0]);
-        command.args(&line[1..]).envs(self.env.iter().map(|(k, v)| (k, v)));
+        // Cargo's search path for libraries makes hundreds of calls in the loader: they are no part of a scenario.
+        command.args(&line[1..]).env_remove("LD_LIBRARY_PATH").envs(self.env.iter().map(|(k, v)| (k, v)));
         command.env("FTRUN_STATE_DIR", self.dir.path().join("state")).current_dir(self.work());
         let (out, err) = (self.dir.path().join("stdout"), self.dir.path().join("stderr"));
         command.stdin(Stdio::null()).stdout(File::create(out)?).stderr(File::create(err)?).process_group(0);
@@ -201,7 +211,7 @@ pub struct Unit {
 /// A kill that was carried out.
 #[derive(Debug, Clone, Copy)]
 pub struct Killed {
-    /// The process.
+    /// The unit's process; 0 when it was another one.
     pub pid: i32,
     /// When the signal was sent.
     pub sent: Instant,
@@ -363,6 +373,36 @@ impl Unit {
             std::thread::sleep(LOOK_AGAIN);
         }
         Err(error!("no living process to kill in {} s: {}", LIMIT.as_secs(), self.status()?))
+    }
+
+    /// Kills one of the unit's processes, or both, with SIGKILL.
+    pub fn kill9_victim(&self, victim: Victim) -> Result<Killed, Error> {
+        match victim {
+            Victim::Unit => self.kill9(),
+            Victim::Supervisor => self.kill9_supervisor(),
+            Victim::Both => {
+                let killed = self.kill9()?;
+                self.kill9_supervisor()?;
+                Ok(killed)
+            }
+        }
+    }
+
+    /// Kills the supervisor with SIGKILL, and waits for its death; the keeper starts another one.
+    pub fn kill9_supervisor(&self) -> Result<Killed, Error> {
+        let start = Instant::now();
+        while start.elapsed() < LIMIT {
+            let status = self.status()?;
+            let of = |key: &str| status[key].as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
+            if let Some(killed) = strike(of("supervisor_pid"), [of("keeper_pid"); 2])? {
+                return Ok(Killed { pid: 0, ..killed });
+            }
+            if let Some(status) = self.child().try_wait()? {
+                return Err(error!("ftrun ended: {status}"));
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        Err(error!("no supervisor to kill in {} s: {}", LIMIT.as_secs(), self.status()?))
     }
 
     /// Kills the unit's root process so many times, each time as soon as it is there again: in the middle of

@@ -1,7 +1,8 @@
 //! The unit dies at each seam, on purpose: between what the kernel did and what the log says, inside a
 //! checkpoint, inside a restore, inside a replay.
 //!
-//! `FTRUN_FAULT=POINT:N` in ftrun's environment kills the unit the Nth time that POINT is passed.
+//! `FTRUN_FAULT=POINT:N` in ftrun's environment kills the unit the Nth time that POINT is passed, and
+//! `FTRUN_FAULT=supervisor@POINT:N` the supervisor, which at durability `supervisor` is survived, too.
 
 use std::time::Duration;
 
@@ -19,7 +20,19 @@ fn points() -> Vec<&'static str> {
 }
 
 /// Which of the groups below walks a point: by its name's first word.
-const GROUPS: [&str; 8] = ["call-", "signal-", "checkpoint-", "restore-", "replay-", "shim-", "unloggable-", "exec-"];
+const GROUPS: [&str; 11] = [
+    "call-",
+    "hands-",
+    "signal-",
+    "checkpoint-",
+    "restore-",
+    "replay-",
+    "shim-",
+    "settle-",
+    "standby-",
+    "unloggable-",
+    "exec-",
+];
 
 fn of(group: &str) -> Vec<&'static str> {
     points().into_iter().filter(|p| p.starts_with(group)).collect()
@@ -53,13 +66,21 @@ fn walk_on(
     if is_bare() {
         return Ok(());
     }
-    for point in of(group) {
+    let victims = match group {
+        "shim-" => &[""][..],
+        "hands-" | "standby-" => &["supervisor@"],
+        _ => &["", "supervisor@"],
+    };
+    for (point, victim) in of(group).iter().flat_map(|point| victims.iter().map(move |victim| (point, victim))) {
         for pass in passes {
-            let fault = format!("{point}:{pass}");
+            let fault = format!("{victim}{point}:{pass}");
             let load = Load { clients: 4, at_least: Duration::from_millis(800), ..Load::from_env().kills(kills) };
             let mut launch = program()?;
             launch.env("FTRUN_FAULT", &fault).options(["--checkpoint-every", "100ms"]);
-            if group == "call-" {
+            if !victim.is_empty() {
+                launch.options(["--durability", "supervisor"]);
+            }
+            if matches!(group, "call-" | "hands-") {
                 // With the shim few calls pass these points.
                 launch.options(["--no-shim"]);
             }
@@ -93,6 +114,21 @@ fn killed_around_a_call() -> Result<(), Error> {
     walk("call-", &[3, 60, 120], 0, echo)
 }
 
+/// The supervisor dies before and after the keeper has made a call of the unit: each is made once.
+///
+/// Break it: have `hands::take_over` forget what has been done, or leave the last result on the desk when the next
+/// call is put there.
+#[test]
+fn the_supervisor_is_killed_around_a_call_of_the_hands() -> Result<(), Error> {
+    let passes: Vec<u64> = (1..=60).collect();
+    let program = || guest_launch("descriptors");
+    walk_on(program, "hands-", &passes, 0, |load, launch| {
+        let load = Load { at_least: Duration::from_millis(150), ..load.clone() };
+        let report = descriptors_of(&load, launch)?;
+        if report.recoveries == 0 { Err(error!("the supervisor was not killed:\n{report}")) } else { Ok(()) }
+    })
+}
+
 #[test]
 fn killed_inside_the_shim() -> Result<(), Error> {
     // A call has three seams: begun; made but not logged; logged but not reported. They are passed one after the
@@ -115,6 +151,15 @@ fn killed_inside_the_shim_on_streams_that_are_counted() -> Result<(), Error> {
     // Receive, send and wait have three seams each; all of them are passed in some order.
     let passes: Vec<u64> = (3000..3024).collect();
     walk_on(|| guest_launch("epoll_echo"), "shim-", &passes, 0, echo)
+}
+
+/// Accept in blocking mode, select, epoll_pwait2, ppoll and recvmsg, in the calls of the first connections.
+///
+/// Break it: leave the message's header out of what is settled (`Unit::settle`).
+#[test]
+fn killed_inside_the_shim_in_waits_and_messages() -> Result<(), Error> {
+    let passes: Vec<u64> = (20..50).collect();
+    walk_on(|| guest_launch("waits_echo"), "shim-", &passes, 0, echo)
 }
 
 #[test]
@@ -146,4 +191,33 @@ fn killed_inside_a_restore() -> Result<(), Error> {
 #[test]
 fn killed_inside_a_replay() -> Result<(), Error> {
     walk("replay-", &[1, 2], 3, echo)
+}
+
+#[test]
+fn the_supervisor_is_killed_between_an_image_and_what_it_replaces() -> Result<(), Error> {
+    walk("standby-", &[1, 2, 5, 9], 0, echo)
+}
+
+/// The unit dies in the shim, and its supervisor while it settles what the shim had begun: the next one settles it.
+///
+/// Break it: take the operation in doubt back before its event is logged (`Unit::settle`).
+#[test]
+fn the_supervisor_is_killed_while_it_settles() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    let mut settled = 0;
+    for pass in 1..=60 {
+        for point in of("settle-") {
+            let fault = format!("shim-seam:{pass},supervisor@{point}");
+            let load = Load { at_least: Duration::from_millis(150), ..Load::from_env().kills(0) };
+            let mut launch = guest_launch("descriptors")?;
+            launch.env("FTRUN_FAULT", &fault).options(["--checkpoint-every", "100ms", "--durability", "supervisor"]);
+            let report = descriptors_of(&load, launch).map_err(|e| error!("with FTRUN_FAULT={fault}: {e}"))?;
+            settled += report.supervisors.saturating_sub(1);
+        }
+    }
+    // Of the three seams of a call the second leaves something to be found, if the call is one that is settled.
+    assert!(settled >= 10, "only {settled} supervisors had something to settle");
+    Ok(())
 }

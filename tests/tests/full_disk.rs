@@ -9,10 +9,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ftrun_tests::binaries::is_bare;
-use ftrun_tests::clients::Echo;
+use ftrun_tests::clients::{Echo, Redis};
 use ftrun_tests::process::is_root;
 use ftrun_tests::rng::Rng;
-use ftrun_tests::scenarios::guest_launch;
+use ftrun_tests::scenarios::{guest_launch, redis_launch};
 use ftrun_tests::unit::{Launch, Ready, Unit};
 use ftrun_tests::{Error, error};
 
@@ -199,6 +199,70 @@ fn a_checkpoint_that_the_disk_does_not_take_is_not_acknowledged() -> Result<(), 
         let verdict = unit.verify()?;
         assert!(verdict.contains("equal the next checkpoint"), "{verdict}");
     }
+    unit.stop()?;
     drop(disk);
+    Ok(())
+}
+
+/// Checkpoints for the next supervisor find no room: the unit goes on, the user is told, and its death is survived as
+/// long as the log reaches back to a checkpoint that is there; afterwards it is whole again.
+///
+/// Break it: give events back to the log though the checkpoint behind them could not be written.
+#[test]
+fn memory_that_outlives_the_supervisor_is_full() -> Result<(), Error> {
+    if !inside("memory_that_outlives_the_supervisor_is_full")? {
+        return Ok(());
+    }
+    const TOLD: &str = "does not take a checkpoint";
+    let _disk = Disk::mount(Path::new("/dev/shm"), 12 << 10)?;
+    let mut launch = redis_launch(&["--save", ""])?;
+    launch.options(["--durability", "supervisor", "--checkpoint-every", "200ms"]);
+    let unit = launch.start()?;
+    let mut client = Redis::connect(unit.port, 0, Rng::new(1))?;
+    client.fill(24)?;
+    let start = Instant::now();
+    while !unit.stderr()?.contains(TOLD) {
+        assert!(start.elapsed() < Duration::from_secs(20), "nobody was told: {}", unit.stderr()?);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for count in 1..=2 {
+        unit.kill9_supervisor()?;
+        client.verify()?;
+        unit.await_recoveries(count)?;
+    }
+    client.ask(&["FLUSHALL"])?;
+    let start = Instant::now();
+    while !unit.stderr()?.contains("outlive the supervisor again") {
+        assert!(start.elapsed() < Duration::from_secs(20), "it is not whole again: {}", unit.stderr()?);
+        client.ask(&["SET", "a", "b"])?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    unit.kill9_supervisor()?;
+    assert_eq!(client.ask(&["GET", "a"])?, "b");
+    unit.stop()?;
+    Ok(())
+}
+
+/// As above, with checkpoints that no replay can stand in for.
+///
+/// Break it: end the unit when such a checkpoint finds no room.
+#[test]
+fn a_unit_outlives_full_memory_for_irregular_checkpoints() -> Result<(), Error> {
+    if !inside("a_unit_outlives_full_memory_for_irregular_checkpoints")? {
+        return Ok(());
+    }
+    let disk = Disk::mount(Path::new("/dev/shm"), 12 << 10)?;
+    let mut launch = guest_launch("unlogged")?;
+    launch.ready(Ready::Line).options(["--durability", "supervisor"]);
+    let unit = launch.start()?;
+    disk.fill(0)?;
+    let start = Instant::now();
+    while !unit.stderr()?.contains("does not take a checkpoint") {
+        assert!(start.elapsed() < Duration::from_secs(20), "nobody was told: {}", unit.stderr()?);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    unit.kill9()?;
+    unit.await_recoveries(1)?;
+    unit.finish_rounds()?;
     Ok(())
 }

@@ -275,5 +275,6 @@ fn a_running_unit_leaves_the_disk_alone() -> Result<(), Error> {
         assert!(newer.as_u64() > stored.as_u64(), "{stored} {newer}");
         before = written(&unit)?;
     }
+    unit.stop()?;
     Ok(())
 }

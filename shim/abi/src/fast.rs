@@ -225,6 +225,8 @@ pub struct Control {
     pub pid: AtomicU64,
     /// The id of its parent.
     pub parent: AtomicU64,
+    /// The supervisor's process, whose [`Control::tracer`] is told of a turn that is free.
+    pub supervisor: AtomicU64,
     /// Calls that may be served before one has to stop.
     pub budget: AtomicU64,
     /// The operation in doubt: [`NOTHING`], or one of [`RECEIVE`] and its like.

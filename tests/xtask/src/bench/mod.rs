@@ -4,7 +4,9 @@ pub(crate) mod calls;
 mod drive;
 mod mode;
 pub(crate) mod recovery;
+pub(crate) mod replay;
 mod stats;
+pub(crate) mod store;
 pub(crate) mod throughput;
 mod workloads;
 

@@ -13,6 +13,8 @@ pub(crate) enum Mode {
     Slow,
     /// Under `ftrun`.
     Shim,
+    /// Under `ftrun --durability supervisor`.
+    Supervisor,
     /// Under `strace -f -o /dev/null`, whose cost is widely known.
     Strace,
 }
@@ -24,13 +26,14 @@ impl Mode {
             Self::Bare => "bare",
             Self::Slow => "no-shim",
             Self::Shim => "ftrun",
+            Self::Supervisor => "supervisor",
             Self::Strace => "strace",
         }
     }
 
     /// Whether ftrun runs the program.
     pub(crate) fn has_ftrun(self) -> bool {
-        matches!(self, Self::Slow | Self::Shim)
+        matches!(self, Self::Slow | Self::Shim | Self::Supervisor)
     }
 
     /// Has a launch go this way.
@@ -39,6 +42,7 @@ impl Mode {
             Self::Bare => launch.without_ftrun([] as [&str; 0]),
             Self::Slow => launch.options(["--no-shim"]),
             Self::Shim => launch,
+            Self::Supervisor => launch.options(["--durability", "supervisor"]),
             Self::Strace => launch.without_ftrun(["strace", "-f", "-o", "/dev/null"]),
         };
     }

@@ -21,12 +21,15 @@ pub(crate) struct Options {
     /// Only these workloads: names, or beginnings of names followed by `*` (an unknown name lists all)
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
+    /// Only these columns, beside `bare`: no-shim, ftrun, supervisor, strace
+    #[arg(long, value_name = "MODE", value_delimiter = ',')]
+    modes: Vec<String>,
     /// Also write the results here
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-const MODES: [Mode; 4] = [Mode::Bare, Mode::Slow, Mode::Shim, Mode::Strace];
+const MODES: [Mode; 5] = [Mode::Bare, Mode::Slow, Mode::Shim, Mode::Supervisor, Mode::Strace];
 
 const CAPTION: &str = "\
 throughput, as ratio to bare, and latency: medians of all rounds
@@ -136,7 +139,11 @@ impl Row {
 /// Runs the benchmark; prints a table. A program that answers wrongly, or not at all, is shown as failed, and then
 /// the benchmark as a whole has failed.
 pub(crate) fn run(options: &Options) -> Result<(), Error> {
-    let modes = available(&MODES)?;
+    let wanted = |m: &Mode| *m == Mode::Bare || options.modes.is_empty() || options.modes.iter().any(|n| n == m.name());
+    if let Some(unknown) = options.modes.iter().find(|n| MODES.iter().all(|m| m.name() != n.as_str())) {
+        return Err(error!("no mode {unknown}; there are: {}", MODES.map(Mode::name).join(", ")));
+    }
+    let modes = available(&MODES.into_iter().filter(wanted).collect::<Vec<_>>())?;
     let mut rows = Vec::new();
     for workload in options.chosen()? {
         if let Some(missing) = workload.programs().iter().find(|p| ftrun_tests::binaries::installed(p).is_none()) {

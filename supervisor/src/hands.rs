@@ -1,0 +1,224 @@
+//! The hands: a thread of the keeper that makes the unit's calls where the supervisor's death must be survived.
+//!
+//! The supervisor writes the call and a copy of its arguments on the desk, and waits. Whoever of the two dies,
+//! the other knows what became of the call: the result stands on the desk until the event is in the log. A
+//! supervisor that takes over finds it there; replay brings the thread to the same call again, and it is given
+//! the result instead of being made.
+
+use std::cell::RefCell;
+use std::sync::atomic::Ordering::SeqCst;
+
+use crate::desk::{ARENA_BYTES, CALL, DONE, Desk, SPAWN, STARTED};
+use crate::marshal::steady_call;
+
+/// Memory that a call reads or writes.
+#[derive(Debug)]
+pub struct Piece {
+    /// Where it is in this process.
+    pub at: *mut u8,
+    /// Its bytes.
+    pub len: usize,
+    /// The call writes to it.
+    pub out: bool,
+    /// Offsets in it of pointers to other pieces.
+    pub pointers: &'static [usize],
+}
+
+/// A call that was made for a supervisor that died before it had logged it.
+#[derive(Debug)]
+struct Owed {
+    vtid: i32,
+    call: (u64, [u64; 6], u64),
+    result: i64,
+    arena: Vec<u8>,
+}
+
+/// Who makes the calls of this supervisor's unit.
+#[derive(Debug)]
+struct Hired {
+    desk: &'static Desk,
+    vtid: i32,
+    sii: u64,
+    owed: Option<Owed>,
+    /// The keeper was killed: there are no hands.
+    alone: bool,
+}
+
+thread_local! {
+    /// Of the tracer's thread; elsewhere calls are made by who wants them.
+    static HIRED: RefCell<Option<Hired>> = const { RefCell::new(None) };
+}
+
+/// Has the calling thread's calls made by the keeper from now on.
+pub fn hire(desk: &'static Desk) {
+    HIRED.with_borrow_mut(|hired| *hired = Some(Hired { desk, vtid: 0, sii: 0, owed: None, alone: false }));
+}
+
+/// The next calls are made in the name of this thread, `sii` events being in the log.
+pub fn serve(vtid: i32, sii: u64) {
+    HIRED.with_borrow_mut(|hired| {
+        if let Some(h) = hired {
+            (h.vtid, h.sii) = (vtid, sii);
+        }
+    });
+}
+
+/// What became of the call under way when the last supervisor died: it is owed to the thread that made it,
+/// unless it has been logged. `sii` events are in the log.
+pub fn take_over(sii: u64) {
+    HIRED.with_borrow_mut(|hired| {
+        let Some(h) = hired else { return };
+        while matches!(h.desk.call_state(), CALL | STARTED) {
+            h.desk.wait_hands(h.desk.hands.load(SeqCst));
+        }
+        let order = &h.desk.order;
+        if h.desk.call_state() == DONE && order.sii.load(SeqCst) == sii {
+            let used = (order.used.load(SeqCst) as usize).min(ARENA_BYTES);
+            // SAFETY: inside the arena, which the hands do not touch now.
+            let arena = unsafe { std::slice::from_raw_parts(h.desk.arena(), used) }.to_vec();
+            let args = order.args.each_ref().map(|a| a.load(SeqCst));
+            let call = (order.nr.load(SeqCst), args, order.digest.load(SeqCst));
+            h.owed = Some(Owed { vtid: order.vtid.load(SeqCst), call, result: order.result.load(SeqCst), arena });
+        }
+        // It stays on the desk: this supervisor may be killed, too, before the thread has come there.
+    });
+}
+
+/// The thread to which a result is owed.
+pub fn owed_to() -> Option<i32> {
+    HIRED.with_borrow(|hired| hired.as_ref()?.owed.as_ref().map(|o| o.vtid))
+}
+
+/// The thread has come to its next call: what was owed to it is given by now, or has been told otherwise.
+pub fn settle_debt(vtid: i32) {
+    HIRED.with_borrow_mut(|hired| {
+        if let Some(h) = hired {
+            h.owed.take_if(|o| o.vtid == vtid);
+        }
+    });
+}
+
+/// Makes a call of the unit, or gives out the result of one that was made. `pointers` says, by bits, which
+/// arguments lead into the pieces; `digest` is the one of the unit's call.
+pub fn call(nr: u64, args: &[u64; 6], pointers: u8, digest: u64, pieces: &mut [Piece]) -> i64 {
+    HIRED.with_borrow_mut(|hired| match hired {
+        Some(h) => h.call(nr, args, pointers, digest, pieces),
+        None => steady_call(nr, args),
+    })
+}
+
+impl Hired {
+    fn call(&mut self, nr: u64, args: &[u64; 6], pointers: u8, digest: u64, pieces: &mut [Piece]) -> i64 {
+        let mut starts = Vec::with_capacity(pieces.len());
+        let mut used = 0;
+        for piece in &*pieces {
+            starts.push(used);
+            used += piece.len.max(1).next_multiple_of(16);
+        }
+        if used > ARENA_BYTES {
+            return -i64::from(libc::ENOMEM);
+        }
+        let arena = self.desk.arena();
+        let moved = |pieces: &[Piece], address: u64| {
+            let here = |(piece, start): (&Piece, &usize)| {
+                let offset = address.wrapping_sub(piece.at as u64);
+                (offset < piece.len.max(1) as u64).then(|| arena as u64 + *start as u64 + offset)
+            };
+            pieces.iter().zip(&starts).find_map(here).unwrap_or(address)
+        };
+        let mut args = *args;
+        for (_, arg) in args.iter_mut().enumerate().filter(|(i, _)| pointers >> i & 1 == 1) {
+            *arg = moved(pieces, *arg);
+        }
+        let owed = self.owed.take_if(|o| o.vtid == self.vtid && o.call == (nr, args, digest) && o.arena.len() == used);
+        let result = match owed {
+            Some(owed) => {
+                // SAFETY: as long as was checked; the hands do nothing now.
+                unsafe { std::ptr::copy_nonoverlapping(owed.arena.as_ptr(), arena, used) };
+                owed.result
+            }
+            None => {
+                for (piece, start) in pieces.iter().zip(&starts) {
+                    // SAFETY: pieces are memory of ours, and the arena has room for all of them.
+                    unsafe {
+                        let to = arena.add(*start);
+                        std::ptr::copy_nonoverlapping(piece.at, to, piece.len);
+                        for field in piece.pointers {
+                            let field = to.add(*field).cast::<u64>();
+                            field.write_unaligned(moved(pieces, field.read_unaligned()));
+                        }
+                    }
+                }
+                self.have_made(nr, &args, digest, used)
+            }
+        };
+        for (piece, start) in pieces.iter_mut().zip(&starts).filter(|(piece, _)| piece.out) {
+            // SAFETY: as above. Pointers stay our own.
+            unsafe {
+                let own: Vec<u64> =
+                    piece.pointers.iter().map(|f| piece.at.add(*f).cast::<u64>().read_unaligned()).collect();
+                std::ptr::copy_nonoverlapping(arena.add(*start), piece.at, piece.len);
+                for (field, own) in piece.pointers.iter().zip(own) {
+                    piece.at.add(*field).cast::<u64>().write_unaligned(own);
+                }
+            }
+        }
+        result
+    }
+
+    fn have_made(&mut self, nr: u64, args: &[u64; 6], digest: u64, used: usize) -> i64 {
+        if self.alone {
+            return steady_call(nr, args);
+        }
+        let order = &self.desk.order;
+        // Nobody must take the result of the last call for one of this.
+        self.desk.hands.fetch_and(SPAWN, SeqCst);
+        order.vtid.store(self.vtid, SeqCst);
+        order.nr.store(nr, SeqCst);
+        for (to, arg) in order.args.iter().zip(args) {
+            to.store(*arg, SeqCst);
+        }
+        order.digest.store(digest, SeqCst);
+        order.sii.store(self.sii, SeqCst);
+        order.used.store(used as u64, SeqCst);
+        crate::fault::point("hands-ordered", self.desk.pid.load(SeqCst));
+        self.desk.set_call_state(CALL);
+        loop {
+            let seen = self.desk.hands.load(SeqCst);
+            match seen & !SPAWN {
+                DONE => break,
+                state => {
+                    self.desk.wait_hands(seen);
+                    if self.desk.hands.load(SeqCst) == seen && self.keeper_is_gone() {
+                        // Nobody can tell any more whether a call that was being made took effect.
+                        assert!(state == CALL, "the keeper was killed in the middle of a call");
+                        tracing::warn!("the keeper was killed: the death of the supervisor will not be survived");
+                        self.alone = true;
+                        return steady_call(nr, args);
+                    }
+                }
+            }
+        }
+        crate::fault::point("hands-made", self.desk.pid.load(SeqCst));
+        order.result.load(SeqCst)
+    }
+
+    fn keeper_is_gone(&self) -> bool {
+        // SAFETY: no arguments.
+        unsafe { libc::getppid() != self.desk.keeper.load(SeqCst) }
+    }
+}
+
+/// What the hands do: makes the call on the desk. `owner` is the change of credentials that they last followed.
+pub fn work(desk: &Desk, owner: &mut u32) {
+    let version = desk.owner.version.load(SeqCst);
+    if std::mem::replace(owner, version) != version {
+        let (uid, gid, groups) = desk.owner.get();
+        crate::capture::set_fs_credentials(uid, gid, &groups);
+    }
+    desk.set_call_state(STARTED);
+    let order = &desk.order;
+    let args = order.args.each_ref().map(|a| a.load(SeqCst));
+    order.result.store(steady_call(order.nr.load(SeqCst), &args), SeqCst);
+    desk.set_call_state(DONE);
+}
