@@ -54,6 +54,21 @@ pub enum Error {
         /// What is wrong there.
         what: String,
     },
+    /// What a store knows of its units is damaged or contradicts itself. Nothing was changed.
+    #[error(
+        "{store} is not opened, since what it knows of its units is not to be relied on ({what}; {file}, byte {offset}); \
+         put back a copy of the directory, or import into an empty one what `ftstore export` has written"
+    )]
+    Contradiction {
+        /// The store.
+        store: String,
+        /// The file.
+        file: String,
+        /// Where.
+        offset: u64,
+        /// What is wrong there.
+        what: String,
+    },
     /// Events that were stored cannot be read back.
     #[error(
         "events {from} to {to} of unit {unit} are lost by damage to the store; a checkpoint after them can be used"

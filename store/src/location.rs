@@ -71,6 +71,17 @@ fn options(text: &str) -> impl Iterator<Item = (&str, &str)> {
     text.split('&').filter(|o| !o.is_empty()).map(|option| option.split_once('=').unwrap_or((option, "")))
 }
 
+/// Certificates are shown where TLS is used.
+fn certificates(ca: &Option<PathBuf>, cert: &Option<PathBuf>, key: &Option<PathBuf>) -> Result<(), String> {
+    if cert.is_some() != key.is_some() {
+        return Err("cert= and cert-key= go together".into());
+    }
+    if cert.is_some() && ca.is_none() {
+        return Err("cert= needs ca=, without which there is no TLS".into());
+    }
+    Ok(())
+}
+
 impl Tcp {
     fn parse(rest: &str) -> Result<Self, String> {
         let (address, more) = rest.split_once('?').unwrap_or((rest, ""));
@@ -87,6 +98,10 @@ impl Tcp {
                 "cert-key" => tcp.cert_key = Some(value.into()),
                 _ => return Err(format!("{name:?} is none of name=, key=, ca=, cert=, cert-key=")),
             }
+        }
+        certificates(&tcp.ca, &tcp.cert, &tcp.cert_key)?;
+        if tcp.key.is_some() == tcp.name.is_empty() {
+            return Err("name= and key= go together".into());
         }
         Ok(tcp)
     }
@@ -133,6 +148,10 @@ impl Nats {
                     ));
                 }
             }
+        }
+        certificates(&nats.ca, &nats.cert, &nats.cert_key)?;
+        if nats.password.is_some() == nats.user.is_empty() {
+            return Err("user= and password= go together".into());
         }
         Ok(nats)
     }
@@ -185,7 +204,8 @@ impl Location {
             Self::Nats(at) => Ok(Box::new(crate::nats::Nats::connect(at)?)),
             #[cfg(not(feature = "nats"))]
             Self::Nats(at) => {
-                Err(Error::invalid(format!("store {at}"), "this program was built without the feature `nats`"))
+                let why = "this program was built without the feature `nats`; build it with `--features nats`";
+                Err(Error::invalid(format!("store {at}"), why))
             }
         }
     }
@@ -209,9 +229,26 @@ mod tests {
         for bad in ["nats:x", "nats://127.0.0.1:1", "nats://127.0.0.1:1/a.b", "nats://127.0.0.1:1/a?replicas=9"] {
             assert!(bad.parse::<Location>().is_err(), "{bad}");
         }
+        for (bad, want) in [
+            ("tcp:h:1?key=/k", "name= and key="),
+            ("tcp:h:1?name=n", "name= and key="),
+            ("tcp:h:1?ca=/ca&cert=/c", "cert= and cert-key="),
+            ("tcp:h:1?cert=/c&cert-key=/k", "cert= needs ca="),
+            ("nats://h:1/s?user=u", "user= and password="),
+            ("nats://h:1/s?ca=/ca&cert-key=/k", "cert= and cert-key="),
+        ] {
+            let e = bad.parse::<Location>().unwrap_err().to_string();
+            assert!(e.contains(want), "{bad}: {e}");
+        }
         for bad in ["", "file:", "tcp:", "tcp:host", "tcp:host:99999", "tcp:h:1?tls=off", "http://x"] {
             let e = bad.parse::<Location>().unwrap_err().to_string();
             assert!(e.contains(&format!("{bad:?}")), "{e}");
         }
+    }
+    #[cfg(not(feature = "nats"))]
+    #[test]
+    fn a_cluster_needs_the_feature() {
+        let e = "nats://127.0.0.1:1/s".parse::<Location>().unwrap().open().err().unwrap().to_string();
+        assert!(e.contains("nats://127.0.0.1:1/s") && e.contains("--features nats"), "{e}");
     }
 }

@@ -3,11 +3,12 @@
 //! In the embedded engine it is the result of the control records and of the SIIs of the batches, in the order of the
 //! log; writing and recovery apply them by the same functions. In a cluster each unit's part of it is one stored value.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::UnitName;
+use crate::table::DEPTH_MAX;
 
 /// A change of the control state, as it is in the log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,10 +97,97 @@ impl State {
     /// Takes note of a batch that was appended.
     pub(crate) fn batch(&mut self, unit: u64, first: u64, next: u64) {
         if let Some(unit) = self.units.get_mut(&unit) {
-            if unit.first == unit.next {
+            // One below the log comes only after damage.
+            if unit.first == unit.next || first < unit.first {
                 unit.first = first;
             }
             unit.next = next;
+        }
+    }
+
+    /// Judges a state that was read: whether it can have come about.
+    ///
+    /// # Errors
+    /// What contradicts what.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        // Numbers go up by one: nothing has ever used up all of them.
+        if self.next_id == u64::MAX {
+            return Err("no number is left for another unit".into());
+        }
+        let (mut names, mut ids) = (BTreeSet::new(), BTreeSet::new());
+        for (number, unit) in &self.units {
+            let of = |what: String| format!("unit {:?}: {what}", unit.name);
+            UnitName::new(&unit.name[..]).map_err(|e| e.to_string())?;
+            if !names.insert(&unit.name) {
+                return Err(of("there are two of this name".into()));
+            }
+            unit.check().map_err(of)?;
+            for id in unit.tables.keys().chain([number]) {
+                if *id == 0 || *id >= self.next_id {
+                    return Err(of(format!(
+                        "number {id} is none that was given out, the next one is {}",
+                        self.next_id
+                    )));
+                }
+                if !ids.insert(*id) {
+                    return Err(of(format!("number {id} was given out twice")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Judges a batch that was read: whether it can follow.
+    ///
+    /// # Errors
+    /// What it contradicts.
+    pub(crate) fn admits_batch(&self, unit: u64, first: u64, count: u32) -> Result<(), String> {
+        let Some(unit) = self.units.get(&unit) else {
+            return Err(format!("events of unit {unit}, which is not there"));
+        };
+        let of = |what: &str| format!("unit {:?}: events from {first} on, {count} of them, {what}", unit.name);
+        let follows = if unit.first == unit.next { first >= unit.next } else { first == unit.next };
+        match first.checked_add(u64::from(count)) {
+            None => Err(of("are more than there are numbers")),
+            Some(next) if next == first => Err(of("are none")),
+            Some(_) if !follows => Err(of(&format!("cannot follow {}..{}", unit.first, unit.next))),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Judges a change that was read: whether it can be applied.
+    ///
+    /// # Errors
+    /// What it contradicts.
+    pub(crate) fn admits(&self, control: &Control) -> Result<(), String> {
+        let (number, what) = match control {
+            Control::Nothing => return Ok(()),
+            // Whether the name is free is seen when all are there: see `check`.
+            Control::Create { unit, .. } if *unit >= self.next_id.max(1) && *unit < u64::MAX => return Ok(()),
+            Control::Create { unit, name } => {
+                return Err(format!("unit {name} is made under number {unit}, which is not free"));
+            }
+            Control::Lease { unit, .. } => (unit, "a lease"),
+            Control::Release { unit } => (unit, "the end of a lease"),
+            Control::Below { unit, .. } | Control::From { unit, .. } => (unit, "a truncation"),
+            Control::Publish { unit, .. } | Control::Hide { unit, .. } => (unit, "checkpoints"),
+            Control::Remove { unit } => (unit, "the removal"),
+        };
+        let it = self.units.get(number).ok_or_else(|| format!("{what} of unit {number}, which is not there"))?;
+        let of = |what: String| Err(format!("unit {:?}: {what}", it.name));
+        match control {
+            Control::Lease { epoch, .. } if *epoch <= it.epoch || *epoch == u64::MAX => {
+                of(format!("epoch {epoch} cannot follow epoch {}", it.epoch))
+            }
+            Control::Publish { id, table, .. } => {
+                // Numbers are given out when tables are written, and published in any order.
+                let used = || self.units.iter().any(|(n, u)| n == id || u.tables.contains_key(id));
+                if *id == 0 || *id == u64::MAX || (*id < self.next_id && used()) {
+                    return of(format!("checkpoint {} has number {id}, which is not free", table.sii));
+                }
+                it.check_table(*id, table).map_err(|what| format!("unit {:?}: {what}", it.name))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -159,6 +247,58 @@ impl State {
 }
 
 impl Unit {
+    /// Judges a unit that was read: whether it can have come about.
+    ///
+    /// # Errors
+    /// What contradicts what.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.first > self.next {
+            return Err(format!("its log begins at event {} and ends before event {}", self.first, self.next));
+        }
+        if self.epoch == u64::MAX {
+            return Err("no epoch is left for another writer".into());
+        }
+        if self.holder.is_some() && self.epoch == 0 {
+            return Err("somebody holds it, and nobody has ever opened it".into());
+        }
+        let mut bytes = 0u64;
+        let mut shown = BTreeSet::new();
+        for (id, table) in &self.tables {
+            self.check_table(*id, table)?;
+            if !table.hidden && !shown.insert(table.sii) {
+                return Err(format!("there are two checkpoints at event {}", table.sii));
+            }
+            bytes = bytes.saturating_add(table.bytes);
+        }
+        if bytes > i64::MAX as u64 {
+            return Err("its checkpoints have more bytes than any disk".into());
+        }
+        Ok(())
+    }
+
+    /// Judges a table: whether it can be one of this unit's.
+    fn check_table(&self, id: u64, table: &Table) -> Result<(), String> {
+        let sii = table.sii;
+        let Some(parent) = table.parent else {
+            return match table.depth {
+                0 => Ok(()),
+                depth => Err(format!("checkpoint {sii} is change number {depth} to none")),
+            };
+        };
+        match self.tables.get(&parent) {
+            None => Err(format!("checkpoint {sii} changes table {parent}, which is not there")),
+            Some(_) if parent >= id => Err(format!("checkpoint {sii} changes table {parent}, which is a later one")),
+            Some(below) if below.sii >= sii => {
+                Err(format!("checkpoint {sii} changes one at event {}, which is not before it", below.sii))
+            }
+            Some(below) if below.depth.checked_add(1) != Some(table.depth) || table.depth >= DEPTH_MAX => Err(format!(
+                "checkpoint {sii} is change number {}, and number {} to another one",
+                table.depth, below.depth
+            )),
+            Some(_) => Ok(()),
+        }
+    }
+
     /// Drops the records below `sii`.
     pub(crate) fn below(&mut self, sii: u64) {
         self.first = self.first.max(sii);
@@ -184,7 +324,7 @@ impl Unit {
 
     /// Removes hidden tables that no checkpoint builds on.
     fn drop_needless(&mut self) -> Vec<u64> {
-        let mut needed = std::collections::BTreeSet::new();
+        let mut needed = BTreeSet::new();
         for (id, table) in &self.tables {
             if !table.hidden {
                 let mut next = Some(*id);

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Answer, At};
 use crate::net::encode;
-use crate::{Error, PAGE_BYTES, UnitName};
+use crate::{Error, PAGE_BYTES, UnitName, UnitStore};
 
 /// Options.
 #[derive(Debug, clap::Args)]
@@ -46,10 +46,20 @@ const PAGES_IN_ITEM: usize = 256;
 impl Export {
     pub(super) fn run(&self) -> Result<Answer, Error> {
         let name = UnitName::new(&self.unit[..])?;
-        let store = self.at.store.open()?;
+        let store = self.at.open()?;
         let unit = store.view(&name)?;
         let io = |e: std::io::Error| Error::io("write", &self.file, &e);
         let mut out = BufWriter::new(File::create_new(&self.file).map_err(io)?);
+        let written = self.write(&name, &*unit, &mut out);
+        if written.is_err() {
+            // A part of a unit is of no use, and is in the way of the next attempt.
+            let _ = std::fs::remove_file(&self.file);
+        }
+        written
+    }
+
+    fn write(&self, name: &UnitName, unit: &dyn UnitStore, out: &mut BufWriter<File>) -> Result<Answer, Error> {
+        let io = |e: std::io::Error| Error::io("write", &self.file, &e);
         let mut put = |item: &Item, bytes: &[u8]| {
             let mut frame = Vec::new();
             encode(&mut frame, item, bytes);
@@ -75,7 +85,12 @@ impl Export {
         let log = unit.log()?;
         let mut at = log.start;
         while at < log.end {
-            for batch in unit.read(at, 1 << 20)? {
+            let batches = unit.read(at, 1 << 20)?;
+            if batches.is_empty() {
+                // Its writer has taken back what was behind.
+                break;
+            }
+            for batch in batches {
                 at = batch.next();
                 put(&Item::Batch { first: batch.first(), count: batch.count() }, batch.body())?;
             }

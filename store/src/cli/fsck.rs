@@ -20,10 +20,10 @@ pub(super) struct Fsck {
 
 impl Fsck {
     pub(super) fn run(&self) -> Result<Answer, Error> {
+        self.at.must_be_there()?;
         let report = match &self.at.store {
             // What is damaged must not be written to before it has been looked at.
-            Location::File(path) if path.is_dir() => Engine::fsck_on(&RealDisk::open(path)?)?,
-            Location::File(path) => return Err(Error::invalid(path.display().to_string(), "not a directory")),
+            Location::File(path) => Engine::fsck_on(&RealDisk::open(path)?)?,
             service => service.open()?.fsck()?,
         };
         let mut text = String::new();

@@ -17,7 +17,7 @@ pub(super) struct Gc {
 
 impl Gc {
     pub(super) fn run(&self) -> Result<Answer, Error> {
-        let got = self.at.store.open()?.gc()?;
+        let got = self.at.open()?.gc()?;
         let text = format!(
             "{} files or messages with {} bytes given back, {} bytes moved\n",
             got.segments, got.bytes, got.moved

@@ -92,7 +92,7 @@ impl Import {
         let name = self.unit.as_ref().map_or(Ok(unit), UnitName::new)?;
         let store = self.at.store.open()?;
         if store.units()?.iter().any(|u| u.name == name) {
-            let why = "the store has it already; remove it there or import it under another name (--unit)";
+            let why = "the store has it already; remove it with `ftstore rm`, or import it under another name (--unit)";
             return Err(Error::invalid(format!("unit {name}"), why));
         }
         let options =

@@ -19,7 +19,7 @@ pub(super) struct Ls {
 
 impl Ls {
     pub(super) fn run(&self) -> Result<Answer, Error> {
-        let units = self.at.store.open()?.units()?;
+        let units = self.at.open()?.units()?;
         let width = units.iter().map(|u| u.name.as_str().len()).max().unwrap_or(0).max(4);
         let mut text =
             format!("{:<width$}  {:>12}  {:>21}  {:>11}  holder\n", "unit", "bytes", "events", "checkpoints");

@@ -7,6 +7,7 @@ mod import;
 mod ls;
 mod presets;
 mod recovery_state;
+mod rm;
 mod serve;
 mod simulate;
 mod workloads;
@@ -16,7 +17,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::{Error, Location};
+use crate::disk::RealDisk;
+use crate::{Error, Location, StableStore};
 
 /// Exit status for what the user can put right.
 const USAGE: u8 = 2;
@@ -43,6 +45,8 @@ enum Command {
     Export(export::Export),
     /// Store a unit from a file that export wrote
     Import(import::Import),
+    /// Remove a unit, log and checkpoints
+    Rm(rm::Rm),
     /// Run a recovery protocol through failures and say what it costs
     Simulate(Box<simulate::Simulate>),
 }
@@ -53,6 +57,23 @@ struct At {
     /// The store: file:DIR, unix:PATH, tcp:HOST:PORT?name=…&key=FILE&ca=FILE or nats://HOST:PORT,…/NAME
     #[arg(value_name = "STORE", value_parser = |url: &str| url.parse::<Location>().map_err(|e| e.to_string()))]
     store: Location,
+}
+
+impl At {
+    /// Opens a store that is there: a name that was mistyped makes no other one.
+    fn open(&self) -> Result<Box<dyn StableStore>, Error> {
+        self.must_be_there()?;
+        self.store.open()
+    }
+
+    fn must_be_there(&self) -> Result<(), Error> {
+        match &self.store {
+            Location::File(path) if !RealDisk::has_store(path)? => {
+                Err(Error::invalid(path.display().to_string(), "there is no store in this directory"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What a command has to say: for people, for programs, and whether it is bad news.
@@ -72,6 +93,7 @@ pub fn main() -> ExitCode {
         Command::Gc(command) => (command.json, command.run()),
         Command::Export(command) => (false, command.run()),
         Command::Import(command) => (false, command.run()),
+        Command::Rm(command) => (false, command.run()),
         Command::Simulate(command) => (command.json, command.run()),
     };
     match result {

@@ -1,5 +1,6 @@
 //! `ftstore serve`.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use super::Answer;
@@ -21,7 +22,8 @@ impl Serve {
     pub(super) fn run(&self) -> Result<Answer, Error> {
         let filter = tracing_subscriber::EnvFilter::try_from_env("FTSTORE_LOG");
         let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+        let colours = std::io::stderr().is_terminal();
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
         let config = Config::read(&self.config)?;
         if !self.check {
             serve(&config)?;

@@ -14,8 +14,8 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use crate::Error;
 use crate::location::{Location, Tcp};
 use crate::net::{
-    EXPORTER_LABEL, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Proof, Ready, VERSIONS, Welcome, encode, nonce, proof,
-    same,
+    EXPORTER_LABEL, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Proof, Prover, Ready, VERSIONS, Welcome, encode,
+    keep_alive, nonce, proof, same,
 };
 
 /// How long reaching a service and being let in may take.
@@ -184,7 +184,7 @@ fn tcp_link(tcp: &Tcp, location: &Location) -> Result<Link, Error> {
         }
     }
     let socket = result.map_err(&io)?;
-    socket.set_nodelay(true).map_err(&io)?;
+    socket.set_nodelay(true).and_then(|()| keep_alive(&socket)).map_err(&io)?;
     let tls = tcp.ca.as_deref().map(|ca| tls(tcp, ca, location)).transpose()?;
     Ok(Link { socket: Socket::Tcp(socket), tls: tls.map(Mutex::new) })
 }
@@ -245,10 +245,10 @@ fn greet(link: &Link, location: &Location, client: String, key: Option<&[u8]>) -
         let tls = tls.lock().unwrap_or_else(PoisonError::into_inner);
         tls.export_keying_material(&mut channel, EXPORTER_LABEL, None).map_err(|e| refused(&e.to_string()))?;
     }
-    say(link, location, &Proof { mac: proof(key, &client, [&ours, &theirs], &channel) })?;
+    say(link, location, &Proof { mac: proof(key, Prover::Client(&client), [&ours, &theirs], &channel) })?;
     match hear(link, location, &mut incoming)? {
         Ready::Refused(e) => Err(e),
-        Ready::Yes(Some(mac)) if same(&mac, &proof(key, "ftstore", [&ours, &theirs], &channel)) => Ok(()),
+        Ready::Yes(Some(mac)) if same(&mac, &proof(key, Prover::Service, [&ours, &theirs], &channel)) => Ok(()),
         Ready::Yes(_) => Err(refused("it does not have the key that we share")),
     }
 }

@@ -232,8 +232,10 @@ impl UnitStore for Remote {
                 each(address, page)?;
             }
             match next {
+                None => return Ok(()),
                 Some(next) if next > range.start => range.start = next,
-                _ => return Ok(()),
+                // It would never end.
+                Some(_) => return Err(connection.odd()),
             }
         }
     }

@@ -25,7 +25,14 @@ impl RealDisk {
     /// [`Error::InUse`] when another process has it.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let err = |op: &'static str| move |e: io::Error| Error::io(op, path, &e);
+        let missing: Vec<&Path> =
+            path.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(err("create"))?;
+        // What is stored in it is durable only if its own name is.
+        for parent in missing.iter().filter_map(|dir| dir.parent()) {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            File::open(parent).and_then(|dir| dir.sync_all()).map_err(err("sync the directory above"))?;
+        }
         let dir = File::open(path).map_err(err("open"))?;
         let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path.join("lock"));
         let lock = lock.map_err(err("open the lock of"))?;
@@ -34,6 +41,20 @@ impl RealDisk {
             Err(fs::TryLockError::WouldBlock) => Err(Error::InUse { store: path.display().to_string() }),
             Err(fs::TryLockError::Error(e)) => Err(Error::io("lock", path, &e)),
         }
+    }
+}
+
+#[cfg(feature = "service")]
+impl RealDisk {
+    /// Whether there is a directory with a store in it. Changes nothing.
+    pub(crate) fn has_store(path: &Path) -> Result<bool, Error> {
+        let err = |e: io::Error| Error::io("read", path, &e);
+        for entry in fs::read_dir(path).map_err(err)? {
+            if entry.map_err(err)?.file_name().to_str().is_some_and(crate::engine::is_segment) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 }
 

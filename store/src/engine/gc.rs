@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use super::commit::Use;
+use super::live::Use;
 use super::pages::{FrameCache, PackIndex};
 use super::recover::Loc;
 use super::stream::{Place, Stream, Which};

@@ -8,7 +8,9 @@
 //! | `stream` | writing frames into segments, and finding them again |
 //! | `spares` | files that are ready to become segments |
 //! | `recover` | what is stored |
-//! | `commit` | the queue and the thread that writes it: group commit |
+//! | `queue` | what is to be written to the log |
+//! | `commit` | the thread that writes it: group commit |
+//! | `live` | where batches are, and what of them is needed |
 //! | `unit` | the handle of a unit |
 //! | `pages` | pages and tables |
 //! | `gc` | giving space back |
@@ -20,7 +22,9 @@ mod fsck;
 #[cfg(any(test, feature = "testing"))]
 pub mod fuzz;
 mod gc;
+mod live;
 mod pages;
+mod queue;
 mod recover;
 mod spares;
 mod stream;
@@ -38,8 +42,9 @@ use std::time::{Duration, Instant};
 
 use crate::disk::{Disk, RealDisk, is_full};
 use crate::{Durability, Error, Finding, Fsck, OpenOptions, Reclaimed, StableStore, UnitInfo, UnitName, UnitStore};
-use commit::{Committer, Queue};
+use commit::Committer;
 use pages::Pack;
+use queue::Queue;
 use recover::{CLEAN, CLEAN_NEW, Ends, Loaded, load};
 use spares::Spares;
 use stream::{Bodies, Files, Stream, Which};
@@ -137,7 +142,7 @@ impl Engine {
     /// Opens the store in a directory, which is made if it is missing.
     ///
     /// # Errors
-    /// [`Error::InUse`], [`Error::Version`]; the directory cannot be read or written.
+    /// [`Error::InUse`], [`Error::Version`], [`Error::Contradiction`]; the directory cannot be read or written.
     pub fn open(path: &Path, options: Options) -> Result<Self, Error> {
         Self::on(Arc::new(RealDisk::open(path)?), options)
     }
@@ -150,6 +155,9 @@ impl Engine {
         let name = disk.name();
         let io = |e: io::Error| Error::io("open", &name, &e);
         let mut loaded = load(&*disk, None, Bodies::Keys)?;
+        if let Some(Finding { file, offset, what, .. }) = loaded.refused {
+            return Err(Error::Contradiction { store: name, file, offset, what });
+        }
         let spares = Spares::new(Arc::clone(&disk), options.segment_bytes_first, options.segment_bytes_max);
         let spares = Arc::new(spares);
         // From here on the files change, so what a clean close has noted no longer holds.
@@ -342,6 +350,12 @@ impl StableStore for Engine {
     fn gc(&self) -> Result<Reclaimed, Error> {
         self.shared.collect_garbage(true)
     }
+}
+
+/// Whether a file of this name is a part of a store.
+#[cfg(feature = "service")]
+pub(crate) fn is_segment(name: &str) -> bool {
+    Which::Log.number(name).or(Which::Pack.number(name)).is_some()
 }
 
 /// Monotonic time until a lease ends.

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use super::commit::Use;
 use super::frame::{self, Head, Kind};
+use super::live::Use;
 use super::recover::{Loaded, PagePlace};
 use super::stream::{Bad, Files, Place, Stream, Which, read_body};
 use super::{Failure, Shared, lock};
@@ -207,6 +207,8 @@ impl Pack {
 /// Pages on their way into the pack.
 struct Writer<'a> {
     shared: &'a Shared,
+    unit: u64,
+    name: &'a UnitName,
     table: TableBody,
     pending: Vec<(Key, Page)>,
     /// References taken, to be given back if the checkpoint is not published.
@@ -236,7 +238,9 @@ impl Writer<'_> {
         }
         self.bytes += self.shared.pack.write_pages(&self.pending).map_err(|f| self.shared.pack_failed(&f))?;
         self.held.extend(self.pending.drain(..).map(|(key, _)| key));
-        Ok(())
+        // Not only when it is whole: until then it takes the space of others.
+        let limit = self.shared.options.quota_bytes;
+        self.shared.queue.lock().within(self.unit, self.name, self.bytes, limit)
     }
 }
 
@@ -295,7 +299,16 @@ impl Shared {
             parent = Some(self.unit(number, name, find, sii)?);
         }
         let table = TableBody::new(new);
-        let mut writer = Writer { shared: self, table, pending: Vec::new(), held: Vec::new(), written: None, bytes: 0 };
+        let mut writer = Writer {
+            shared: self,
+            unit: number,
+            name,
+            table,
+            pending: Vec::new(),
+            held: Vec::new(),
+            written: None,
+            bytes: 0,
+        };
         new.pages.each(&mut |address, page| writer.put(address, page))?;
         writer.flush()?;
         writer.table.finish()?;
@@ -379,10 +392,7 @@ impl Shared {
         {
             return Err(Error::NoCheckpoint { unit: name.to_string(), sii });
         }
-        let (used, limit) = (inner.stored(number), self.options.quota_bytes);
-        if limit > 0 && used + stored > limit {
-            return Err(Error::Quota { unit: name.to_string(), used, limit });
-        }
+        inner.within(number, name, stored, self.options.quota_bytes)?;
         let publication = Control::Publish { unit: number, id, table };
         let (group, needless) = self.queue.control(&mut inner, publication, durability.max(Durability::Cache));
         // From here on it may be published, whatever is reported: its references stay.

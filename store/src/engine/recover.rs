@@ -114,6 +114,8 @@ pub(super) struct Loaded {
     /// Places of tables and bytes of their frames, by number.
     pub(super) tables: HashMap<u64, (Place, u32)>,
     pub(super) findings: Vec<Finding>,
+    /// Why the control state is not to be relied on. It is among the findings.
+    pub(super) refused: Option<Finding>,
     pub(super) bytes: u64,
     pub(super) records: u64,
 }
@@ -256,12 +258,18 @@ impl Loaded {
         };
         let last = found.segments.keys().next_back().copied();
         let mut doubt = Doubt::default();
+        let mut before = Which::Log.first_number() - 2;
         for (number, (file, proven_end)) in &mut found.segments {
             let Some(file) = file else {
                 self.findings.push(finding(*number, 0, "the file is missing", "what was in it is lost".into()));
-                doubt.nameless = true;
+                (doubt.nameless, doubt.damaged) = (true, true);
                 continue;
             };
+            // What the segment before it said is lost with that one, unless this one says it again.
+            if *number != before + 2 {
+                doubt.unknown = Some(finding(*number, 0, "the control state is missing", UNITS.into()));
+            }
+            before = *number;
             let contents = contents(&**file, *number, ends.get(number).copied().flatten(), Bodies::All)?;
             *proven_end = contents.proven;
             let mut in_tail = false;
@@ -291,20 +299,49 @@ impl Loaded {
         // Frames of a recovery that was not finished, or of a mark, are no news.
         found.tail.retain(|(_, head)| matches!(head.kind, Kind::Batch | Kind::Control));
         self.log = found;
+        if let Some(unknown) = doubt.unknown.take() {
+            self.refuse(unknown);
+        } else if let (None, Err(what)) = (&self.refused, self.state.check()) {
+            self.refuse(finding(before, 0, &what, UNITS.into()));
+        }
         self.settle(&doubt);
         Ok(Ok(()))
+    }
+
+    /// Has the store not be opened.
+    fn refuse(&mut self, finding: Finding) {
+        self.findings.push(finding.clone());
+        self.refused.get_or_insert(finding);
+    }
+
+    /// Takes note of a frame that is whole and contradicts what is known. After damage it may be right for all that; without
+    /// any, nothing that is known is to be relied on.
+    fn contradicts(&mut self, number: u64, at: u64, what: &str, doubt: &Doubt) {
+        match doubt.damaged {
+            true => self.findings.push(finding(number, at, what, "its effect".into())),
+            false => self.refuse(finding(number, at, what, UNITS.into())),
+        }
     }
 
     fn log_item(&mut self, number: u64, item: Item, doubt: &mut Doubt) {
         match item {
             Item::Frame { at, head, body } => match head.kind {
-                Kind::Segment => {
-                    if let Ok(Opening { state: Some(state), .. }) = postcard::from_bytes(&body) {
+                Kind::Segment => match postcard::from_bytes(&body) {
+                    Ok(Opening { state: Some(state), .. }) => {
+                        if let Err(what) = state.check() {
+                            self.refuse(finding(number, at, &what, UNITS.into()));
+                        }
                         self.state = state;
                         *doubt = Doubt::default();
                     }
-                }
+                    _ => self.refuse(finding(number, at, "not a control state", UNITS.into())),
+                },
                 Kind::Batch => {
+                    if head.flags & MOVED == 0
+                        && let Err(what) = self.state.admits_batch(head.unit, head.first, head.count)
+                    {
+                        self.contradicts(number, at, &what, doubt);
+                    }
                     let next = head.first.saturating_add(u64::from(head.count));
                     let index = self.index.entry(head.unit).or_default();
                     if head.flags & MOVED == 0 {
@@ -319,22 +356,31 @@ impl Loaded {
                     self.records += u64::from(head.count);
                 }
                 Kind::Control => match postcard::from_bytes::<Control>(&body) {
-                    Ok(control) => {
-                        self.state.apply(&control);
-                        if let Control::Remove { unit } = control {
-                            self.index.remove(&unit);
+                    Ok(control) => match self.state.admits(&control) {
+                        Ok(()) => {
+                            self.state.apply(&control);
+                            if let Control::Create { unit, .. } | Control::Remove { unit } = control {
+                                self.index.remove(&unit);
+                            }
                         }
-                    }
-                    Err(_) => self.findings.push(finding(number, at, "not a control record", "its effect".into())),
+                        Err(what) => self.contradicts(number, at, &what, doubt),
+                    },
+                    Err(_) => self.contradicts(number, at, "not a control record", doubt),
                 },
                 Kind::Mark => {
-                    // Since it is empty after a recovery, where nothing is in doubt, both cases are one.
-                    for (unit, next) in postcard::from_bytes::<Vec<(u64, u64)>>(&body).unwrap_or_default() {
-                        if let Some(unit) = self.state.units.get_mut(&unit) {
-                            unit.next = unit.next.max(next);
-                        }
+                    // It is empty after a recovery, where nothing is in doubt.
+                    let ends = if body.is_empty() { Ok(Vec::new()) } else { postcard::from_bytes(&body) };
+                    if ends.is_err() {
+                        self.contradicts(number, at, "not a mark", doubt);
                     }
-                    *doubt = Doubt::default();
+                    for (unit, next) in ends.unwrap_or_default() {
+                        let known: Option<&mut crate::state::Unit> = self.state.units.get_mut(&unit);
+                        let Some(unit) = known.filter(|unit| unit.next != next) else { continue };
+                        let what = format!("the log of unit {:?} ends at {}, not at {next}", unit.name, unit.next);
+                        unit.next = unit.next.max(next);
+                        self.contradicts(number, at, &what, doubt);
+                    }
+                    *doubt = Doubt { damaged: doubt.damaged, unknown: doubt.unknown.take(), ..Doubt::default() };
                 }
                 Kind::Pages | Kind::Table => {
                     let what = "a frame of the other stream";
@@ -342,6 +388,7 @@ impl Loaded {
                 }
             },
             Item::Bad { at, head: Some(head), .. } if head.kind == Kind::Batch => {
+                doubt.damaged = true;
                 let next = head.first.saturating_add(u64::from(head.count));
                 if head.flags & MOVED == 0 {
                     self.state.batch(head.unit, head.first, next);
@@ -359,6 +406,7 @@ impl Loaded {
                     None => ("not a frame", "what was there, if it was still needed".to_owned()),
                 };
                 self.findings.push(finding(number, at, what, lost));
+                doubt.damaged = true;
                 // An opening only repeats what is known.
                 if at > 0 && head.is_none() {
                     doubt.nameless = true;
@@ -466,9 +514,16 @@ impl Loaded {
     }
 }
 
+/// What the control state says.
+const UNITS: &str = "which units there are, and where their logs and checkpoints are";
+
 /// What damage since the last full account of the units leaves open.
 #[derive(Debug, Default)]
 struct Doubt {
+    /// Something was damaged, so that what follows may contradict what is known.
+    damaged: bool,
+    /// The control state is not known at all.
+    unknown: Option<Finding>,
     /// Frames of unknown units are gone.
     nameless: bool,
     /// Units with a batch behind that.

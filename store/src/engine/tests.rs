@@ -6,6 +6,7 @@ use super::*;
 use crate::conformance;
 use crate::disk::fault::FaultDisk;
 
+mod control;
 mod crash;
 mod damage;
 mod failures;

@@ -5,7 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::commit::{Call, Inner, Live};
+use super::live::Live;
+use super::queue::{Call, Inner, Queue};
 use super::recover::Loc;
 use super::stream::{Bad, Which, read_body};
 use super::{Shared, frame, lease_end, lock};
@@ -212,15 +213,9 @@ impl UnitStore for Handle {
             return Err(self.lost(lost));
         }
         let bytes = frame::frame_bytes(batch.body().len()) as u64;
-        let limit = self.shared.options.quota_bytes;
-        let used = if limit > 0 { inner.stored(self.number) } else { 0 };
-        if limit > 0 && used + bytes > limit {
-            return Err(Error::Quota { unit: self.name.to_string(), used, limit });
-        }
+        inner.within(self.number, &self.name, bytes, self.shared.options.quota_bytes)?;
         // The last part of a segment is for control records when there is no next one: truncation must be possible.
-        if super::commit::Queue::left(&inner) < bytes + self.shared.options.segment_bytes_first / 8
-            && self.shared.spares.is_full()
-        {
+        if Queue::left(&inner) < bytes + self.shared.options.segment_bytes_first / 8 && self.shared.spares.is_full() {
             return Err(queue.full());
         }
         queue.append(&mut inner, self.number, &batch, crc, self.durability());

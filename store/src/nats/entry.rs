@@ -20,6 +20,16 @@ pub(super) struct Entry {
     pub(super) removed: bool,
 }
 
+impl Entry {
+    /// Judges an entry that was read.
+    fn check(&self, name: &UnitName) -> Result<(), String> {
+        if !self.removed && self.unit.name != name.as_str() {
+            return Err(format!("the entry of unit {name} is that of unit {:?}", self.unit.name));
+        }
+        self.unit.check()
+    }
+}
+
 /// An entry as it is stored.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Known {
@@ -54,7 +64,8 @@ pub(super) fn decode<T: for<'a> Deserialize<'a>>(what: &str, bytes: &[u8]) -> Re
 pub(super) async fn ever(cluster: &Cluster, name: &UnitName) -> Result<Option<Known>, Error> {
     let subject = cluster.subject("unit", name);
     let Some(message) = cluster.last(&subject).await? else { return Ok(None) };
-    let entry = decode(&subject, &message.payload)?;
+    let entry: Entry = decode(&subject, &message.payload)?;
+    entry.check(name).map_err(|what| Error::Damaged { file: subject, offset: 0, what })?;
     Ok(Some(Known { entry, sequence: message.sequence, time: message.time.unix_timestamp_nanos() }))
 }
 

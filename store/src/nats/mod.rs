@@ -296,8 +296,17 @@ impl StableStore for Nats {
 
     fn fsck(&self) -> Result<Fsck, Error> {
         let (mut report, mut pages) = (Fsck::default(), HashSet::new());
-        for (name, known) in self.known()? {
-            self.check(&name, &known, &mut pages, &mut report);
+        let cluster = self.cluster();
+        for token in cluster.block_on(cluster.tokens())? {
+            let name = unit_of(&token)?;
+            match cluster.block_on(entry::load(cluster, &name)) {
+                Ok(Some(known)) => self.check(&name, &known, &mut pages, &mut report),
+                Ok(None) => {}
+                Err(Error::Damaged { file, offset, what }) => {
+                    report.findings.push(Finding { file, offset, what, lost: format!("unit {name}") });
+                }
+                Err(e) => return Err(e),
+            }
         }
         report.pages = pages.len() as u64;
         Ok(report)

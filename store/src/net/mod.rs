@@ -9,7 +9,9 @@
 //! handle is taken before [`Op::Resume`].
 
 use std::ops::Range;
+use std::os::fd::AsFd;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -73,12 +75,25 @@ pub enum Ready {
     Refused(Error),
 }
 
+/// Who shows that they have the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prover<'a> {
+    /// The client of this name.
+    Client(&'a str),
+    /// The service.
+    Service,
+}
+
 /// HMAC-SHA-256 under the shared key of who proves, both nonces and what TLS says of this connection, so that a
-/// proof is worth nothing elsewhere.
-pub fn proof(key: &[u8], who: &str, nonces: [&[u8; 32]; 2], channel: &[u8]) -> [u8; 32] {
+/// proof is worth nothing elsewhere: not on another connection, and not from the other side.
+pub fn proof(key: &[u8], who: Prover<'_>, nonces: [&[u8; 32]; 2], channel: &[u8]) -> [u8; 32] {
     let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, key);
     let mut context = ring::hmac::Context::with_key(&key);
-    for part in [who.as_bytes(), b"\0", nonces[0], nonces[1], channel] {
+    let (side, name) = match who {
+        Prover::Client(name) => (b"c", name),
+        Prover::Service => (b"s", ""),
+    };
+    for part in [side, name.as_bytes(), b"\0", nonces[0], nonces[1], channel] {
         context.update(part);
     }
     let mut mac = [0; 32];
@@ -256,6 +271,30 @@ pub enum Answer {
     },
 }
 
+/// Seconds without a sign of life after which the other side is asked for one.
+const IDLE_SECONDS: u32 = 10;
+/// Seconds between two such questions.
+const ASK_SECONDS: u32 = 5;
+/// So many questions without an answer, and the connection is lost.
+const ASK_TIMES: u32 = 4;
+
+/// Has the kernel find out that the other side of a connection is gone, machine and all, and end the connection: after
+/// [`GONE_SECONDS`], see tcp(7), `TCP_KEEPIDLE` and `TCP_USER_TIMEOUT`.
+///
+/// # Errors
+/// It is no TCP socket.
+pub fn keep_alive(socket: &impl AsFd) -> std::io::Result<()> {
+    setsockopt(socket, sockopt::TcpKeepIdle, &IDLE_SECONDS)?;
+    setsockopt(socket, sockopt::TcpKeepInterval, &ASK_SECONDS)?;
+    setsockopt(socket, sockopt::TcpKeepCount, &ASK_TIMES)?;
+    setsockopt(socket, sockopt::TcpUserTimeout, &(1000 * GONE_SECONDS))?;
+    setsockopt(socket, sockopt::KeepAlive, &true)?;
+    Ok(())
+}
+
+/// Seconds after which a connection to a machine that does not answer is lost.
+pub const GONE_SECONDS: u32 = IDLE_SECONDS + ASK_TIMES * ASK_SECONDS;
+
 /// Appends a frame to `out`.
 ///
 /// # Panics
@@ -359,6 +398,16 @@ mod tests {
             }
             prop_assert_eq!(got, ids);
             prop_assert!(!incoming.is_partial());
+        }
+
+        /// Whatever a client is called, its proof is not the service's: a false service has nothing to send back.
+        #[test]
+        fn a_proof_is_worth_nothing_from_the_other_side(name: String, key: [u8; 32]) {
+            let nonces = [&[1; 32], &[2; 32]];
+            for name in [&name[..], "ftstore", "", "s"] {
+                let of_client = proof(&key, Prover::Client(name), nonces, &[0; 32]);
+                prop_assert!(!same(&of_client, &proof(&key, Prover::Service, nonces, &[0; 32])));
+            }
         }
 
         #[test]

@@ -115,15 +115,31 @@ impl Config {
         {
             return Err(format!("{}: {http} is not a loopback address; put a proxy before it", line("http")));
         }
+        let mut known = std::collections::HashSet::new();
         for client in &self.clients {
             let ways = [client.key.is_some(), client.certificate.is_some(), client.uid.is_some()];
             if ways.iter().filter(|w| **w).count() != 1 {
                 let entry = line(&format!("name = {:?}", client.name));
                 return Err(format!("{entry}: client {} needs one of key, certificate and uid", client.name));
             }
+            // One of two would be forgotten.
+            let way = match (&client.key, &client.certificate, client.uid) {
+                (Some(_), ..) => format!("name {:?} with a key", client.name),
+                (_, Some(print), _) => format!("certificate {}", print.replace(':', "").to_ascii_lowercase()),
+                (.., uid) => format!("uid {}", uid.unwrap_or_default()),
+            };
+            if !known.insert(way.clone()) {
+                return Err(format!("{}: there are two clients of {way}", line("[[client]]")));
+            }
             if !client.namespace.is_empty() {
                 crate::UnitName::new(&client.namespace[..]).map_err(|e| format!("{}: {e}", line("namespace")))?;
             }
+        }
+        if !(1..=3600).contains(&self.limits.handshake_seconds) {
+            return Err(format!("{}: handshake-seconds must be from 1 to 3600", line("handshake-seconds")));
+        }
+        if self.limits.connections == 0 {
+            return Err(format!("{}: connections must be 1 or more", line("connections")));
         }
         if !(1 << 20..=1 << 30).contains(&self.limits.segment_bytes) {
             return Err(format!("{}: segment-bytes must be from 1 MiB to 1 GiB", line("segment-bytes")));
@@ -146,9 +162,22 @@ mod tests {
             ("dir = '/x'\nunix = '/s'\n[limits]\nconnections = -1\n", "line 4: invalid value"),
             ("dir = '/x'\nunix = '/s'\n[[client]]\nname = \"a\"\nnamespace = 'a'\n", "line 4: client a needs one of"),
             ("dir = '/x'\nunix = '/s'\n[limits]\nsegment-bytes = 1\n", "line 4: segment-bytes must"),
+            ("dir = '/x'\nunix = '/s'\n[limits]\nhandshake-seconds = 0\n", "line 4: handshake-seconds must"),
+            ("dir = '/x'\nunix = '/s'\n[limits]\nhandshake-seconds = 9000000000000000000\n", "line 4: handshake-"),
+            ("dir = '/x'\nunix = '/s'\n[limits]\nconnections = 0\n", "line 4: connections must"),
         ] {
             let got = Config::parse(text).unwrap_err();
             assert!(got.starts_with(want), "{text}: {got}");
+        }
+        let start = "dir = '/x'\nunix = '/s'\n";
+        for (way, same) in [
+            ("uid = 7", "uid = 7"),
+            ("key = '/k'", "key = '/other'"),
+            ("certificate = 'AA:BB'", "certificate = 'aabb'"),
+        ] {
+            let client = |namespace, way| format!("[[client]]\nname = 'a'\nnamespace = '{namespace}'\n{way}\n");
+            let got = Config::parse(&format!("{start}{}{}", client("a", way), client("b", same))).unwrap_err();
+            assert!(got.contains("there are two clients of"), "{got}");
         }
         let text = "dir = '/x'\nunix = '/s'\n[[client]]\nname = 'a'\nnamespace = 'a'\nuid = 7\n";
         assert_eq!(Config::parse(text).unwrap().clients[0].uid, Some(7));

@@ -13,13 +13,15 @@ use tokio::time::{Instant, timeout_at};
 use super::greet::{Entry, Namespace, Peer};
 use super::{Service, count};
 use crate::net::{
-    Answer, FRAME_BYTES_MAX, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Op, Proof, Ready, Request, Response,
+    Answer, FRAME_BYTES_MAX, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Op, Proof, Prover, Ready, Request, Response,
     VERSIONS, Welcome, encode, nonce, proof, same,
 };
 use crate::{Batch, Durability, Error, NewCheckpoint, PAGE_BYTES, Page, Pages, StableStore, UnitStore};
 
 /// Requests of one connection that are worked on at a time; reading waits when there are more.
-const AT_A_TIME: usize = 8;
+pub(super) const AT_A_TIME: usize = 8;
+/// Replies of one connection that wait to be sent, beside those that are worked on.
+const REPLIES_WAIT: usize = 1;
 /// Units that one connection may have open.
 const HANDLES_MAX: usize = 1 << 16;
 /// Bytes that may be read at once.
@@ -27,8 +29,8 @@ const READ_AHEAD: usize = 64 << 10;
 /// Bytes of records in one reply, and one batch more.
 const READ_BYTES: usize = 128 << 10;
 /// Pages in one reply.
-const READ_PAGES: usize = 4096;
-/// A frame may take so many times as long as the handshake.
+const READ_PAGES: usize = 1024;
+/// A frame, and whatever else a client must go on with, may take so many times as long as the handshake.
 const FRAME_TIMES: u32 = 6;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -174,9 +176,9 @@ async fn greet(
     };
     let nonces = [&hello.nonce, &nonce];
     if let Some(Entry::Prove(key, namespace)) = entry
-        && same(&theirs.mac, &proof(key, &hello.client, nonces, &channel))
+        && same(&theirs.mac, &proof(key, Prover::Client(&hello.client), nonces, &channel))
     {
-        say(write, &Ready::Yes(Some(proof(key, "ftstore", nonces, &channel)))).await?;
+        say(write, &Ready::Yes(Some(proof(key, Prover::Service, nonces, &channel)))).await?;
         return Ok(Some(namespace));
     }
     count(&service.figures.refused);
@@ -202,8 +204,9 @@ pub(super) async fn run(
         }
     };
     let handles = Arc::new(Handles::default());
-    let (sender, receiver) = mpsc::channel(AT_A_TIME);
-    let writer = tokio::spawn(send(write, receiver, Arc::clone(&handles)));
+    let time = FRAME_TIMES * Duration::from_secs(service.limits.handshake_seconds);
+    let (sender, receiver) = mpsc::channel(REPLIES_WAIT);
+    let mut writer = tokio::spawn(send(write, receiver, Arc::clone(&handles), time));
     let mut session = Session {
         service: Arc::clone(&service),
         namespace,
@@ -214,11 +217,17 @@ pub(super) async fn run(
         puts: HashMap::new(),
     };
     let mut ending = service.ending.clone();
-    let time = FRAME_TIMES * Duration::from_secs(service.limits.handshake_seconds);
+    let mut written = None;
     loop {
+        // Work is done on pages that are to come; it does not wait for them for ever.
+        let deadline = (!session.puts.is_empty()).then(|| Instant::now() + time);
         let frame = tokio::select! {
             _ = ending.wait_for(|e| *e) => break,
-            frame = hear::<Request>(&mut read, &mut incoming, FRAME_BYTES_MAX, None, time) => frame,
+            end = &mut writer => {
+                written = Some(end);
+                Err("it has not taken what it asked for".into())
+            }
+            frame = hear::<Request>(&mut read, &mut incoming, FRAME_BYTES_MAX, deadline, time) => frame,
         };
         let taken = match frame {
             Ok(Some((request, bytes))) => session.take(request, bytes).await,
@@ -240,11 +249,29 @@ pub(super) async fn run(
     lock(&handles.units).clear();
     handles.wake.notify_one();
     // One that does not read is not waited for.
-    let _ = tokio::time::timeout(time, writer).await;
+    if written.is_none() {
+        let _ = tokio::time::timeout(time, writer).await;
+    }
+}
+
+/// Writes all of `bytes`; false if the other side has gone, or takes nothing for so long.
+async fn write_all(write: &mut (impl AsyncWrite + Unpin), mut bytes: &[u8], time: Duration) -> bool {
+    while !bytes.is_empty() {
+        match timeout_at(Instant::now() + time, write.write(bytes)).await {
+            Ok(Ok(n)) if n > 0 => bytes = &bytes[n..],
+            _ => return false,
+        }
+    }
+    matches!(timeout_at(Instant::now() + time, write.flush()).await, Ok(Ok(())))
 }
 
 /// Writes replies and acknowledgements, many at a time.
-async fn send(mut write: impl AsyncWrite + Unpin, mut receiver: mpsc::Receiver<Vec<u8>>, handles: Arc<Handles>) {
+async fn send(
+    mut write: impl AsyncWrite + Unpin,
+    mut receiver: mpsc::Receiver<Vec<u8>>,
+    handles: Arc<Handles>,
+    time: Duration,
+) {
     let mut out = Vec::new();
     loop {
         tokio::select! {
@@ -260,7 +287,7 @@ async fn send(mut write: impl AsyncWrite + Unpin, mut receiver: mpsc::Receiver<V
             out.extend_from_slice(&frame);
         }
         handles.acknowledgements(&mut out);
-        if write.write_all(&out).await.is_err() || write.flush().await.is_err() {
+        if !write_all(&mut write, &out, time).await {
             return;
         }
         out.clear();
@@ -269,7 +296,7 @@ async fn send(mut write: impl AsyncWrite + Unpin, mut receiver: mpsc::Receiver<V
         }
     }
     // The other side sees an end, no reset, if it has read everything.
-    let _ = write.shutdown().await;
+    let _ = timeout_at(Instant::now() + time, write.shutdown()).await;
 }
 
 /// What comes in on a connection.
@@ -398,16 +425,22 @@ impl Session {
         let (service, namespace, handles) =
             (Arc::clone(&self.service), self.namespace.clone(), Arc::clone(&self.handles));
         let sender = self.sender.clone();
-        tokio::task::spawn_blocking(move || {
-            let _place = place;
+        let work = tokio::task::spawn_blocking(move || {
             let (result, bytes) = match work(&service, &namespace, &handles) {
                 Ok((answer, bytes)) => (Ok(answer), bytes),
                 Err(e) => (Err(e), Vec::new()),
             };
             let mut frame = Vec::new();
             encode(&mut frame, &Response::Reply { id, result }, &bytes);
-            // Whoever asked may have gone.
-            let _ = sender.blocking_send(frame);
+            frame
+        });
+        // The thread is free for others while the reply waits.
+        tokio::spawn(async move {
+            let _place = place;
+            if let Ok(frame) = work.await {
+                // Whoever asked may have gone.
+                let _ = sender.send(frame).await;
+            }
         });
     }
 }
@@ -427,6 +460,8 @@ fn opened(
     let handle = next.fetch_add(1, Ordering::SeqCst);
     let (epoch, log) = (store.epoch(), store.log()?);
     let unit = Arc::new(Open { store, memory, failed: AtomicBool::new(false), dirty: AtomicBool::new(false) });
+    // Whoever is told of it finds it.
+    lock(&handles.units).insert(handle, Arc::clone(&unit));
     if acknowledged_here {
         let (all, weak) = (Arc::downgrade(handles), Arc::downgrade(&unit));
         unit.store.notify(Box::new(move || {
@@ -435,7 +470,6 @@ fn opened(
             }
         }));
     }
-    lock(&handles.units).insert(handle, unit);
     Ok(Answer::Opened { handle, epoch, acknowledged: log.end, log })
 }
 

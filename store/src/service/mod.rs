@@ -48,6 +48,9 @@ struct Figures {
     append_bytes: AtomicU64,
 }
 
+/// Threads for what is not a client's.
+const SPARE_THREADS: usize = 64;
+
 fn count(figure: &AtomicU64) {
     figure.fetch_add(1, Ordering::Relaxed);
 }
@@ -57,7 +60,9 @@ fn count(figure: &AtomicU64) {
 /// # Errors
 /// The store cannot be opened, an address not be listened on, or the disk has failed.
 pub fn serve(config: &Config) -> Result<(), Error> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    // Each request that waits for the disk has a thread, and so has each append: nobody waits for those of others.
+    let threads = config.limits.connections.saturating_mul(connection::AT_A_TIME + 1).saturating_add(SPARE_THREADS);
+    let runtime = tokio::runtime::Builder::new_multi_thread().max_blocking_threads(threads).enable_all().build();
     let runtime = runtime.map_err(|e| Error::io("start", "the runtime", &e))?;
     runtime.block_on(run(config))
 }
@@ -208,6 +213,8 @@ async fn accept_tcp(service: Arc<Service>, listener: TcpListener, tls: Option<Tl
                     let _place = place;
                     // Without it small frames wait for one another.
                     let _ = stream.set_nodelay(true);
+                    // It has gone already when this fails.
+                    let _ = crate::net::keep_alive(&stream);
                     let Some(tls) = tls else {
                         let (read, write) = stream.into_split();
                         let peer = greet::Peer::Tcp { certificate: None, channel: [0; 32] };

@@ -1,5 +1,6 @@
 //! A store in a real cluster of three NATS servers on loopback. They are started by the tests; see `servers`.
 
+use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -263,4 +264,43 @@ fn servers_are_asked_whether_they_sync() {
     servers.restart(0).unwrap();
     let e = open(&format!("{plain}&monitor={monitor}"), Durability::Disk).unwrap_err();
     assert!(e.to_string().contains("has no `sync_interval: always`"), "{e}");
+}
+
+/// A unit's entry that contradicts itself. Break it: leave out `Entry::check`.
+#[test]
+fn an_entry_that_contradicts_itself_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let servers = Servers::start(&program(), dir.path(), 1).unwrap();
+    let store = store(&servers, "s");
+    for unit in ["a", "b"] {
+        store.open(&name(unit), &options(Durability::Cache)).unwrap().release().unwrap();
+    }
+    // Format; name, epoch, no holder, ttl, first, next, no tables; swept, removed.
+    let entry = [1, 1, b'a', 1, 0, 0, 9, 3, 0, 0, 0];
+    let url = servers.url("s");
+    let address = url.strip_prefix("nats://").unwrap().split('/').next().unwrap();
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    let (head, tail) = (format!("CONNECT {{\"verbose\":false}}\r\nPUB s.unit.a {}\r\n", entry.len()), "\r\nPING\r\n");
+    stream.write_all(&[head.as_bytes(), &entry, tail.as_bytes()].concat()).unwrap();
+    let mut said = String::new();
+    while !said.contains("PONG") {
+        let mut part = [0; 4096];
+        let n = stream.read(&mut part).unwrap();
+        assert!(n > 0, "{said}");
+        said += &String::from_utf8_lossy(&part[..n]);
+    }
+    let want = "begins at event 9 and ends before event 3";
+    // The message is stored a little after the server has taken it.
+    let began = Instant::now();
+    let refused = loop {
+        match store.open(&name("a"), &options(Durability::Cache)) {
+            Err(e) => break e.to_string(),
+            Ok(_) => assert!(began.elapsed() < LONG),
+        }
+    };
+    assert!(refused.contains(want) && refused.contains("s.unit.a"), "{refused}");
+    let report = store.fsck().unwrap();
+    let [found] = &report.findings[..] else { panic!("{report:?}") };
+    assert!(found.what.contains(want) && found.lost == "unit a", "{found}");
+    store.open(&name("b"), &options(Durability::Cache)).unwrap();
 }

@@ -311,3 +311,97 @@ fn a_client_that_does_not_read_is_held_back() {
     assert!(after < before + 48 * (8 << 20), "{before} {after}");
     assert_eq!(unit.read(0, 1).unwrap()[0].count(), 1);
 }
+
+fn asked(requests: impl IntoIterator<Item = (u64, Op)>) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (id, op) in requests {
+        encode(&mut out, &Request { id, op }, &[]);
+    }
+    out
+}
+
+/// Many clients begin as many checkpoints as they may and send no pages. Break it: give no time to those that have begun one,
+/// or few threads to all.
+#[test]
+fn checkpoints_that_do_not_come_are_given_up_and_hold_up_nobody() {
+    let service = Service::start("[limits]\nhandshake-seconds = 1\nconnections = 300\n");
+    let mut bystander = Bystander::new(&service);
+    bystander.works();
+    let held: Vec<UnixStream> = (0..100)
+        .map(|n| {
+            let mut stream = unix(&service);
+            hello(&mut stream, VERSIONS);
+            let open = Op::Open { unit: name(&format!("held-{n}")), options: options(Durability::Cache) };
+            stream.write_all(&asked([(1, open)])).unwrap();
+            stream
+        })
+        .collect();
+    while bystander.client.units().unwrap().len() < 101 {}
+    for mut stream in &held {
+        let put = |id| (id, Op::Put { handle: 0, sii: id, parent: None, gone: Vec::new() });
+        stream.write_all(&asked((2..10).map(put))).unwrap();
+    }
+    let began = Instant::now();
+    for _ in 0..20 {
+        bystander.works();
+    }
+    assert!(service.metric("ftstore_connections") > 100, "they are still there");
+    held.into_iter().for_each(closed);
+    assert!(began.elapsed() < LONG);
+    bystander.works();
+}
+
+/// A client that asks for much and takes none of it is left; one that takes it slowly is not. Break it: wait for a whole reply
+/// as long as for a part.
+#[test]
+fn a_client_that_takes_nothing_is_left() {
+    let service = Service::start("[limits]\nhandshake-seconds = 1\n");
+    let writer = Client::connect(&service.unix()).unwrap();
+    let unit = writer.open(&name("big"), &options(Durability::Cache)).unwrap();
+    unit.append(Batch::of(0, [vec![5; 8 << 20]])).unwrap();
+    unit.wait(0, LONG).unwrap();
+    let view = || {
+        let mut stream = unix(&service);
+        hello(&mut stream, VERSIONS);
+        let read = |id| (id, Op::Read { handle: 0, from: 0, bytes_max: 1 });
+        let out = asked([(1, Op::View { unit: name("big") })].into_iter().chain((2..4).map(read)));
+        stream.write_all(&out).unwrap();
+        stream
+    };
+    let (nothing, mut slow) = (view(), view());
+    let left = service.metric("ftstore_connections_broken_total") + 1;
+    let (began, mut taken, mut part) = (Instant::now(), 0, vec![0; 512 << 10]);
+    // Longer than anybody who takes nothing is waited for.
+    while service.metric("ftstore_connections_broken_total") < left || began.elapsed() < Duration::from_secs(9) {
+        assert!(began.elapsed() < LONG);
+        taken += slow.read(&mut part).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    while taken < 16 << 20 {
+        let n = slow.read(&mut part).unwrap();
+        assert!(n > 0, "{taken}");
+        taken += n;
+    }
+    assert_eq!(service.metric("ftstore_connections_broken_total"), left);
+    closed(nothing);
+}
+
+/// The kernel asks whether the other side is still there. Break it: leave `keep_alive` out on either side.
+#[test]
+fn a_connection_to_a_machine_that_is_gone_does_not_last() {
+    let service = Service::start("");
+    let _client = Client::connect(&service.tcp("all")).unwrap();
+    // Of proc_net_tcp(5): local and remote address, state (1 is established), queues, timer (2 is keepalive).
+    let port = format!(":{:04X}", service.port);
+    let asks = || {
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let ours = rows.filter(|row| row[3] == "01" && (row[1].ends_with(&port) || row[2].ends_with(&port)));
+        ours.map(|row| row[5].starts_with("02:")).collect::<Vec<_>>()
+    };
+    let began = Instant::now();
+    while asks() != [true, true] {
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", asks());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

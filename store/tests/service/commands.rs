@@ -78,6 +78,34 @@ fn an_exported_unit_can_be_imported_anywhere() {
 }
 
 #[test]
+fn an_export_that_fails_leaves_nothing_and_a_removed_unit_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store");
+    fill(&path);
+    let store = format!("file:{}", path.display());
+    let file = dir.path().join("a.unit");
+    let export = || ftstore(&["export", &store, "a", &file.display().to_string()]);
+    // The pages of its checkpoints are gone.
+    let mut packs: Vec<_> = std::fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()).collect();
+    packs.retain(|p| p.file_name().unwrap().to_str().unwrap().starts_with("pack-"));
+    for pack in packs {
+        let mut bytes = std::fs::read(&pack).unwrap();
+        let end = bytes.len().min(64 << 10);
+        bytes[200..end].fill(9);
+        std::fs::write(&pack, bytes).unwrap();
+    }
+    let out = export();
+    assert!(out.status.code() == Some(2) && text(&out).contains("fsck"), "{}", text(&out));
+    assert!(!file.exists());
+    let out = ftstore(&["rm", &store, "a"]);
+    assert!(out.status.success(), "{}", text(&out));
+    for out in [ftstore(&["rm", &store, "a"]), export()] {
+        assert!(out.status.code() == Some(2) && text(&out).contains("has no unit a"), "{}", text(&out));
+    }
+    assert!(!file.exists() && !text(&ftstore(&["ls", &store])).contains("101..300"));
+}
+
+#[test]
 fn ls_gc_and_fsck_say_what_there_is() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("store");
@@ -123,12 +151,27 @@ fn wrong_input_is_an_error_that_names_it() {
         (&["ls", "http://x"][..], "http://x"),
         (&["ls", "unix:/nonexistent/socket"], "/nonexistent/socket"),
         (&["fsck", "file:/nonexistent"], "/nonexistent"),
+        (&["ls", "file:/nonexistent"], "/nonexistent"),
+        (&["serve", "--config", "/nonexistent.toml", "--check"], "/nonexistent.toml"),
+        #[cfg(not(feature = "nats"))]
+        (&["ls", "nats://127.0.0.1:1/s"], "built without the feature `nats`"),
         (&["serve", "--config", "/nonexistent.toml"], "/nonexistent.toml"),
     ] {
         let out = ftstore(arguments);
         assert_eq!(out.status.code(), Some(2), "{arguments:?}");
         assert!(text(&out).contains(want), "{arguments:?}: {}", text(&out));
     }
+    // A directory without a store stays as it is.
+    let empty = dir.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    let at = format!("file:{}", empty.display());
+    for arguments in [&["ls", &at][..], &["gc", &at], &["fsck", &at], &["export", &at, "a", "/x"], &["rm", &at, "a"]] {
+        let out = ftstore(arguments);
+        assert_eq!(out.status.code(), Some(2), "{arguments:?}");
+        assert!(text(&out).contains("there is no store"), "{arguments:?}: {}", text(&out));
+    }
+    assert_eq!(std::fs::read_dir(&empty).unwrap().count(), 0);
+    assert!(!std::path::Path::new("/nonexistent").exists());
     let config = dir.path().join("c.toml");
     std::fs::write(&config, "dir = '/x'\nunix = '/y'\n\nfoo = 3\n").unwrap();
     let out = ftstore(&["serve", "--config", &config.display().to_string(), "--check"]);
@@ -138,4 +181,17 @@ fn wrong_input_is_an_error_that_names_it() {
     let out = ftstore(&["ls", &format!("file:{}", path.display())]);
     assert!(text(&out).contains("in use by another process"), "{}", text(&out));
     drop(engine);
+}
+
+#[test]
+fn what_is_logged_into_a_file_is_plain() {
+    let service = Service::start("");
+    let dir = service.path("");
+    // It says where it listens, and ends since the port for HTTP is taken.
+    let config = format!("dir = '{0}/b'\ntcp = '127.0.0.1:0'\nhttp = '127.0.0.1:{1}'\n", dir.display(), service.http);
+    std::fs::write(service.path("b.toml"), config).unwrap();
+    let out = ftstore(&["serve", "--config", &service.path("b.toml").display().to_string()]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out).contains("listening") && text(&out).contains(&format!("127.0.0.1:{}", service.http)));
+    assert!(!text(&out).contains('\x1b'), "{}", text(&out));
 }

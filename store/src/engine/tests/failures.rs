@@ -1,7 +1,7 @@
 //! Disks that refuse.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::crash::Work;
@@ -149,6 +149,31 @@ fn a_quota_is_kept() {
     unit.wait(sii - 1, LONG).unwrap();
     unit.truncate_below(10).unwrap();
     unit.append(Batch::of(sii, [[1; 400]])).expect("there is room again");
+    // A checkpoint that never ends is refused long before its end.
+    let put = AtomicU64::new(0);
+    let pages = Endless(&put);
+    let new = crate::NewCheckpoint { sii: 1, parent: None, manifest: b"m", gone: &[], pages: &pages };
+    let e = unit.put_checkpoint(&new).unwrap_err();
+    assert!(matches!(e, Error::Quota { .. }) && put.load(Ordering::SeqCst) < 100, "{e}");
+    assert!(engine.gc().unwrap().bytes > 0);
+}
+
+/// Pages that do not compress, until one is refused.
+struct Endless<'a>(&'a AtomicU64);
+
+impl crate::Pages for Endless<'_> {
+    fn each(&self, put: &mut dyn FnMut(u64, &crate::Page) -> Result<(), Error>) -> Result<(), Error> {
+        loop {
+            let n = self.0.fetch_add(1, Ordering::SeqCst);
+            put(n * 4096, &noise(n))?;
+        }
+    }
+}
+
+fn noise(seed: u64) -> crate::Page {
+    let mut page = [0; 4096];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut page);
+    page
 }
 
 /// What the files of a store with small segments may need beyond twice what was live at most: ARCHITECTURE.md, "Space", for
@@ -254,4 +279,85 @@ fn disk_use_is_bounded() {
         assert_eq!(count(&*engine.view(&UnitName::new("idle").unwrap()).unwrap()), 1);
         assert!(engine.fsck().unwrap().findings.is_empty());
     }
+}
+
+/// Works step by step while no garbage can be collected; gives files and live bytes of the stream that the work fills, when it
+/// waits. Then lets garbage be collected, and the work end.
+fn held_back(engine: &Engine, steps: u64, fills: Fills, step: impl Fn(u64) -> Result<(), Error> + Sync) -> (u64, u64) {
+    let shared = &engine.shared;
+    let (done, ended) = (AtomicU64::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let collecting = crate::engine::lock(&shared.gc);
+        let worker = scope.spawn(|| {
+            let result = (0..steps).try_for_each(|n| {
+                step(n)?;
+                done.fetch_add(1, Ordering::SeqCst);
+                Ok::<(), Error>(())
+            });
+            ended.store(true, Ordering::SeqCst);
+            result
+        });
+        // Whoever waits while it is crowded waits for a pass, and none can begin. What is queued is still written.
+        let waits = || {
+            let inner = shared.queue.lock();
+            inner.crowded && inner.waiting_for_room > 0 && inner.done == inner.group
+        };
+        // One that waits only for the queue is soon further on.
+        let mut seen = None;
+        while !waits() || seen != Some(done.load(Ordering::SeqCst)) {
+            assert!(!ended.load(Ordering::SeqCst), "nothing held the writer back: {:?}", fills(engine));
+            seen = Some(done.load(Ordering::SeqCst));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let (there, before) = (fills(engine), done.load(Ordering::SeqCst));
+        assert!(before < steps);
+        drop(collecting);
+        worker.join().unwrap().unwrap();
+        assert_eq!(done.load(Ordering::SeqCst), steps);
+        there
+    })
+}
+
+type Fills = fn(&Engine) -> (u64, u64);
+
+fn total<'a>(uses: impl Iterator<Item = &'a crate::engine::live::Use>) -> (u64, u64) {
+    uses.fold((0, 0), |sum, used| (sum.0 + used.bytes, sum.1 + used.live))
+}
+
+const LOG: Fills = |engine| total(engine.shared.queue.lock().uses.values());
+const PACK: Fills = |engine| total(crate::engine::lock(&engine.shared.pack.index).uses.values());
+
+/// What ARCHITECTURE, "Space", argues: writers wait from 2L + 4S on, and so files stay below 2L + 5S + 3Q. Break it: let writers
+/// go on while it is crowded (`room_for`), do not ask when a segment begins (`rotate`) or when a checkpoint does (`press`).
+#[test]
+fn writers_wait_for_garbage_collection() {
+    let segment = 16 << 10;
+    let options = super::Options { background: true, queue_bytes_max: 16 << 10, ..small() };
+    let engine = || Engine::on(Arc::new(FaultDisk::new(1)), options.clone()).unwrap();
+    let bounded = |(bytes, live): (u64, u64), more: u64| {
+        assert!(bytes > 4 * segment, "{bytes} {live}: they waited too early");
+        assert!(bytes <= 2 * live + (5 + 3) * segment + more, "{bytes} {live}");
+    };
+
+    let log = engine();
+    let unit = open(&log, Durability::Cache);
+    let step = |sii: u64| {
+        unit.append(Batch::of(sii, [[7; 900]]))?;
+        unit.truncate_below(sii.saturating_sub(3))
+    };
+    bounded(held_back(&log, 2000, LOG, step), 0);
+
+    // Pages that do not compress, so few changes that the log is never full of them.
+    let pack = engine();
+    let unit = open(&pack, Durability::Cache);
+    let checkpoint_bytes = 6 * 4096;
+    let step = |sii: u64| {
+        let pages: Vec<(u64, crate::Page)> = (0..6).map(|n| (n * 4096, noise(sii * 8 + n))).collect();
+        unit.append(Batch::of(sii, ["x"]))?;
+        let new = crate::NewCheckpoint { sii, parent: None, manifest: b"m", gone: &[], pages: &&pages[..] };
+        unit.put_checkpoint(&new)?;
+        unit.collect(u64::MAX, 0).map(drop)
+    };
+    bounded(held_back(&pack, 60, PACK, step), 2 * (checkpoint_bytes + segment));
+    assert!(!crate::engine::gc::crowded(&pack.shared.queue.lock().uses, segment));
 }
