@@ -10,7 +10,10 @@ use crate::protocols::group::{Primitive, cost};
 use crate::protocols::process::Workload;
 use crate::protocols::sender;
 use crate::protocols::sim::recorder_load::{Hardware, Load, OPERATING_POINTS, Utilisation, utilisation};
-use crate::protocols::sim::{Costs, Crash, Plan, Report, Victim, run};
+use crate::protocols::sim::{Costs, Crash, Plan, Victim, Violation, run};
+
+/// What an experiment has to say: a table, and its rows.
+type Experiment = (String, Vec<Value>);
 
 /// Which experiment.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -29,17 +32,23 @@ pub(super) enum Preset {
 
 impl Preset {
     pub(super) fn run(self, seed: u64) -> Answer {
-        match self {
+        let (text, rows) = match self {
             Self::Publishing => publishing(seed),
             Self::PublishingToday => publishing_today(seed),
-            Self::Johnson => johnson(seed),
-            Self::Elnozahy => elnozahy(seed),
             Self::Isis => isis(),
-        }
+            Self::Johnson | Self::Elnozahy => {
+                let answer = if matches!(self, Self::Johnson) { johnson(seed) } else { elnozahy(seed) };
+                match answer {
+                    Ok(answer) => answer,
+                    Err(violation) => return Answer { text: format!("{violation}\n"), json: Value::Null, bad: true },
+                }
+            }
+        };
+        Answer { text, json: Value::Array(rows), bad: false }
     }
 }
 
-fn publishing(seed: u64) -> Answer {
+fn publishing(seed: u64) -> Experiment {
     let mut text = String::from("utilisation in percent; * is saturated\n");
     let _ = writeln!(
         text,
@@ -94,10 +103,10 @@ fn publishing(seed: u64) -> Answer {
             rows.push(json!({ "point": name, "message_every_calls": every, "nodes_network": network, "nodes_processor": processor, "nodes_disks": disks }));
         }
     }
-    Answer { text, json: Value::Array(rows), bad: false }
+    (text, rows)
 }
 
-fn publishing_today(seed: u64) -> Answer {
+fn publishing_today(seed: u64) -> Experiment {
     let mut text = String::from("nodes that one store carries below 90 % of everything, with hardware of today\n");
     let mut rows = Vec::new();
     for (name, load) in OPERATING_POINTS {
@@ -121,7 +130,7 @@ fn publishing_today(seed: u64) -> Answer {
         let _ = writeln!(text, "{name:<28} {low:>6} nodes; the {first} is full first");
         rows.push(json!({ "point": name, "nodes": low, "full_first": first }));
     }
-    Answer { text, json: Value::Array(rows), bad: false }
+    (text, rows)
 }
 
 fn plan<O>(workload: Workload, options: O, seed: u64, costs: Costs, crashes: Vec<Crash>) -> Plan<O> {
@@ -141,7 +150,7 @@ fn plan<O>(workload: Workload, options: O, seed: u64, costs: Costs, crashes: Vec
     }
 }
 
-fn johnson(seed: u64) -> Answer {
+fn johnson(seed: u64) -> Result<Experiment, Violation> {
     let mut text = String::from(
         "8 processes; messages and kB logged for each (table 3.6); messages sent: percent with no RSN pending,\n\
          with RSNs piggybacked, delayed for RSNs (table 3.7)\n",
@@ -166,10 +175,7 @@ fn johnson(seed: u64) -> Answer {
         };
         let options = sender::Options { checkpoint_every: 0, ..Default::default() };
         let plan = plan(workload, options, seed, costs, Vec::new());
-        let report = match run::<sender::Unit>(&plan) {
-            Ok(report) => report,
-            Err(violation) => return Answer { text: format!("{name}: {violation}\n"), json: Value::Null, bad: true },
-        };
+        let report = run::<sender::Unit>(&plan)?;
         let all = report.sent_free + report.sent_piggybacked + report.held;
         let [none, piggy, delay] =
             [report.sent_free, report.sent_piggybacked, report.held].map(|n| 100.0 * n as f64 / all as f64);
@@ -181,7 +187,7 @@ fn johnson(seed: u64) -> Answer {
         rows.push(json!({ "program": name, "size": size, "messages_per_node": sent, "kb_per_node": kept, "none_pending": none, "piggybacked": piggy, "delayed": delay }));
     }
     text.push_str(&programs(&mut rows));
-    Answer { text, json: Value::Array(rows), bad: false }
+    Ok((text, rows))
 }
 
 /// Johnson, tables 3.5, 3.6, 3.7 and 4.3.
@@ -249,7 +255,7 @@ fn programs(rows: &mut Vec<Value>) -> String {
     text
 }
 
-fn elnozahy(seed: u64) -> Answer {
+fn elnozahy(seed: u64) -> Result<Experiment, Violation> {
     let mut text = String::from(
         "8 processes, f = 2; detection and restoring a state take 2.5 s (§5: about five seconds for two)\n",
     );
@@ -276,29 +282,28 @@ fn elnozahy(seed: u64) -> Answer {
     for (name, second) in [("one failure", None), ("one during the recovery of another", Some(1))] {
         for blocking in [false, true] {
             let options = family::Options { failures: 2, checkpoint_every: 50, blocking, bug: None };
-            let with = |crashes: Vec<Crash>| {
-                run::<family::Node>(&plan(workload, options, seed, costs, crashes)).unwrap_or_default()
-            };
-            let report: Report = match second {
-                None => with(vec![first]),
-                Some(node) => {
-                    let fails = |after_step| vec![first, Crash { after_step, victim: Victim::Node(node) }];
-                    // The step at which the second failure makes the recovery longest.
-                    let candidates = (610..5_000).step_by(60).map(|after_step| with(fails(after_step)));
-                    candidates.max_by_key(|report| report.recovering).unwrap_or_default()
+            let with = |crashes: Vec<Crash>| run::<family::Node>(&plan(workload, options, seed, costs, crashes));
+            let mut report = with(vec![first])?;
+            if let Some(node) = second {
+                // The step at which the second failure makes the recovery longest.
+                for after_step in (610..5_000).step_by(60) {
+                    let both = with(vec![first, Crash { after_step, victim: Victim::Node(node) }])?;
+                    if both.recovering > report.recovering {
+                        report = both;
+                    }
                 }
-            };
+            }
             let kind = if blocking { "blocking" } else { "new" };
-            let live = 8 - report.crashes.max(1);
+            let live = 8 - report.crashes;
             let (recovering, blocked) = (report.recovering as f64 / 1e3, report.blocked as f64 / 1e3 / live as f64);
             let _ = writeln!(text, "{name:<34} {kind:<12} {recovering:>14.1} {blocked:>18.1} {:>9}", report.packets);
             rows.push(json!({ "experiment": name, "recovery": kind, "recovering_ms": recovering, "blocked_ms_per_live_process": blocked, "packets": report.packets }));
         }
     }
-    Answer { text, json: Value::Array(rows), bad: false }
+    Ok((text, rows))
 }
 
-fn isis() -> Answer {
+fn isis() -> Experiment {
     let mut text = String::from(
         "messages between sites: one after the other before a remote delivery, and altogether for 2, 4 and 8 sites;\n\
          latency at 16 ms for each and 10 ms within a site at either end (fig. 3)\n",
@@ -325,7 +330,7 @@ fn isis() -> Answer {
         );
     }
     text.push_str(&throughput(&mut rows));
-    Answer { text, json: Value::Array(rows), bad: false }
+    (text, rows)
 }
 
 /// Figure 2, as far as the text tells of it: a sender that waits for each ABCAST is busy for 30 to 35 % of the

@@ -12,7 +12,7 @@ use crate::protocols::rng::{Rng, scatter};
 use crate::protocols::sim::{
     Bounds, Costs, Crash, Explored, Failing, Partition, Plan, Report, Subject, Victim, Violation,
 };
-use crate::protocols::sim::{explore, run, small, timeline};
+use crate::protocols::sim::{explore, race, run, small, timeline};
 use crate::protocols::{family, group, local, optimistic, sender};
 
 /// Options of `ftstore simulate`.
@@ -211,11 +211,21 @@ impl Simulate {
     fn simulate<M: Subject>(&self, store: bool, choose: impl Fn(&mut Plan<M::Options>)) -> Result<Answer, Error> {
         let workload = self.workload()?;
         if let Some(states) = self.exhaustive {
-            let mut plan = self.plan::<M>(small(3, 4), store, 1);
-            choose(&mut plan);
             let nodes = 3 + usize::from(store);
             let bounds = Bounds { crashes: self.crashes, nodes, delays: self.delays, states };
-            return Ok(explored::<M>(&plan, bounds));
+            // Members of a group make the same broadcasts whatever the workload.
+            let systems = if matches!(self.protocol, Protocol::Group) { 1 } else { 2 };
+            let systems = [("a chain of messages", small(3, 4)), ("two that race", race())].into_iter().take(systems);
+            let (mut text, mut rows, mut bad) = (String::new(), Vec::new(), false);
+            for (system, workload) in systems {
+                let mut plan = self.plan::<M>(workload, store, 1);
+                choose(&mut plan);
+                let answer = explored::<M>(system, &plan, bounds);
+                text += &answer.text;
+                rows.push(answer.json);
+                bad |= answer.bad;
+            }
+            return Ok(Answer { text, json: Value::Array(rows), bad });
         }
         if self.partitions > 0 && !matches!(self.protocol, Protocol::Group) {
             return Err(Error::invalid(
@@ -334,22 +344,22 @@ impl Simulate {
     }
 }
 
-fn explored<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds) -> Answer {
+fn explored<M: Subject>(system: &str, plan: &Plan<M::Options>, bounds: Bounds) -> Answer {
     let begun = std::time::Instant::now();
     match explore::<M>(plan, bounds) {
         Ok(Explored { states, steps, ends, complete }) => {
             let seconds = begun.elapsed().as_secs_f64();
             let all = if complete { "all there are" } else { "not all there are" };
             let text = format!(
-                "{states} states ({all}), {steps} steps, {ends} ends with everything delivered; no violation; {seconds:.1} s\n"
+                "{system}: {states} states ({all}), {steps} steps, {ends} ends with everything delivered; no violation; {seconds:.1} s\n"
             );
-            let json =
-                json!({ "states": states, "steps": steps, "ends": ends, "complete": complete, "seconds": seconds });
+            let json = json!({ "system": system, "states": states, "steps": steps, "ends": ends, "complete": complete, "seconds": seconds });
             Answer { text, json, bad: false }
         }
         Err(found) => {
-            let json = json!({ "violation": found.violation.to_string(), "timeline": found.timeline });
-            Answer { text: format!("{found}\n"), json, bad: true }
+            let json =
+                json!({ "system": system, "violation": found.violation.to_string(), "timeline": found.timeline });
+            Answer { text: format!("{system}: {found}\n"), json, bad: true }
         }
     }
 }

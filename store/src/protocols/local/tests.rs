@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::protocols::sim::{
-    Bounds, Crash, Plan, Victim, Violation, explore, run, run_failing_after_output, small, sweep,
+    Bounds, Crash, Plan, Victim, Violation, explore, race, run, run_failing_after_output, small, sweep,
 };
 
 fn plan(seed: u64) -> Plan<Options> {
@@ -76,10 +76,12 @@ fn runs_are_reproducible() {
 /// Three processes, four messages, two failures, of the recorder too: every order that there is.
 #[test]
 fn every_order_of_a_small_system() {
-    let plan = Plan { workload: small(3, 4), options: Options { checkpoint_every: 0, bug: None }, ..plan(0) };
-    let explored = explore::<Node>(&plan, Bounds { crashes: 2, nodes: 4, delays: None, states: usize::MAX })
-        .unwrap_or_else(|found| panic!("{found}"));
-    assert!(explored.complete && explored.states > 10_000 && explored.ends > 0, "{explored:?}");
+    for workload in [small(3, 4), race()] {
+        let plan = Plan { workload, options: Options { checkpoint_every: 0, bug: None }, ..plan(0) };
+        let explored = explore::<Node>(&plan, Bounds { crashes: 2, nodes: 4, delays: None, states: usize::MAX })
+            .unwrap_or_else(|found| panic!("{found}"));
+        assert!(explored.complete && explored.states > 70_000 && explored.ends > 0, "{explored:?}");
+    }
 }
 
 /// The search finds what the sweeps find, and says how it comes about.

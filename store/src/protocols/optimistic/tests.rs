@@ -1,7 +1,7 @@
 //! Optimistic logging through failures.
 
 use super::*;
-use crate::protocols::sim::{Bounds, Plan, Violation, explore, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{Bounds, Plan, Violation, explore, race, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, true);
@@ -30,12 +30,17 @@ fn what_was_shown_is_recoverable() {
 }
 
 /// Three processes, four messages, one failure, of the store too: every order that there is. With two
-/// failures, at a time, too: those in which little is put off.
+/// failures, at a time, too, and where two messages race: those in which little is put off.
 #[test]
-fn every_order_of_a_small_system() {
-    let plan =
-        Plan { workload: small(3, 4), options: Options { checkpoint_every: 0, ..Options::default() }, ..plan(0) };
-    for (crashes, delays, states) in [(1, None, 300_000), (2, Some(1), 60_000)] {
+fn orders_of_a_small_system() {
+    let options = Options { checkpoint_every: 0, ..Options::default() };
+    for (workload, crashes, delays, states) in [
+        (small(3, 4), 1, None, 300_000),
+        (small(3, 4), 2, Some(1), 60_000),
+        (race(), 1, Some(3), 10_000),
+        (race(), 2, Some(0), 10_000),
+    ] {
+        let plan = Plan { workload, options, ..plan(0) };
         let bounds = Bounds { crashes, nodes: 4, delays, states: usize::MAX };
         let explored = explore::<Node>(&plan, bounds).unwrap_or_else(|found| panic!("{found}"));
         assert!(explored.complete && explored.states > states && explored.ends > 0, "{explored:?}");

@@ -3,7 +3,7 @@
 use super::*;
 use crate::protocols::process::Pattern;
 use crate::protocols::sim::{
-    Bounds, Crash, Failing, Plan, Victim, Violation, explore, run, run_failing_after_output, small, sweep,
+    Bounds, Crash, Failing, Plan, Victim, Violation, explore, race, run, run_failing_after_output, small, sweep,
 };
 
 fn plan(seed: u64) -> Plan<Options> {
@@ -139,9 +139,9 @@ fn what_was_shown_is_recoverable() {
 /// second extension, at a time, too.
 #[test]
 fn every_order_of_a_small_system() {
-    for piggyback in [false, true] {
+    for (piggyback, workload) in [(false, small(3, 4)), (true, small(3, 4)), (false, race()), (true, race())] {
         let options = Options { checkpoint_every: 0, piggyback, ..Options::default() };
-        let one = Plan { workload: small(3, 4), options, ..plan(0) };
+        let one = Plan { workload, options, ..plan(0) };
         let options = Options { extension: Extension::AllCheckpoints, ..options };
         let workload = Workload { outputs: 0, ..one.workload };
         let any = Plan { options, workload, down_at_most: usize::MAX, ..one.clone() };

@@ -94,7 +94,9 @@ pub fn explore<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds) -> Result<Ex
         }
         explored.steps += 1;
         let (index, seen) = found.add(next.fingerprint(), visit.index, step, delays);
-        visit.leads_to.push(index);
+        if !matches!(step, Step::Crash { .. }) {
+            visit.leads_to.push(index);
+        }
         explored.states += usize::from(seen == Seen::Never);
         if explored.states >= bounds.states {
             explored.complete = false;

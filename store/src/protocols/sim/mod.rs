@@ -269,8 +269,15 @@ pub fn timeline<M: Subject>(plan: &Plan<M::Options>) -> (Vec<String>, Result<Rep
 }
 
 /// A workload of exactly `messages` messages, an even number: the first process sends half of them to
-/// the second, which answers each with one to the third. With outputs.
+/// the second, which follows each with one to the third. What was received before a message decides
+/// what is sent after it. With outputs.
 pub fn small(units: usize, messages: u32) -> Workload {
     let pattern = Pattern::Chain;
     Workload { units, first: messages / 2, hops: 1, forks: 0, outputs: 700, bytes: 10, pattern, computing: 0, seed: 1 }
+}
+
+/// A workload of four messages whose order of receipt is open: two processes each send one to the first, which
+/// answers both. With outputs.
+pub fn race() -> Workload {
+    Workload { first: 1, pattern: Pattern::Ask, ..small(3, 4) }
 }
