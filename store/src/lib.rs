@@ -1,7 +1,11 @@
-//! Stable storage.
+//! Stable storage, and the protocols that decide what has to be in it.
 //!
 //! [`StableStore`] keeps event logs and checkpoints of many units. [`log`] is the plain event log of one
 //! unit in a directory of its own, for what only has to be looked at later.
+//!
+//! [`protocols`] holds the recovery protocols between units as state machines without input,
+//! output, clock or randomness, and the simulator that drives them through failures. Nothing there
+//! knows of the rest of this library. `cli` is the command `ftstore`.
 #![forbid(unsafe_code)]
 
 mod api;
@@ -20,6 +24,7 @@ pub mod log;
 #[cfg(feature = "nats")]
 pub mod nats;
 pub mod net;
+pub mod protocols;
 #[cfg(feature = "service")]
 pub mod service;
 mod state;

@@ -5,8 +5,12 @@ mod fsck;
 mod gc;
 mod import;
 mod ls;
+mod presets;
+mod recovery_state;
 mod rm;
 mod serve;
+mod simulate;
+mod workloads;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -19,7 +23,7 @@ use crate::{Error, Location, StableStore};
 /// Exit status for what the user can put right.
 const USAGE: u8 = 2;
 
-/// Stable storage for ftrun.
+/// Stable storage for ftrun, and plans for it.
 #[derive(Debug, Parser)]
 #[command(name = "ftstore", version)]
 struct Cli {
@@ -43,6 +47,8 @@ enum Command {
     Import(import::Import),
     /// Remove a unit, log and checkpoints
     Rm(rm::Rm),
+    /// Run a recovery protocol through failures and say what it costs
+    Simulate(Box<simulate::Simulate>),
 }
 
 /// A store on the command line.
@@ -88,6 +94,7 @@ pub fn main() -> ExitCode {
         Command::Export(command) => (false, command.run()),
         Command::Import(command) => (false, command.run()),
         Command::Rm(command) => (false, command.run()),
+        Command::Simulate(command) => (command.json, command.run()),
     };
     match result {
         Ok(answer) => {
@@ -100,5 +107,69 @@ pub fn main() -> ExitCode {
             let _ = writeln!(std::io::stderr(), "ftstore: {error}");
             ExitCode::from(if matches!(error, Error::Poisoned { .. }) { 1 } else { USAGE })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(arguments: &str) -> Result<Answer, String> {
+        let cli =
+            Cli::try_parse_from(["ftstore"].into_iter().chain(arguments.split(' '))).map_err(|e| e.to_string())?;
+        let Command::Simulate(simulate) = cli.command else { return Err("another command".to_owned()) };
+        simulate.run().map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn every_protocol_and_preset_answers() {
+        for protocol in ["local", "sender", "optimistic", "family", "group"] {
+            let answer =
+                answer(&format!("simulate --protocol {protocol} --units 4 --runs 3 --crashes 1")).expect("runs");
+            assert!(!answer.bad && answer.json["messages"].as_u64() > Some(0), "{protocol}: {}", answer.text);
+        }
+        for preset in ["publishing", "publishing-today", "johnson", "elnozahy", "isis"] {
+            let answer = answer(&format!("simulate --preset {preset}")).expect("runs");
+            assert!(!answer.bad && answer.text.lines().count() > 4, "{preset}: {}", answer.text);
+        }
+    }
+
+    #[test]
+    fn the_same_command_gives_the_same_answer() {
+        let twice =
+            [(); 2].map(|()| answer("simulate --protocol sender --runs 5 --seed 7 --crashes 2").expect("runs").text);
+        assert_eq!(twice[0], twice[1]);
+    }
+
+    /// The manual page has every command and option, and no other.
+    #[test]
+    fn the_manual_page_is_complete() {
+        let page = include_str!("../../../man/ftstore.8").replace("\\-", "-");
+        let cli = <Cli as clap::CommandFactory>::command();
+        let mut options = std::collections::BTreeSet::new();
+        for command in cli.get_subcommands() {
+            let name = command.get_name();
+            assert!(page.lines().any(|line| line.starts_with(&format!(".B ftstore {name}"))), "no {name} in the page");
+            options.extend(command.get_arguments().filter_map(|a| a.get_long()).map(|long| format!("--{long}")));
+        }
+        let words = page.split(|c: char| !(c.is_ascii_lowercase() || c == '-'));
+        let described = words.filter(|word| word.starts_with("--")).map(str::to_owned).collect();
+        assert_eq!(options, described);
+    }
+
+    /// A rule that does not suffice: the run that shows it is made small and told.
+    #[test]
+    fn a_run_that_fails_is_told() {
+        let answer =
+            answer("simulate --protocol family --vary --as-printed incarnation --seed 17 --runs 1").expect("runs");
+        assert!(answer.bad && answer.text.contains("FAILS") && answer.text.contains("← unit"), "{}", answer.text);
+        assert!(answer.json["timeline"].as_array().is_some_and(|lines| lines.len() > 10));
+    }
+
+    #[test]
+    fn wrong_input_is_an_error_that_names_it() {
+        assert!(answer("simulate --workload nosuch").is_err_and(|e| e.contains("nosuch")));
+        assert!(answer("simulate --units 1").is_err_and(|e| e.contains("units")));
+        assert!(answer("simulate --protocol sender --failures 9").is_err_and(|e| e.contains("failures")));
     }
 }
