@@ -111,6 +111,9 @@ pub(crate) fn again(control: &Control, call: &Call) -> Option<i64> {
         return None;
     }
     let digest = call.digest_by(row)?;
+    if row.class != Class::Input {
+        control.note_change(call.args[0]);
+    }
     let result = call.make();
     if result == EINTR || result == EFAULT {
         return None;

@@ -41,6 +41,16 @@ fn lowest_free(control: &Control) -> u64 {
 /// A call that makes a descriptor: `open`, `openat`, `socket`, `dup`, and `accept` on a socket in
 /// nonblocking mode.
 pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
+    const O_EXCL: u64 = 0o200;
+    let flags = match call.number {
+        nr::OPEN => call.args[1],
+        nr::OPENAT => call.args[2],
+        _ => 0,
+    };
+    if flags & O_EXCL != 0 {
+        // Whether it has made the file, the table of descriptors does not tell when it is gone, too.
+        return None;
+    }
     let accepts = matches!(call.number, nr::ACCEPT | nr::ACCEPT4);
     let digest = call.digest()?;
     if accepts {
@@ -69,6 +79,7 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
         return None;
     }
     let fd = lowest_free(control);
+    control.note_change(fd);
     control.pending_fd.store(fd, Relaxed);
     control.pending_from.store(u64::from(room), Relaxed);
     control.offset.store(len_at, Relaxed);
@@ -123,6 +134,7 @@ pub(crate) fn close(control: &mut Control, call: &Call) -> Option<i64> {
     if !has_room(control, HEADER_BYTES) {
         return None;
     }
+    control.note_change(fd);
     control.fds[fd as usize] = FD_UNKNOWN;
     control.pending_fd.store(fd, Relaxed);
     let result = once(control, CLOSE, call, digest, 0, || call.make());
@@ -146,6 +158,7 @@ pub(crate) fn enrol(control: &mut Control, call: &Call) -> Option<i64> {
     if !has_room(control, HEADER_BYTES) {
         return None;
     }
+    control.note_change(set);
     control.pending_fd.store(fd, Relaxed);
     control.pending_set.store(set, Relaxed);
     let result = once(control, ENROL, call, digest, 0, || call.make());
@@ -209,6 +222,7 @@ pub(crate) fn write(control: &mut Control, call: &Call) -> Option<i64> {
         return None;
     }
     control.pending_fd.store(fd, Relaxed);
+    control.note_change(fd);
     control.pending_from.store(from, Relaxed);
     control.offset.store(len, Relaxed);
     let result = once(control, WRITE_FILE, call, digest, 0, || call.make());
@@ -236,6 +250,7 @@ pub(crate) fn read(control: &mut Control, call: &Call) -> Option<i64> {
         return if got == 0 { log(control, call, digest, 0, &[]) } else { None };
     }
     control.pending_fd.store(fd, Relaxed);
+    control.note_change(fd);
     control.pending_from.store(from, Relaxed);
     control.offset.store(from + got as u64, Relaxed);
     let seek = || syscall(nr::LSEEK, [fd, from + got as u64, SEEK_SET, 0, 0, 0]);

@@ -42,6 +42,8 @@ struct Hired {
     owed: Option<Owed>,
     /// The keeper was killed: there are no hands.
     alone: bool,
+    /// [`crate::desk::Order::before`] of the call that is about to be made.
+    before: u64,
 }
 
 thread_local! {
@@ -51,7 +53,7 @@ thread_local! {
 
 /// Has the calling thread's calls made by the keeper from now on.
 pub fn hire(desk: &'static Desk) {
-    HIRED.with_borrow_mut(|hired| *hired = Some(Hired { desk, vtid: 0, sii: 0, owed: None, alone: false }));
+    HIRED.with_borrow_mut(|hired| *hired = Some(Hired { desk, vtid: 0, sii: 0, owed: None, alone: false, before: 0 }));
 }
 
 /// The next calls are made in the name of this thread, `sii` events being in the log.
@@ -76,7 +78,13 @@ pub fn take_over(sii: u64) {
             let used = (order.used.load(SeqCst) as usize).min(ARENA_BYTES);
             // SAFETY: inside the arena, which the hands do not touch now.
             let arena = unsafe { std::slice::from_raw_parts(h.desk.arena(), used) }.to_vec();
-            let args = order.args.each_ref().map(|a| a.load(SeqCst));
+            // The desk may have been mapped elsewhere then.
+            let (then, here) = (order.arena.load(SeqCst), h.desk.arena() as u64);
+            let moved = |arg: u64| match arg.wrapping_sub(then) {
+                offset if offset < ARENA_BYTES as u64 => here + offset,
+                _ => arg,
+            };
+            let args = order.args.each_ref().map(|a| moved(a.load(SeqCst)));
             let call = (order.nr.load(SeqCst), args, order.digest.load(SeqCst));
             h.owed = Some(Owed { vtid: order.vtid.load(SeqCst), call, result: order.result.load(SeqCst), arena });
         }
@@ -89,6 +97,14 @@ pub fn owed_to() -> Option<i32> {
     HIRED.with_borrow(|hired| hired.as_ref()?.owed.as_ref().map(|o| o.vtid))
 }
 
+/// The result that is owed to a thread for the call with this digest.
+pub fn owed(vtid: i32, digest: u64) -> Option<i64> {
+    HIRED.with_borrow(|hired| {
+        let owed = hired.as_ref()?.owed.as_ref()?;
+        (owed.vtid == vtid && owed.call.2 == digest).then_some(owed.result)
+    })
+}
+
 /// The thread has come to its next call: what was owed to it is given by now, or has been told otherwise.
 pub fn settle_debt(vtid: i32) {
     HIRED.with_borrow_mut(|hired| {
@@ -99,10 +115,21 @@ pub fn settle_debt(vtid: i32) {
 }
 
 /// Makes a call of the unit, or gives out the result of one that was made. `pointers` says, by bits, which
-/// arguments lead into the pieces; `digest` is the one of the unit's call.
-pub fn call(nr: u64, args: &[u64; 6], pointers: u8, digest: u64, pieces: &mut [Piece]) -> i64 {
+/// arguments lead into the pieces; `digest` is the one of the unit's call; `before` tells the inode of the name that
+/// it makes or removes.
+pub fn call(
+    nr: u64,
+    args: &[u64; 6],
+    pointers: u8,
+    digest: u64,
+    before: &dyn Fn() -> u64,
+    pieces: &mut [Piece],
+) -> i64 {
     HIRED.with_borrow_mut(|hired| match hired {
-        Some(h) => h.call(nr, args, pointers, digest, pieces),
+        Some(h) => {
+            h.before = before();
+            h.call(nr, args, pointers, digest, pieces)
+        }
         None => steady_call(nr, args),
     })
 }
@@ -115,7 +142,7 @@ impl Hired {
             starts.push(used);
             used += piece.len.max(1).next_multiple_of(16);
         }
-        if used > ARENA_BYTES {
+        if used > ARENA_BYTES || self.desk.populate(used).is_err() {
             return -i64::from(libc::ENOMEM);
         }
         let arena = self.desk.arena();
@@ -180,7 +207,9 @@ impl Hired {
         }
         order.digest.store(digest, SeqCst);
         order.sii.store(self.sii, SeqCst);
+        order.before.store(self.before, SeqCst);
         order.used.store(used as u64, SeqCst);
+        order.arena.store(self.desk.arena() as u64, SeqCst);
         crate::fault::point("hands-ordered", self.desk.pid.load(SeqCst));
         self.desk.set_call_state(CALL);
         loop {

@@ -9,6 +9,7 @@
 //! 0x6f01_0000_0000  control page, then the event ring: shared with the supervisor, not with children
 //! ```
 
+use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// First address of everything of ours in the unit.
@@ -281,6 +282,18 @@ pub struct Control {
     pub fds: [u8; FDS_MAX],
     /// What has gone through them.
     pub streams: [Stream; STREAMS],
+    /// By bits: descriptors that a call has made, changed or closed since somebody looked at what they are.
+    pub changed: [AtomicU64; FDS_MAX / 64],
+}
+
+impl Control {
+    /// A call is about to make, change or close a descriptor.
+    #[inline]
+    pub fn note_change(&self, fd: u64) {
+        if let Some(word) = self.changed.get((fd / 64) as usize) {
+            word.store(word.load(Relaxed) | 1 << (fd % 64), Relaxed);
+        }
+    }
 }
 
 /// What belongs to one thread; its address is in the thread's `gs` base.

@@ -1,0 +1,638 @@
+//! What the descriptors are, as the kernel tells it: for a checkpoint, while no thread of the unit runs.
+//!
+//! Looking at ten thousand descriptors takes tens of milliseconds. So what was seen is kept, and only what a call may
+//! have changed since is looked at again: the shim and the supervisor note the descriptors of such calls. A connection
+//! is nothing but that, so its traffic changes nothing here. Two things change without such a call, and are looked at
+//! each time: what waits in a pair of sockets both of whose ends the unit has, and epoll sets with entries that a report
+//! disarms (`EPOLLONESHOT`).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use super::{Content, Entry, FILE_BYTES_MAX, File, Id, Kind, Number, Objects, Open, PairEnd, Pipe, Record, Socket, Timer};
+use super::{FILES_BYTES_MAX, options};
+
+/// What was seen of the unit's descriptors, and how it is brought up to date.
+#[derive(Debug, Default)]
+pub struct Look {
+    /// What was seen.
+    pub objects: Objects,
+    /// Descriptions by the inode of what is open: those that may be the same.
+    by_inode: HashMap<(u64, u64), Vec<Id>>,
+    inodes: HashMap<Id, (u64, u64)>,
+    /// Has been used.
+    begun: bool,
+}
+
+/// Which descriptors to look at.
+#[derive(Debug)]
+pub enum Which {
+    /// All that the table has.
+    All,
+    /// These, whether they are open or not.
+    Some(Vec<i32>),
+}
+
+/// A descriptor of the table, taken into ours.
+struct Taken {
+    fd: OwnedFd,
+    info: Info,
+    stat: libc::stat,
+    link: Vec<u8>,
+}
+
+/// What `/proc/PID/fdinfo` tells.
+#[derive(Default)]
+struct Info {
+    position: u64,
+    flags: i32,
+    lines: Vec<String>,
+}
+
+impl Info {
+    fn parse(text: &str) -> Self {
+        let mut info = Self::default();
+        for line in text.lines() {
+            match line.split_once(':') {
+                Some(("pos", n)) => info.position = n.trim().parse().unwrap_or(0),
+                Some(("flags", n)) => info.flags = i32::from_str_radix(n.trim(), 8).unwrap_or(0),
+                _ => info.lines.push(line.to_owned()),
+            }
+        }
+        info
+    }
+
+    fn value(&self, key: &str) -> Option<&str> {
+        self.lines.iter().find_map(|l| Some(l.strip_prefix(key)?.strip_prefix(':')?.trim()))
+    }
+}
+
+/// A table that the unit shares with a thread.
+struct Table {
+    pidfd: OwnedFd,
+    pid: i32,
+}
+
+impl Look {
+    /// Brings it up to date. `pid` is a process whose main thread has the unit's table, directory and umask; call it
+    /// in a thread with a table of its own. `given` says that what is open now was given to the program by its starter.
+    ///
+    /// # Errors
+    /// `/proc` cannot be read.
+    pub fn refresh(&mut self, pid: i32, which: Which, now: u64, given: bool) -> io::Result<()> {
+        let table = Table::open(pid)?;
+        let numbers = match which {
+            Which::Some(numbers) if self.begun => numbers,
+            _ => {
+                *self = Self::default();
+                table.numbers()?
+            }
+        };
+        self.begun = true;
+        let mut stale: BTreeSet<i32> = numbers.into_iter().collect();
+        stale.extend(self.volatile());
+        let mut pipes = BTreeSet::new();
+        for number in &stale {
+            self.forget(*number);
+        }
+        for number in stale {
+            // It has been closed.
+            let Ok(taken) = table.take(number) else { continue };
+            let on_exec = taken.info.flags & libc::O_CLOEXEC != 0;
+            let inode = (taken.stat.st_dev, taken.stat.st_ino);
+            let known = self.by_inode.get(&inode).into_iter().flatten().copied();
+            let same = known.into_iter().find(|id| table.same(number, self.number_of(*id)));
+            if let Kind::Pipe(pipe) = self.kind_of_pipe(&taken) {
+                pipes.insert(pipe);
+            }
+            let (kind, flags) = self.look_at(&taken, now);
+            match same {
+                Some(id) => {
+                    if let Some(open) = self.objects.open.get_mut(&id) {
+                        (open.kind, open.flags) = (kind, flags);
+                    }
+                    self.objects.numbers.insert(number, Number { open: id, on_exec });
+                }
+                None => {
+                    let id = self.objects.add(Open { kind, flags, given: given.then_some(number) });
+                    self.by_inode.entry(inode).or_default().push(id);
+                    self.inodes.insert(id, inode);
+                    self.objects.numbers.insert(number, Number { open: id, on_exec });
+                }
+            }
+        }
+        self.sweep();
+        self.link_pairs();
+        self.link_sets();
+        self.look_into_pipes(&table, &pipes);
+        self.objects.directory = fs::read_link(format!("/proc/{pid}/cwd"))?;
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let mask = status.lines().find_map(|l| l.strip_prefix("Umask:"));
+        self.objects.umask = mask.and_then(|m| u32::from_str_radix(m.trim(), 8).ok()).unwrap_or(0o022);
+        Ok(())
+    }
+
+    /// What changes without a call that says so.
+    fn volatile(&self) -> Vec<i32> {
+        let changes = |open: &Open| match &open.kind {
+            Kind::Socket(Socket { pair: Some(_), .. }) => true,
+            Kind::Epoll(entries) => entries.iter().any(|e| e.events & libc::EPOLLONESHOT as u32 != 0 || e.events & !PRIVATE == 0),
+            _ => false,
+        };
+        let of = |(number, n): (&i32, &Number)| self.objects.open.get(&n.open).is_some_and(changes).then_some(*number);
+        self.objects.numbers.iter().filter_map(of).collect()
+    }
+
+    /// A number is to be looked at anew; what it led to stays for now, it may have other numbers.
+    fn forget(&mut self, number: i32) {
+        self.objects.numbers.remove(&number);
+    }
+
+    fn number_of(&self, id: Id) -> Option<i32> {
+        self.objects.numbers.iter().find(|(_, n)| n.open == id).map(|(number, _)| *number)
+    }
+
+    /// Drops descriptions that no number leads to.
+    fn sweep(&mut self) {
+        let used: BTreeSet<Id> = self.objects.numbers.values().map(|n| n.open).collect();
+        self.objects.open.retain(|id, _| used.contains(id));
+        let Self { by_inode, inodes, .. } = self;
+        inodes.retain(|id, inode| {
+            let keep = used.contains(id);
+            if !keep && let Some(ids) = by_inode.get_mut(inode) {
+                ids.retain(|i| i != id);
+                if ids.is_empty() {
+                    by_inode.remove(inode);
+                }
+            }
+            keep
+        });
+        let pipes: BTreeSet<u64> = self.objects.open.values().filter_map(|o| pipe_of(&o.kind)).collect();
+        self.objects.pipes.retain(|pipe, _| pipes.contains(pipe));
+    }
+
+    fn kind_of_pipe(&self, taken: &Taken) -> Kind {
+        if taken.link.starts_with(b"pipe:[") { Kind::Pipe(taken.stat.st_ino) } else { Kind::Opaque(String::new()) }
+    }
+
+    fn look_at(&self, taken: &Taken, now: u64) -> (Kind, i32) {
+        let fd = taken.fd.as_raw_fd();
+        // SAFETY: a query about a descriptor.
+        let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+        let kind = match taken.stat.st_mode & libc::S_IFMT {
+            libc::S_IFSOCK => socket(fd, taken),
+            libc::S_IFIFO if taken.link.starts_with(b"pipe:[") => Kind::Pipe(taken.stat.st_ino),
+            0 => match taken.link.strip_prefix(b"anon_inode:").unwrap_or_default() {
+                b"[eventpoll]" => Kind::Epoll(entries(&taken.info)),
+                b"[eventfd]" => Kind::Counter {
+                    count: taken.info.value("eventfd-count").and_then(|v| u64::from_str_radix(v, 16).ok()).unwrap_or(0),
+                    semaphore: taken.info.value("eventfd-semaphore").is_some_and(|v| v != "0"),
+                },
+                b"[timerfd]" => Kind::Timer(timer(&taken.info, now)),
+                b"[signalfd]" => {
+                    let mask = taken.info.value("sigmask").and_then(|v| u64::from_str_radix(v, 16).ok());
+                    Kind::Signals(mask.unwrap_or(0))
+                }
+                other => Kind::Opaque(String::from_utf8_lossy(other).into_owned()),
+            },
+            _ => Kind::File(self.file(taken, flags)),
+        };
+        (kind, flags)
+    }
+
+    fn file(&self, taken: &Taken, flags: i32) -> File {
+        let at_end = flags & libc::O_APPEND != 0 && taken.info.position == taken.stat.st_size as u64;
+        let named = taken.stat.st_nlink > 0 && !taken.link.ends_with(b" (deleted)");
+        let records = taken.info.lines.iter().filter_map(|l| record_lock(l));
+        let mut records: Vec<Record> = records.collect();
+        records.sort_by_key(|r| (r.start, r.end));
+        File {
+            path: PathBuf::from(std::ffi::OsStr::from_bytes(&taken.link)),
+            position: Some(taken.info.position),
+            at_end,
+            content: (!named).then(|| self.content(taken, flags)),
+            lock: taken.info.lines.iter().find_map(|l| whole_lock(l)).unwrap_or(0),
+            records,
+        }
+    }
+
+    /// What is in a file without a name.
+    fn content(&self, taken: &Taken, flags: i32) -> Content {
+        let size = taken.stat.st_size as u64;
+        let kept = |open: &Open| match &open.kind {
+            Kind::File(File { content: Some(Content { bytes: Some(bytes), .. }), .. }) => bytes.len() as u64,
+            _ => 0,
+        };
+        let fits = size <= FILE_BYTES_MAX && self.objects.open.values().map(kept).sum::<u64>() + size <= FILES_BYTES_MAX;
+        let regular = taken.stat.st_mode & libc::S_IFMT == libc::S_IFREG;
+        let bytes = (fits && regular && flags & libc::O_ACCMODE != libc::O_WRONLY).then(|| {
+            let mut bytes = vec![0u8; size as usize];
+            // SAFETY: the buffer is as long as is said.
+            let n = unsafe { libc::pread(taken.fd.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+            (n == bytes.len() as isize).then_some(bytes)
+        });
+        // SAFETY: a query about a descriptor.
+        let seals = unsafe { libc::fcntl(taken.fd.as_raw_fd(), libc::F_GET_SEALS) };
+        Content { bytes: bytes.flatten(), seals: (seals >= 0).then_some(seals) }
+    }
+
+    /// Finds both ends of pairs of sockets: they tell each other's inodes.
+    fn link_pairs(&mut self) {
+        let by_inode: BTreeMap<u64, Id> = self.inodes.iter().map(|(id, inode)| (inode.1, *id)).collect();
+        let ends: Vec<(Id, Option<u64>)> = self
+            .objects
+            .open
+            .iter()
+            .filter_map(|(id, open)| match &open.kind {
+                Kind::Socket(Socket { pair: Some(_), .. }) => Some((*id, peer_inode(self.inodes.get(id)?.1))),
+                _ => None,
+            })
+            .collect();
+        for (id, peer) in ends {
+            let other = peer.and_then(|inode| by_inode.get(&inode)).copied();
+            let Some(open) = self.objects.open.get_mut(&id) else { continue };
+            if let Kind::Socket(socket) = &mut open.kind {
+                match (&mut socket.pair, other, peer) {
+                    (Some(pair), Some(other), _) => pair.other = Some(other),
+                    // The other end is closed: what waits can still be read.
+                    (Some(_), None, None) => {}
+                    // It is somebody else's.
+                    _ => open.kind = Kind::Connection { family: socket.family, kind: socket.kind },
+                }
+            }
+        }
+    }
+
+    /// Says of each entry of an epoll set what was entered.
+    fn link_sets(&mut self) {
+        let Objects { numbers, open, .. } = &mut self.objects;
+        for open in open.values_mut() {
+            if let Kind::Epoll(entries) = &mut open.kind {
+                entries.retain_mut(|e| match numbers.get(&e.number) {
+                    Some(n) => {
+                        e.open = n.open;
+                        true
+                    }
+                    None => false,
+                });
+            }
+        }
+    }
+
+    fn look_into_pipes(&mut self, table: &Table, pipes: &BTreeSet<u64>) {
+        for pipe in pipes {
+            let read_end = self.objects.numbers.iter().find_map(|(number, n)| {
+                let open = self.objects.open.get(&n.open)?;
+                (pipe_of(&open.kind) == Some(*pipe) && open.flags & libc::O_ACCMODE == libc::O_RDONLY).then_some(*number)
+            });
+            let found = match read_end {
+                Some(number) => table.take(number).and_then(|taken| pipe_content(taken.fd.as_raw_fd())),
+                None => Ok(Pipe::default()),
+            };
+            self.objects.pipes.insert(*pipe, found.unwrap_or_default());
+        }
+    }
+}
+
+/// The events of an entry that a report has disarmed: only these bits are left (`EP_PRIVATE_BITS`).
+const PRIVATE: u32 = (libc::EPOLLWAKEUP | libc::EPOLLONESHOT | libc::EPOLLET | libc::EPOLLEXCLUSIVE) as u32;
+
+fn pipe_of(kind: &Kind) -> Option<u64> {
+    match kind {
+        Kind::Pipe(pipe) => Some(*pipe),
+        _ => None,
+    }
+}
+
+impl Table {
+    fn open(pid: i32) -> io::Result<Self> {
+        // SAFETY: plain numbers; the result is owned by nobody else.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: as above.
+        Ok(Self { pidfd: unsafe { OwnedFd::from_raw_fd(fd as i32) }, pid })
+    }
+
+    fn numbers(&self) -> io::Result<Vec<i32>> {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid))?;
+        Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+    }
+
+    /// Takes a copy of a descriptor, and asks what it is.
+    fn take(&self, number: i32) -> io::Result<Taken> {
+        // SAFETY: plain numbers; the result is owned by nobody else.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), number, 0) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: as above.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        // SAFETY: plain integers, for which zero is valid.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: `stat` outlives the call.
+        if unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let text = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.pid))?;
+        let link = if stat.st_mode & libc::S_IFMT == libc::S_IFSOCK {
+            Vec::new()
+        } else {
+            let link = fs::read_link(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()))?;
+            link.as_os_str().as_bytes().to_vec()
+        };
+        Ok(Taken { fd, info: Info::parse(&text), stat, link })
+    }
+
+    /// Both numbers lead to the same description (kcmp(2)).
+    fn same(&self, one: i32, other: Option<i32>) -> bool {
+        const KCMP_FILE: i32 = 0;
+        // SAFETY: plain numbers.
+        other.is_some_and(|other| unsafe {
+            libc::syscall(libc::SYS_kcmp, self.pid, self.pid, KCMP_FILE, one, other) == 0
+        })
+    }
+}
+
+fn int(fd: RawFd, level: i32, name: i32) -> Option<i32> {
+    let bytes = options::get(fd, &(level, name, 4))?;
+    Some(i32::from_ne_bytes(bytes.try_into().ok()?))
+}
+
+type Namer = unsafe extern "C" fn(i32, *mut libc::sockaddr, *mut u32) -> i32;
+
+fn address(fd: RawFd, ask: Namer) -> Option<Vec<u8>> {
+    let mut bytes = vec![0u8; 128];
+    let mut len = bytes.len() as u32;
+    // SAFETY: the buffer is as long as is said.
+    let r = unsafe { ask(fd, bytes.as_mut_ptr().cast(), &raw mut len) };
+    bytes.truncate(len as usize);
+    (r == 0).then_some(bytes)
+}
+
+fn socket(fd: RawFd, taken: &Taken) -> Kind {
+    let get = |name| int(fd, libc::SOL_SOCKET, name).unwrap_or(0);
+    let (family, kind) = (get(libc::SO_DOMAIN), get(libc::SO_TYPE));
+    let connected = matches!(kind, libc::SOCK_STREAM | libc::SOCK_SEQPACKET);
+    let peer = address(fd, libc::getpeername);
+    let own = address(fd, libc::getsockname).unwrap_or_default();
+    let listens = get(libc::SO_ACCEPTCONN) != 0;
+    let mut socket = Socket { family, kind, protocol: get(libc::SO_PROTOCOL), ..Socket::default() };
+    if family == libc::AF_UNIX && own.len() <= 2 && !listens && is_of_pair(fd, peer.as_deref()) {
+        let queue = waiting(fd, kind);
+        socket.pair = Some(PairEnd { other: None, queue, shut: 0 });
+        return Kind::Socket(socket);
+    }
+    if connected && !listens && (peer.is_some() || was_connected(fd, family)) {
+        return Kind::Connection { family, kind };
+    }
+    socket.peer = peer.filter(|_| !connected);
+    socket.address = is_bound(family, &own).then_some(own);
+    socket.backlog = listens.then(|| backlog(fd, family, taken.stat.st_ino));
+    for row in options::of(&socket) {
+        if let Some(value) = options::get(fd, row) {
+            socket.options.push((row.0, row.1, value));
+        }
+    }
+    if let Some(path) = socket.address.as_deref().and_then(unix_path)
+        && let Ok(meta) = fs::symlink_metadata(&path)
+    {
+        use std::os::unix::fs::MetadataExt;
+        socket.file = Some((meta.mode() & 0o7777, meta.uid(), meta.gid()));
+    }
+    Kind::Socket(socket)
+}
+
+/// The path of a Unix socket's address; none for an abstract name.
+pub(super) fn unix_path(address: &[u8]) -> Option<PathBuf> {
+    let family = u16::from_ne_bytes([*address.first()?, *address.get(1)?]);
+    let name = address.get(2..)?;
+    let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+    (i32::from(family) == libc::AF_UNIX && end > 0).then(|| Path::new(std::ffi::OsStr::from_bytes(&name[..end])).to_owned())
+}
+
+fn is_bound(family: i32, own: &[u8]) -> bool {
+    match family {
+        libc::AF_INET | libc::AF_INET6 => own.get(2..4).is_some_and(|port| port != [0, 0]),
+        _ => own.len() > 2,
+    }
+}
+
+/// A TCP socket that is, or was, a connection: another state than `TCP_CLOSE`, or an error that nobody has asked for.
+fn was_connected(fd: RawFd, family: i32) -> bool {
+    const TCP_CLOSE: u8 = 7;
+    let inet = matches!(family, libc::AF_INET | libc::AF_INET6);
+    let state = options::get(fd, &(libc::IPPROTO_TCP, libc::TCP_INFO, 8)).and_then(|info| info.first().copied());
+    inet && state.is_some_and(|s| s != TCP_CLOSE) || {
+        let mut p = libc::pollfd { fd, events: 0, revents: 0 };
+        // SAFETY: one entry that outlives the call.
+        unsafe { libc::poll(&raw mut p, 1, 0) };
+        // A socket that has never been connected is at its end, too (POLLHUP), but not for writing.
+        inet && p.revents & libc::POLLERR != 0
+    }
+}
+
+/// A Unix socket without a name whose peer has none either, made by a process of this program: by socketpair(2).
+fn is_of_pair(fd: RawFd, peer: Option<&[u8]>) -> bool {
+    // ENOTCONN when the other end has been closed; a socket that was never connected has no credentials.
+    let credentials = options::get(fd, &(libc::SOL_SOCKET, libc::SO_PEERCRED, 12));
+    let made = credentials.and_then(|c| Some(i32::from_ne_bytes(c.get(..4)?.try_into().ok()?))).unwrap_or(0) > 0;
+    made && peer.is_none_or(|p| p.len() <= 2)
+}
+
+/// What waits in a Unix socket, without taking it.
+fn waiting(fd: RawFd, kind: i32) -> Vec<Vec<u8>> {
+    const ROOM: usize = 1 << 20;
+    let mut queue = Vec::new();
+    let peek = |bytes: &mut Vec<u8>| {
+        bytes.resize(ROOM, 0);
+        // SAFETY: the buffer is as long as is said.
+        let n = unsafe { libc::recv(fd, bytes.as_mut_ptr().cast(), ROOM, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+        bytes.truncate(n.max(0) as usize);
+        n
+    };
+    if kind == libc::SOCK_STREAM {
+        let mut bytes = Vec::new();
+        if peek(&mut bytes) > 0 {
+            queue.push(bytes);
+        }
+        return queue;
+    }
+    let (from, off) = (0i32.to_ne_bytes(), (-1i32).to_ne_bytes());
+    if options::set(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &from) {
+        let mut bytes = Vec::new();
+        // An empty message looks like the end, and what is behind it is not seen.
+        while peek(&mut bytes) > 0 {
+            queue.push(std::mem::take(&mut bytes));
+        }
+        options::set(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &off);
+    }
+    queue
+}
+
+fn backlog(fd: RawFd, family: i32, inode: u64) -> i32 {
+    if family == libc::AF_UNIX {
+        return unix_diag(inode, SHOW_QUEUES).and_then(|a| a.get(&DIAG_QUEUES).cloned()).map_or(libc::SOMAXCONN, |b| {
+            b.get(4..8).and_then(|b| b.try_into().ok()).map_or(libc::SOMAXCONN, i32::from_ne_bytes)
+        });
+    }
+    // Of a socket that listens, `tcpi_sacked` is the limit of its queue (tcp_get_info in the kernel).
+    const SACKED: usize = 28;
+    let info = options::get(fd, &(libc::IPPROTO_TCP, libc::TCP_INFO, 64));
+    let limit = info.and_then(|i| Some(i32::from_ne_bytes(i.get(SACKED..SACKED + 4)?.try_into().ok()?)));
+    limit.unwrap_or(libc::SOMAXCONN)
+}
+
+fn peer_inode(inode: u64) -> Option<u64> {
+    let bytes = unix_diag(inode, SHOW_PEER)?.remove(&DIAG_PEER)?;
+    Some(u64::from(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)))
+}
+
+/// `UDIAG_SHOW_PEER`, `UDIAG_SHOW_RQLEN`, and the attributes that answer (linux/unix_diag.h).
+const SHOW_PEER: u32 = 4;
+const SHOW_QUEUES: u32 = 16;
+const DIAG_PEER: u16 = 2;
+const DIAG_QUEUES: u16 = 4;
+
+/// Asks the kernel about one Unix socket (sock_diag(7)): attributes by their number.
+fn unix_diag(inode: u64, show: u32) -> Option<BTreeMap<u16, Vec<u8>>> {
+    const SOCK_DIAG_BY_FAMILY: u16 = 20;
+    // SAFETY: plain numbers; the result is owned by nobody else.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, libc::NETLINK_SOCK_DIAG) };
+    if fd < 0 {
+        return None;
+    }
+    // SAFETY: as above.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut ask = Vec::new();
+    // struct nlmsghdr, then struct unix_diag_req.
+    ask.extend_from_slice(&40u32.to_ne_bytes());
+    ask.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    ask.extend_from_slice(&(libc::NLM_F_REQUEST as u16).to_ne_bytes());
+    ask.extend_from_slice(&[0; 8]);
+    ask.extend_from_slice(&[libc::AF_UNIX as u8, 0, 0, 0]);
+    ask.extend_from_slice(&u32::MAX.to_ne_bytes());
+    ask.extend_from_slice(&(inode as u32).to_ne_bytes());
+    ask.extend_from_slice(&show.to_ne_bytes());
+    ask.extend_from_slice(&u64::MAX.to_ne_bytes());
+    let mut answer = vec![0u8; 4096];
+    // SAFETY: buffers as long as is said.
+    let n = unsafe {
+        if libc::send(fd.as_raw_fd(), ask.as_ptr().cast(), ask.len(), 0) < 0 {
+            return None;
+        }
+        libc::recv(fd.as_raw_fd(), answer.as_mut_ptr().cast(), answer.len(), 0)
+    };
+    answer.truncate(n.max(0) as usize);
+    if u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?) != SOCK_DIAG_BY_FAMILY {
+        return None;
+    }
+    // struct nlmsghdr and struct unix_diag_msg have 16 bytes each.
+    let mut rest = answer.get(32..)?;
+    let mut attributes = BTreeMap::new();
+    while rest.len() >= 4 {
+        let (length, kind) = (u16::from_ne_bytes([rest[0], rest[1]]), u16::from_ne_bytes([rest[2], rest[3]]));
+        let length = usize::from(length);
+        attributes.insert(kind, rest.get(4..length)?.to_vec());
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Some(attributes)
+}
+
+/// The entries of an epoll set: `tfd: N events: X data: X ...`.
+fn entries(info: &Info) -> Vec<Entry> {
+    let entry = |line: &String| {
+        let mut words = line.split_whitespace();
+        let mut value = |key: &str| {
+            let word = words.next()?;
+            match word.strip_prefix(key)? {
+                "" => words.next(),
+                value => Some(value),
+            }
+        };
+        let number = value("tfd:")?.parse().ok()?;
+        let events = u32::from_str_radix(value("events:")?, 16).ok()?;
+        let data = u64::from_str_radix(value("data:")?, 16).ok()?;
+        Some(Entry { number, open: 0, events, data })
+    };
+    info.lines.iter().filter_map(entry).collect()
+}
+
+fn timer(info: &Info, now: u64) -> Timer {
+    let time = |key: &str| -> u64 {
+        let text = info.value(key).unwrap_or("(0, 0)").trim_matches(['(', ')']).to_owned();
+        let mut parts = text.split(',').map(|p| p.trim().parse::<u64>().unwrap_or(0));
+        parts.next().unwrap_or(0) * 1_000_000_000 + parts.next().unwrap_or(0)
+    };
+    let expired = info.value("ticks").is_some_and(|t| t != "0");
+    let (left, period) = (time("it_value"), time("it_interval"));
+    let next = if expired { Some(now) } else { (left > 0).then(|| now + left) };
+    Timer { clock: info.value("clockid").and_then(|c| c.parse().ok()).unwrap_or(0), next, period }
+}
+
+/// `lock: 1: POSIX  ADVISORY  WRITE 4711 00:2a:1234 0 EOF`.
+fn record_lock(line: &str) -> Option<Record> {
+    let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
+    let of_file = match *words.get(1)? {
+        "POSIX" => false,
+        "OFDLCK" => true,
+        _ => return None,
+    };
+    let end = match *words.get(7)? {
+        "EOF" => u64::MAX,
+        n => n.parse().ok()?,
+    };
+    Some(Record { start: words.get(6)?.parse().ok()?, end, write: *words.get(3)? == "WRITE", of_file })
+}
+
+fn whole_lock(line: &str) -> Option<i32> {
+    let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
+    (*words.get(1)? == "FLOCK").then(|| if words.get(3) == Some(&"WRITE") { libc::LOCK_EX } else { libc::LOCK_SH })
+}
+
+/// What is in a pipe, by its read end: a copy of it is read (tee(2)).
+fn pipe_content(fd: RawFd) -> io::Result<Pipe> {
+    // SAFETY: a query about a descriptor.
+    let capacity = unsafe { libc::fcntl(fd, libc::F_GETPIPE_SZ) };
+    let mut length: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    if unsafe { libc::ioctl(fd, libc::FIONREAD, &raw mut length) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut pipe = Pipe { capacity, data: vec![0; length.max(0) as usize] };
+    if pipe.data.is_empty() {
+        return Ok(pipe);
+    }
+    let mut ends = [0i32; 2];
+    // SAFETY: room for two numbers, which nobody else owns.
+    let (read, write) = unsafe {
+        if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1]))
+    };
+    // SAFETY: plain numbers, and a buffer as long as is said.
+    let n = unsafe {
+        libc::fcntl(write.as_raw_fd(), libc::F_SETPIPE_SZ, capacity);
+        libc::tee(fd, write.as_raw_fd(), pipe.data.len(), libc::SPLICE_F_NONBLOCK);
+        drop(write);
+        let mut done = 0;
+        while done < pipe.data.len() {
+            let n = libc::read(read.as_raw_fd(), pipe.data[done..].as_mut_ptr().cast(), pipe.data.len() - done);
+            if n <= 0 {
+                break;
+            }
+            done += n as usize;
+        }
+        done
+    };
+    if n != pipe.data.len() {
+        return Err(io::Error::other("a pipe has changed while it was looked into"));
+    }
+    Ok(pipe)
+}
