@@ -18,7 +18,7 @@ use crate::live::Outcome;
 use crate::marshal::Prepared;
 use crate::objects::follow::Happened;
 use crate::objects::look::{Look, Which};
-use crate::objects::{File, Kind, Objects, Open, Socket, build};
+use crate::objects::{Kind, Objects, Open, Socket, build};
 use crate::tracee;
 use crate::unit::{Halt, Result, Unit, now};
 
@@ -196,8 +196,10 @@ impl Unit {
         }
         if let Some(doubt) = &mut self.in_doubt {
             let fd = self.threads.get(&doubt.vtid).map_or(-1, |t| t.regs.rdi as i32);
-            if let Some(Open { kind: Kind::File(File { position, at_end: true, .. }), .. }) = objects.get(fd) {
-                doubt.end = *position;
+            if let Some(Open { kind: Kind::File(file), given, .. }) = objects.get(fd)
+                && (file.at_end || given.is_some())
+            {
+                doubt.end = file.position;
             }
         }
         crate::fault::point("thaw-end", self.pid);

@@ -149,6 +149,8 @@ pub struct Desk {
     /// Cold recovery: the first number out of the unit's way, from which what the process that resumes was given has
     /// been set aside; 0 before and after.
     pub raised: AtomicI32,
+    /// Not 0: no supervisor has been started yet since the keeper was replaced.
+    pub resumed: AtomicU32,
     /// Bytes of the arena that have memory.
     room: AtomicU64,
     /// Whose files the calls access.

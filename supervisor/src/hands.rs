@@ -194,9 +194,6 @@ impl Hired {
     }
 
     fn have_made(&mut self, nr: u64, args: &[u64; 6], digest: u64, used: usize) -> i64 {
-        if self.alone {
-            return steady_call(nr, args);
-        }
         let order = &self.desk.order;
         // Nobody must take the result of the last call for one of this.
         self.desk.hands.fetch_and(SPAWN, SeqCst);
@@ -211,6 +208,9 @@ impl Hired {
         order.used.store(used as u64, SeqCst);
         order.arena.store(self.desk.arena() as u64, SeqCst);
         crate::fault::point("hands-ordered", self.desk.pid.load(SeqCst));
+        if self.alone {
+            return self.make_alone();
+        }
         self.desk.set_call_state(CALL);
         loop {
             let seen = self.desk.hands.load(SeqCst);
@@ -223,13 +223,20 @@ impl Hired {
                         assert!(state == CALL, "the keeper was killed in the middle of a call");
                         tracing::warn!("the keeper was killed: the death of the supervisor will not be survived");
                         self.alone = true;
-                        return steady_call(nr, args);
+                        return self.make_alone();
                     }
                 }
             }
         }
         crate::fault::point("hands-made", self.desk.pid.load(SeqCst));
         order.result.load(SeqCst)
+    }
+
+    /// Makes the call that stands on the desk, as the hands would, for whoever recovers the unit when this process is
+    /// killed, too.
+    fn make_alone(&self) -> i64 {
+        make(self.desk);
+        self.desk.order.result.load(SeqCst)
     }
 
     fn keeper_is_gone(&self) -> bool {
@@ -245,6 +252,11 @@ pub fn work(desk: &Desk, owner: &mut u32) {
         let (uid, gid, groups) = desk.owner.get();
         crate::capture::set_fs_credentials(uid, gid, &groups);
     }
+    make(desk);
+}
+
+/// Makes the call on the desk.
+fn make(desk: &Desk) {
     desk.set_call_state(STARTED);
     let order = &desk.order;
     let args = order.args.each_ref().map(|a| a.load(SeqCst));

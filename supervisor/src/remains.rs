@@ -124,6 +124,7 @@ impl Remains {
             desk.generation.store(1, std::sync::atomic::Ordering::SeqCst);
             desk
         };
+        desk.resumed.store(1, std::sync::atomic::Ordering::SeqCst);
         desk.lose_table();
         Ok((spec, desk, open(LOG)?))
     }

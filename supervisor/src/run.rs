@@ -97,11 +97,12 @@ fn keep(
     desk: &'static Desk,
     log: Option<File>,
 ) -> Result<i32, Error> {
+    let survives = log.is_some();
     let (lock, log_fd) = (dir.lock_fd(), log.as_ref().map(AsRawFd::as_raw_fd));
     let dir = Arc::new(dir);
     let ours = Arc::clone(&dir);
     let code = keeper::keep(desk, lock, log_fd, move |start| supervisor(&options, &ours, &program, start, desk))?;
-    if log.is_some() {
+    if survives && !desk.is_cold() {
         dir.forget_memory();
     }
     Ok(code)
@@ -176,7 +177,9 @@ fn try_supervisor(
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
     let takes_over = desk.generation.load(Ordering::SeqCst) > 1;
     if takes_over {
-        crate::fault::disarm();
+        if desk.resumed.swap(0, Ordering::SeqCst) == 0 {
+            crate::fault::disarm();
+        }
         desk.owner.leave();
     }
     let service = Service::start(start.unit_fds.clone()).map_err(|e| os("the service thread", e))?;
@@ -265,6 +268,22 @@ fn try_supervisor(
         journal.finish(unit.snapshot.as_ref(), &unit.pages);
         let (_, stored) = journal.progress();
         lock(&status).stored_checkpoint = lock(&stored).checkpoint;
+    }
+    if matches!(end, Ok(End::Ended(_))) {
+        // It was ending already when everything was killed: nothing is made again.
+        desk.leave_table();
+    }
+    if desk.is_cold() {
+        // The unit has not gone on: what remains of it is as it was, and may be tried again.
+        let why = match end {
+            Ok(End::Failed(why)) => why,
+            Ok(End::Ended(_)) => String::new(),
+            Err(e) => return Err(e),
+        };
+        let text = format!("ftrun: {} cannot be gone on with: {why}\nftrun: nothing of it has been given up\n", dir.name());
+        crate::logging::line(text.into_bytes());
+        crate::logging::flush();
+        return Ok(125);
     }
     let (code, state, reason) = match end {
         Ok(End::Ended(s)) if libc::WIFEXITED(s) => (libc::WEXITSTATUS(s), State::Stopped, None),

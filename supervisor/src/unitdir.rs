@@ -286,7 +286,14 @@ impl UnitDir {
     /// The last written status, corrected when nobody runs the unit any more.
     pub fn read_status(&self) -> Result<Status, Error> {
         let status = self.read_status_as_is()?;
-        Ok(if self.is_running() { status } else { status.without_supervisor() })
+        if self.is_running() {
+            return Ok(status);
+        }
+        let mut status = status.without_supervisor();
+        if status.note.as_deref() == Some("lost") && self.found_memory().is_some_and(|m| m.join("log").exists()) {
+            status.note = Some("killed".into());
+        }
+        Ok(status)
     }
 
     fn read_status_as_is(&self) -> Result<Status, Error> {

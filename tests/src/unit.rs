@@ -388,6 +388,76 @@ impl Unit {
         }
     }
 
+    /// Kills keeper, supervisor and program with SIGKILL, one right after the other in an order that `order` chooses (0
+    /// to 5), and waits until nobody is left who runs the unit.
+    pub fn kill9_all(&self, order: u64) -> Result<(), Error> {
+        const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+        let status = self.status()?;
+        let of = |key: &str| status[key].as_i64().and_then(|n| i32::try_from(n).ok()).unwrap_or(0);
+        let keys = ["keeper_pid", "supervisor_pid", "pid"];
+        let processes: Vec<_> = keys.iter().map(|key| Process::open(of(key)).ok()).collect();
+        for i in ORDERS[usize::try_from(order % 6).unwrap_or(0)] {
+            if let Some(process) = &processes[i] {
+                // A program that was traced by the supervisor is gone with it.
+                let _already_gone = process.signal(libc::SIGKILL);
+            }
+        }
+        self.child().wait()?;
+        // What came of a supervisor that the keeper has just started is not known yet: it holds the lock.
+        let start = Instant::now();
+        loop {
+            let status = self.status()?;
+            if status["state"] == "stopped" && status["supervisor_pid"].is_null() {
+                return Ok(());
+            }
+            if let Some(pid) = status["supervisor_pid"].as_i64().and_then(|n| i32::try_from(n).ok())
+                && let Ok(process) = Process::open(pid)
+            {
+                let _already_gone = process.signal(libc::SIGKILL);
+            }
+            if start.elapsed() > LIMIT {
+                return Err(error!("the unit lives on: {status}"));
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    fn resume_with(&self, env: &[(&str, &str)], options: &[&str]) -> Result<(), Error> {
+        let ftrun = self.ftrun.as_ref().ok_or_else(|| error!("a bare program has no ftrun"))?;
+        let append = |name: &str| File::options().append(true).open(self.path().join(name));
+        let mut command = Command::new(ftrun);
+        command.args(["resume", &self.name]).args(options).env_remove("LD_LIBRARY_PATH").envs(env.iter().copied());
+        command.env("FTRUN_STATE_DIR", self.path().join("state")).current_dir("/");
+        command.stdin(Stdio::null()).stdout(append("stdout")?).stderr(append("stderr")?).process_group(0);
+        *self.child() = command.spawn()?;
+        Ok(())
+    }
+
+    /// `ftrun resume NAME`, with what it prints behind what has been printed; waits until it runs.
+    pub fn resume(&self) -> Result<Value, Error> {
+        self.resume_as(&[], &[])
+    }
+
+    /// The same with variables in ftrun's environment and further options.
+    pub fn resume_as(&self, env: &[(&str, &str)], options: &[&str]) -> Result<Value, Error> {
+        let before = self.recoveries()?;
+        self.resume_with(env, options)?;
+        let start = Instant::now();
+        loop {
+            let status = self.status()?;
+            if status["state"] == "running" && status["recoveries"].as_u64() > Some(before) {
+                return Ok(status);
+            }
+            if let Some(ended) = self.child().try_wait()? {
+                return Err(error!("ftrun resume ended with {ended}: {}", tail(&self.path().join("stderr"), 5)));
+            }
+            if start.elapsed() > LIMIT {
+                return Err(error!("not resumed within {} s: {status}", LIMIT.as_secs()));
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
     /// Kills the supervisor with SIGKILL, and waits for its death; the keeper starts another one.
     pub fn kill9_supervisor(&self) -> Result<Killed, Error> {
         let start = Instant::now();

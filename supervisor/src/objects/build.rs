@@ -244,8 +244,9 @@ impl Builder<'_> {
     }
 
     fn file(&self, file: &File, flags: i32) -> Result<i32> {
-        if let Some(content) = &file.content {
-            return self.nameless(file, content, flags);
+        if file.nameless {
+            let unknown = Content { bytes: None, seals: None };
+            return self.nameless(file, file.content.as_ref().unwrap_or(&unknown), flags);
         }
         let path = c_path(&file.path);
         let what = || file.path.display().to_string();

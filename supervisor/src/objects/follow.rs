@@ -75,7 +75,7 @@ impl Objects {
                 let seals = if flags_at(1) as u32 & libc::MFD_ALLOW_SEALING != 0 { 0 } else { libc::F_SEAL_SEAL };
                 let content = Some(Content { bytes: Some(vec![]), seals: Some(seals) });
                 let path = PathBuf::from(format!("/memfd:{name}"));
-                let kind = Kind::File(File { path, position: Some(0), content, ..File::default() });
+                let kind = Kind::File(File { path, position: Some(0), nameless: true, content, ..File::default() });
                 self.made(made, kind, libc::O_RDWR, flags_at(1) as u32 & libc::MFD_CLOEXEC != 0);
             }
             Effect::Socket => {
@@ -225,6 +225,22 @@ impl Objects {
                 }
             }
             Effect::Give => self.give(fd, call.data, call.result),
+            Effect::GiveAt => {
+                let data = &call.data[..call.data.len().min(call.result as usize)];
+                if let Some(content) = self.content(fd) {
+                    content.write(call.args[3], data);
+                }
+            }
+            Effect::Resize => {
+                if let Some(content) = self.content(fd) {
+                    content.resize(call.args[1]);
+                }
+            }
+            Effect::Rewrite => {
+                if let Some(content) = self.content(fd) {
+                    content.bytes = None;
+                }
+            }
             Effect::Transfer(from, to) => self.transfer(call, from, to),
             Effect::Lock => self.lock(call),
             Effect::FileLock => {
@@ -308,12 +324,17 @@ impl Objects {
             _ => call.args[usize::from(path) + 1] as i32,
         };
         let kept = flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_NOCTTY | libc::O_TRUNC | libc::O_CLOEXEC);
+        let empty = Some(Content { bytes: Some(vec![]), seals: None });
         let kind = match self.named(call, path) {
             Some(_) if flags & libc::O_TMPFILE == libc::O_TMPFILE => {
-                let content = Some(Content { bytes: Some(vec![]), seals: None });
-                Kind::File(File { path: "(a file without a name)".into(), position: Some(0), content, ..File::default() })
+                let path = "(a file without a name)".into();
+                Kind::File(File { path, position: Some(0), nameless: true, content: empty, ..File::default() })
             }
-            Some(path) => Kind::File(File { path, position: Some(0), ..File::default() }),
+            Some(path) => {
+                let anew = flags & libc::O_TRUNC != 0 || flags & (libc::O_CREAT | libc::O_EXCL) == libc::O_CREAT | libc::O_EXCL;
+                let content = empty.filter(|_| anew || i64::from(call.row.nr) == libc::SYS_creat);
+                Kind::File(File { path, position: Some(0), content, ..File::default() })
+            }
             None => Kind::Opaque("a file in a directory that is not known".into()),
         };
         let kept = if flags & libc::O_TMPFILE == libc::O_TMPFILE { kept & !libc::O_TMPFILE } else { kept };
@@ -436,13 +457,9 @@ impl Objects {
         match kind {
             Kind::File(file) => {
                 let appends = *flags & libc::O_APPEND != 0;
-                if let Some(bytes) = file.content.as_mut().and_then(|c| c.bytes.as_mut()) {
-                    let at = if appends { bytes.len() } else { file.position.unwrap_or(0) as usize };
-                    bytes.resize(bytes.len().max(at + data.len()), 0);
-                    bytes[at..at + data.len()].copy_from_slice(data);
-                    if bytes.len() as u64 > super::FILE_BYTES_MAX {
-                        file.content.as_mut().into_iter().for_each(|c| c.bytes = None);
-                    }
+                if let Some(content) = &mut file.content {
+                    let end = content.bytes.as_ref().map_or(0, Vec::len) as u64;
+                    content.write(if appends { end } else { file.position.unwrap_or(0) }, data);
                 }
                 file.position = if appends && !file.at_end { None } else { file.position.map(|p| p + n as u64) };
                 file.at_end = appends;
@@ -481,6 +498,7 @@ impl Objects {
             && let Some(file) = self.file(call.fd(to))
         {
             file.position = file.position.map(|p| p + n);
+            file.content.iter_mut().for_each(|c| c.bytes = None);
         }
         for fd in [call.fd(from), call.fd(to)] {
             if let Some(kind) = self.kind(fd)
@@ -521,7 +539,7 @@ impl Objects {
         self.removed(to);
         for open in self.open.values_mut() {
             if let Kind::File(file) = &mut open.kind
-                && file.content.is_none()
+                && !file.nameless
                 && let Ok(rest) = file.path.strip_prefix(from)
             {
                 file.path = if rest.as_os_str().is_empty() { to.to_owned() } else { to.join(rest) };
@@ -537,9 +555,8 @@ impl Objects {
         for open in self.open.values_mut() {
             if let Kind::File(file) = &mut open.kind
                 && file.path == path
-                && file.content.is_none()
             {
-                file.content = Some(Content { bytes: None, seals: None });
+                file.nameless = true;
             }
         }
     }

@@ -214,6 +214,7 @@ impl Look {
             path: PathBuf::from(std::ffi::OsStr::from_bytes(&taken.link)),
             position: Some(taken.info.position),
             at_end,
+            nameless: !named,
             content: (!named).then(|| self.content(taken, flags)),
             lock: taken.info.lines.iter().find_map(|l| whole_lock(l)).unwrap_or(0),
             records,

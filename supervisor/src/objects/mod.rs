@@ -99,7 +99,9 @@ pub struct File {
     pub position: Option<u64>,
     /// The position is the end, where this description has appended last.
     pub at_end: bool,
-    /// What is in it, if it has no name any more.
+    /// It has no name any more.
+    pub nameless: bool,
+    /// What is in it, if it has no name, or was made empty in the events that have been followed.
     pub content: Option<Content>,
     /// `LOCK_SH` or `LOCK_EX` (flock(2)), 0 for none.
     pub lock: i32,
@@ -196,6 +198,30 @@ pub struct Timer {
     pub period: u64,
 }
 
+impl Content {
+    /// Data are written.
+    fn write(&mut self, at: u64, data: &[u8]) {
+        let end = at.saturating_add(data.len() as u64);
+        if end > FILE_BYTES_MAX {
+            self.bytes = None;
+        }
+        if let Some(bytes) = &mut self.bytes {
+            bytes.resize(bytes.len().max(end as usize), 0);
+            bytes[at as usize..end as usize].copy_from_slice(data);
+        }
+    }
+
+    /// It gets another length.
+    fn resize(&mut self, len: u64) {
+        if len > FILE_BYTES_MAX {
+            self.bytes = None;
+        }
+        if let Some(bytes) = &mut self.bytes {
+            bytes.resize(len as usize, 0);
+        }
+    }
+}
+
 impl Objects {
     /// The description that a number leads to.
     pub fn get(&self, number: i32) -> Option<&Open> {
@@ -216,6 +242,11 @@ impl Objects {
             Kind::File(file) => Some(file),
             _ => None,
         }
+    }
+
+    /// What is known to be in a file, to be changed.
+    fn content(&mut self, number: i32) -> Option<&mut Content> {
+        self.file(number)?.content.as_mut()
     }
 
     fn socket(&mut self, number: i32) -> Option<&mut Socket> {
@@ -275,8 +306,9 @@ impl Objects {
     pub fn lost(&self) -> Vec<(i32, String)> {
         let why = |open: &Open| match &open.kind {
             Kind::Opaque(what) => Some(what.clone()),
-            Kind::File(File { path, content: Some(Content { bytes: None, .. }), .. }) => {
-                Some(format!("{}, which has no name and more than {} KiB", path.display(), FILE_BYTES_MAX >> 10))
+            Kind::File(file) if file.nameless && file.content.as_ref().is_none_or(|c| c.bytes.is_none()) => {
+                let path = file.path.display();
+                Some(format!("{path}, a file without a name whose content is not known (or is more than {FILE_BYTES_MAX} bytes)"))
             }
             _ => None,
         };

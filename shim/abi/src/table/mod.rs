@@ -140,6 +140,12 @@ pub enum Effect {
     TakeEntries,
     /// Data are given to it.
     Give,
+    /// Data are given to it at the position in argument 3.
+    GiveAt,
+    /// The file gets the length in argument 1.
+    Resize,
+    /// The file's content is changed in another way.
+    Rewrite,
     /// Data are moved: from argument `.0`, at the position that argument `.0 + 1` points to, to argument `.1`.
     Transfer(u8, u8),
     /// A record lock is taken or given back.
