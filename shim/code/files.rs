@@ -9,6 +9,7 @@ use ftrun_abi::fast::{
 };
 use ftrun_abi::record::HEADER_BYTES;
 
+use crate::calls::again;
 use crate::call::{Call, EAGAIN, EFAULT, EINTR, syscall, word};
 use crate::log::{DATA, commit, end, fill, has_room, log, once, ring, seam, settled, size};
 use crate::memory::copy;
@@ -158,16 +159,36 @@ pub(crate) fn enrol(control: &mut Control, call: &Call) -> Option<i64> {
     if !has_room(control, HEADER_BYTES) {
         return None;
     }
-    control.note_change(set);
     control.pending_fd.store(fd, Relaxed);
     control.pending_set.store(set, Relaxed);
-    let result = once(control, ENROL, call, digest, 0, || call.make());
+    let result = control.note_enrolment(set, fd, event_at(event), || {
+        let result = once(control, ENROL, call, digest, 0, || call.make());
+        (result == 0, result)
+    });
     if result == EFAULT {
         end(control);
         return None;
     }
     control.fds[fd as usize] &= !FD_FRESH;
     settled(control, call, digest, result, &[])
+}
+
+/// `struct epoll_event`: events, and the program's own word.
+fn event_at(at: u64) -> (u32, u64) {
+    // SAFETY: the program gave this structure to its call; a fault there is the supervisor's to handle.
+    (word(at), unsafe { ((at + 4) as *const u64).read_unaligned() })
+}
+
+/// `epoll_ctl` that changes an entry: it may be made again.
+pub(crate) fn reenrol(control: &Control, call: &Call) -> Option<i64> {
+    let [set, _, fd, event, ..] = call.args;
+    if event == 0 {
+        return None;
+    }
+    control.note_enrolment(set, fd, event_at(event), || {
+        let result = again(control, call);
+        (result == Some(0), result)
+    })
 }
 
 /// `sendfile` of a file, from a position of its own, to a socket in nonblocking mode.

@@ -17,8 +17,8 @@ use crate::hands;
 use crate::live::Outcome;
 use crate::marshal::Prepared;
 use crate::objects::follow::Happened;
-use crate::objects::look::{Look, Which};
-use crate::objects::{Kind, Objects, Open, Socket, build};
+use crate::objects::look::{Enrolled, Look, Which};
+use crate::objects::{Entry, Kind, Objects, Open, Socket, build};
 use crate::tracee;
 use crate::unit::{Halt, Result, Unit, now};
 
@@ -53,12 +53,26 @@ impl Unit {
             let bits = word.swap(0, SeqCst);
             which.some.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| (i * 64 + bit) as i32));
         }
+        let count = control.enrolments.swap(0, SeqCst) as usize;
+        let entered = |e: &ftrun_abi::fast::Enrolment| Enrolled {
+            set: e.set.load(SeqCst) as i32,
+            number: e.fd.load(SeqCst) as i32,
+            entry: Entry { events: e.events.load(SeqCst) as u32, data: e.data.load(SeqCst) },
+        };
+        let enrolled: Vec<Enrolled> = control.enrolled.iter().take(count).map(entered).collect();
+        // A set that is looked at anew needs no change.
+        let enrolled: Vec<_> = enrolled.into_iter().filter(|e| !which.some.contains(&e.set)).collect();
         // Children share what the unit had open when they were made.
         let all = which.all || control.alone.load(SeqCst) == 0;
-        let which = if all { Which::All } else { Which::Some(which.some.into_iter().collect()) };
+        let on_exec = |fd: i32| {
+            // SAFETY: a query about a descriptor of the table that the unit shares with us.
+            let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+            (fd, (flags >= 0).then_some(flags & libc::FD_CLOEXEC != 0))
+        };
+        let which = if all { Which::All } else { Which::Some(which.some.into_iter().map(on_exec).collect()) };
         let (pid, look) = (std::process::id() as i32, &mut self.look);
         let looked = self.service.run(|| {
-            look.refresh(pid, which, now(), given)?;
+            look.refresh(pid, which, &enrolled, now(), given)?;
             postcard::to_stdvec(&look.objects).map_err(std::io::Error::other)
         });
         match looked {

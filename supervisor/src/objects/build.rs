@@ -86,7 +86,7 @@ pub fn build(objects: &Objects, given: BTreeMap<i32, i32>, spare: i32, lossy: bo
     }
     for open in objects.open.iter().filter_map(|(id, open)| Some((*b.made.get(id)?, &open.kind))) {
         if let (set, Kind::Epoll(entries)) = open {
-            entries.iter().try_for_each(|entry| b.enter(set, entry))?;
+            entries.iter().try_for_each(|((number, open), entry)| b.enter(set, *number, *open, entry))?;
         }
     }
     // Other descriptions of a file are closed before its record locks are taken, which would go with them.
@@ -530,14 +530,15 @@ impl Builder<'_> {
         }
     }
 
-    fn enter(&self, set: i32, entry: &Entry) -> Result<()> {
-        if self.objects.numbers.get(&entry.number).is_none_or(|n| n.open != entry.open) {
+    fn enter(&self, set: i32, number: i32, open: Id, entry: &Entry) -> Result<()> {
+        // It has been closed, and has left the set.
+        if self.objects.numbers.get(&number).is_none_or(|n| n.open != open) {
             return Ok(());
         }
         let mut event = libc::epoll_event { events: entry.events, u64: entry.data };
         // SAFETY: a structure that outlives the call.
-        let r = unsafe { libc::epoll_ctl(set, libc::EPOLL_CTL_ADD, entry.number, &raw mut event) };
-        sys(|| format!("descriptor {} in an epoll set", entry.number), r.into()).map(drop)
+        let r = unsafe { libc::epoll_ctl(set, libc::EPOLL_CTL_ADD, number, &raw mut event) };
+        sys(|| format!("descriptor {number} in an epoll set"), r.into()).map(drop)
     }
 }
 

@@ -1,5 +1,6 @@
 //! An event changes what descriptors are: replay of the log on the model instead of on the kernel's objects.
 
+use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -28,7 +29,6 @@ pub struct Happened<'a> {
     pub now: u64,
 }
 
-const ADD: u64 = libc::EPOLL_CTL_ADD as u64;
 const DEL: u64 = libc::EPOLL_CTL_DEL as u64;
 
 impl Happened<'_> {
@@ -148,9 +148,14 @@ impl Objects {
                     pipe.capacity = made;
                 }
             }
+            Effect::Seal => {
+                if let Some(seals) = self.content(fd).and_then(|c| c.seals.as_mut()) {
+                    *seals |= flags_at(2);
+                }
+            }
             Effect::Epoll => {
                 let on_exec = i64::from(call.row.nr) == libc::SYS_epoll_create1 && fd & libc::EPOLL_CLOEXEC != 0;
-                self.made(made, Kind::Epoll(vec![]), libc::O_RDWR, on_exec);
+                self.made(made, Kind::Epoll(BTreeMap::new()), libc::O_RDWR, on_exec);
             }
             Effect::Enrol => self.enrol(call),
             Effect::Counter => {
@@ -364,14 +369,10 @@ impl Objects {
         let events = word(0);
         let data = u64::from(word(4)) | u64::from(word(8)) << 32;
         let Some(Kind::Epoll(entries)) = self.kind(set as i32) else { return };
-        let number = number as i32;
-        entries.retain(|e| (e.number, e.open) != (number, open) || (op != DEL && op != ADD));
-        match op {
-            DEL => {}
-            _ => match entries.iter_mut().find(|e| (e.number, e.open) == (number, open)) {
-                Some(entry) => (entry.events, entry.data) = (events, data),
-                None => entries.push(Entry { number, open, events, data }),
-            },
+        if op == DEL {
+            entries.remove(&(number as i32, open));
+        } else {
+            entries.insert((number as i32, open), Entry { events, data });
         }
     }
 

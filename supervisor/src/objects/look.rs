@@ -22,19 +22,36 @@ pub struct Look {
     /// What was seen.
     pub objects: Objects,
     /// Descriptions by the inode of what is open: those that may be the same.
-    by_inode: HashMap<(u64, u64), Vec<Id>>,
-    inodes: HashMap<Id, (u64, u64)>,
+    by_inode: HashMap<Inode, Vec<Id>>,
+    inodes: HashMap<Id, Inode>,
+    numbers_of: HashMap<Id, BTreeSet<i32>>,
+    /// Descriptions that change without a call that says so.
+    restless: BTreeSet<Id>,
     /// Has been used.
     begun: bool,
 }
+
+/// Device and inode.
+type Inode = (u64, u64);
 
 /// Which descriptors to look at.
 #[derive(Debug)]
 pub enum Which {
     /// All that the table has.
     All,
-    /// These, whether they are open or not.
-    Some(Vec<i32>),
+    /// These, and whether `execve` closes them; `None` for those that are closed.
+    Some(Vec<(i32, Option<bool>)>),
+}
+
+/// An entry of an epoll set that has been made or changed: the set and what was entered, by number.
+#[derive(Clone, Copy, Debug)]
+pub struct Enrolled {
+    /// The set.
+    pub set: i32,
+    /// The descriptor.
+    pub number: i32,
+    /// The entry.
+    pub entry: Entry,
 }
 
 /// A descriptor of the table, taken into ours.
@@ -77,58 +94,62 @@ struct Table {
     pid: i32,
 }
 
+/// One refresh: what it has come across.
+#[derive(Default)]
+struct Round {
+    /// What the numbers led to before.
+    before: BTreeMap<i32, Id>,
+    /// Descriptions that have lost a number.
+    loosened: BTreeSet<Id>,
+    /// Epoll sets that have been looked at, and their entries by number.
+    sets: Vec<(Id, Vec<(i32, Entry)>)>,
+    /// Pipes to be looked into.
+    pipes: BTreeSet<Inode>,
+    /// Numbers that may lead to something else than before though nothing tells: what has no inode of its own.
+    doubtful: BTreeSet<i32>,
+}
+
 impl Look {
     /// Brings it up to date. `pid` is a process whose main thread has the unit's table, directory and umask; call it
     /// in a thread with a table of its own. `given` says that what is open now was given to the program by its starter.
     ///
     /// # Errors
     /// `/proc` cannot be read.
-    pub fn refresh(&mut self, pid: i32, which: Which, now: u64, given: bool) -> io::Result<()> {
+    pub fn refresh(&mut self, pid: i32, which: Which, enrolled: &[Enrolled], now: u64, given: bool) -> io::Result<()> {
         let table = Table::open(pid)?;
-        let numbers = match which {
+        let stale = match which {
             Which::Some(numbers) if self.begun => numbers,
             _ => {
                 *self = Self::default();
-                table.numbers()?
+                table.numbers()?.into_iter().map(|n| Ok((n, Some(table.on_exec(n)?)))).collect::<io::Result<_>>()?
             }
         };
         self.begun = true;
-        let mut stale: BTreeSet<i32> = numbers.into_iter().collect();
-        stale.extend(self.volatile());
-        let mut pipes = BTreeSet::new();
-        for number in &stale {
-            self.forget(*number);
-        }
-        for number in stale {
-            // It has been closed.
-            let Ok(taken) = table.take(number) else { continue };
-            let on_exec = taken.info.flags & libc::O_CLOEXEC != 0;
-            let inode = (taken.stat.st_dev, taken.stat.st_ino);
-            let known = self.by_inode.get(&inode).into_iter().flatten().copied();
-            let same = known.into_iter().find(|id| table.same(number, self.number_of(*id)));
-            if let Kind::Pipe(pipe) = self.kind_of_pipe(&taken) {
-                pipes.insert(pipe);
-            }
-            let (kind, flags) = self.look_at(&taken, now);
-            match same {
-                Some(id) => {
-                    if let Some(open) = self.objects.open.get_mut(&id) {
-                        (open.kind, open.flags) = (kind, flags);
-                    }
-                    self.objects.numbers.insert(number, Number { open: id, on_exec });
-                }
-                None => {
-                    let id = self.objects.add(Open { kind, flags, given: given.then_some(number) });
-                    self.by_inode.entry(inode).or_default().push(id);
-                    self.inodes.insert(id, inode);
-                    self.objects.numbers.insert(number, Number { open: id, on_exec });
-                }
+        let mut stale: BTreeMap<i32, Option<bool>> = stale.into_iter().collect();
+        for id in &self.restless {
+            for number in self.numbers_of.get(id).into_iter().flatten() {
+                let on_exec = self.objects.numbers.get(number).map(|n| n.on_exec);
+                stale.entry(*number).or_insert(on_exec);
             }
         }
-        self.sweep();
+        let mut round = Round::default();
+        stale.keys().for_each(|number| self.detach(*number, &mut round));
+        for (number, on_exec) in stale {
+            // One that is closed meanwhile was never the unit's.
+            if let Some(on_exec) = on_exec
+                && let Ok(taken) = table.take(number)
+            {
+                self.attach(&table, &taken, Number { open: 0, on_exec }, number, (now, given), &mut round);
+            }
+        }
+        self.reread_sets(&table, &mut round);
+        self.sweep(&round.loosened);
+        self.link_sets(round.sets);
+        enrolled.iter().for_each(|e| self.enrol(e));
         self.link_pairs();
-        self.link_sets();
-        self.look_into_pipes(&table, &pipes);
+        for pipe in &round.pipes {
+            self.look_into_pipe(&table, *pipe);
+        }
         self.objects.directory = fs::read_link(format!("/proc/{pid}/cwd"))?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
         let mask = status.lines().find_map(|l| l.strip_prefix("Umask:"));
@@ -136,58 +157,160 @@ impl Look {
         Ok(())
     }
 
-    /// What changes without a call that says so.
-    fn volatile(&self) -> Vec<i32> {
-        let changes = |open: &Open| match &open.kind {
-            Kind::Socket(Socket { pair: Some(_), .. }) => true,
-            Kind::Epoll(entries) => entries.iter().any(|e| e.events & libc::EPOLLONESHOT as u32 != 0 || e.events & !PRIVATE == 0),
+    /// A number is to be looked at anew; what it led to stays for now: it may have other numbers.
+    fn detach(&mut self, number: i32, round: &mut Round) {
+        if let Some(was) = self.objects.numbers.remove(&number) {
+            self.numbers_of.entry(was.open).or_default().remove(&number);
+            round.before.insert(number, was.open);
+            round.loosened.insert(was.open);
+        }
+    }
+
+    fn attach(
+        &mut self,
+        table: &Table,
+        taken: &Taken,
+        mut as_number: Number,
+        number: i32,
+        (now, given): (u64, bool),
+        round: &mut Round,
+    ) {
+        let inode = (taken.stat.st_dev, taken.stat.st_ino);
+        let candidates = || self.by_inode.get(&inode).into_iter().flatten().copied();
+        let first = |id: &Id| self.numbers_of.get(id).and_then(|n| n.first().copied());
+        let same = candidates().find(|id| table.same(number, first(id)));
+        // What has had this number, and no other now: of a socket or pipe the inode tells that it is the same; of a
+        // file it makes no difference.
+        let before = || candidates().find(|id| first(id).is_none() && round.before.get(&number) == Some(id));
+        let known = same.or_else(before);
+        let (kind, flags) = self.look_at(taken, now, round, known);
+        match taken.stat.st_mode & libc::S_IFMT {
+            libc::S_IFREG | libc::S_IFDIR | libc::S_IFSOCK => {}
+            _ => {
+                round.doubtful.insert(number);
+            }
+        }
+        let restless = match &kind {
+            Kind::Socket(Socket { pair, .. }) => pair.is_some(),
             _ => false,
         };
-        let of = |(number, n): (&i32, &Number)| self.objects.open.get(&n.open).is_some_and(changes).then_some(*number);
-        self.objects.numbers.iter().filter_map(of).collect()
+        let id = match known {
+            Some(id) => {
+                if let Some(open) = self.objects.open.get_mut(&id) {
+                    (open.kind, open.flags) = (kind, flags);
+                }
+                id
+            }
+            None => {
+                let id = self.objects.add(Open { kind, flags, given: given.then_some(number) });
+                self.by_inode.entry(inode).or_default().push(id);
+                self.inodes.insert(id, inode);
+                id
+            }
+        };
+        if matches!(self.objects.open.get(&id), Some(Open { kind: Kind::Epoll(_), .. })) {
+            round.sets.retain(|(set, _)| *set != id);
+            round.sets.push((id, entries(&taken.info)));
+        }
+        if restless {
+            self.restless.insert(id);
+        }
+        as_number.open = id;
+        self.numbers_of.entry(id).or_default().insert(number);
+        self.objects.numbers.insert(number, as_number);
     }
 
-    /// A number is to be looked at anew; what it led to stays for now, it may have other numbers.
-    fn forget(&mut self, number: i32) {
-        self.objects.numbers.remove(&number);
+    /// Sets that have an entry for a doubtful number are looked at again: it may have left them.
+    fn reread_sets(&mut self, table: &Table, round: &mut Round) {
+        if round.doubtful.is_empty() {
+            return;
+        }
+        let seen: BTreeSet<Id> = round.sets.iter().map(|(id, _)| *id).collect();
+        let concerned = |(id, open): (&Id, &Open)| match &open.kind {
+            Kind::Epoll(entries) if !seen.contains(id) => {
+                entries.keys().any(|(number, _)| round.doubtful.contains(number)).then_some(*id)
+            }
+            _ => None,
+        };
+        let sets: Vec<Id> = self.objects.open.iter().filter_map(concerned).collect();
+        for id in sets {
+            let number = self.numbers_of.get(&id).and_then(|n| n.first().copied());
+            if let Some(Ok(taken)) = number.map(|n| table.take(n)) {
+                round.sets.push((id, entries(&taken.info)));
+            }
+        }
     }
 
-    fn number_of(&self, id: Id) -> Option<i32> {
-        self.objects.numbers.iter().find(|(_, n)| n.open == id).map(|(number, _)| *number)
-    }
-
-    /// Drops descriptions that no number leads to.
-    fn sweep(&mut self) {
-        let used: BTreeSet<Id> = self.objects.numbers.values().map(|n| n.open).collect();
-        self.objects.open.retain(|id, _| used.contains(id));
-        let Self { by_inode, inodes, .. } = self;
-        inodes.retain(|id, inode| {
-            let keep = used.contains(id);
-            if !keep && let Some(ids) = by_inode.get_mut(inode) {
-                ids.retain(|i| i != id);
-                if ids.is_empty() {
-                    by_inode.remove(inode);
+    /// Drops descriptions that have lost their last number.
+    fn sweep(&mut self, loosened: &BTreeSet<Id>) {
+        for id in loosened {
+            if self.numbers_of.get(id).is_some_and(|n| !n.is_empty()) {
+                continue;
+            }
+            self.numbers_of.remove(id);
+            self.restless.remove(id);
+            let gone = self.objects.open.remove(id);
+            let Some(inode) = self.inodes.remove(id) else { continue };
+            let ids = self.by_inode.entry(inode).or_default();
+            ids.retain(|i| i != id);
+            if ids.is_empty() {
+                self.by_inode.remove(&inode);
+                if let Some(pipe) = gone.and_then(|g| pipe_of(&g.kind)) {
+                    self.objects.pipes.remove(&pipe);
                 }
             }
-            keep
-        });
-        let pipes: BTreeSet<u64> = self.objects.open.values().filter_map(|o| pipe_of(&o.kind)).collect();
-        self.objects.pipes.retain(|pipe, _| pipes.contains(pipe));
+        }
     }
 
-    fn kind_of_pipe(&self, taken: &Taken) -> Kind {
-        if taken.link.starts_with(b"pipe:[") { Kind::Pipe(taken.stat.st_ino) } else { Kind::Opaque(String::new()) }
+    /// Says of each entry of the epoll sets that were looked at what was entered.
+    fn link_sets(&mut self, sets: Vec<(Id, Vec<(i32, Entry)>)>) {
+        for (id, found) in sets {
+            let once = found.iter().any(|(_, e)| e.events & ONESHOT != 0 || e.events & !PRIVATE == 0);
+            let open = |number: &i32| self.objects.numbers.get(number).map(|n| n.open);
+            let entries = found.iter().filter_map(|(number, e)| Some(((*number, open(number)?), *e))).collect();
+            if once {
+                self.restless.insert(id);
+            } else {
+                self.restless.remove(&id);
+            }
+            if let Some(open) = self.objects.open.get_mut(&id) {
+                open.kind = Kind::Epoll(entries);
+            }
+        }
     }
 
-    fn look_at(&self, taken: &Taken, now: u64) -> (Kind, i32) {
+    /// An entry has been made or changed, in a set that has not been looked at.
+    fn enrol(&mut self, enrolled: &Enrolled) {
+        let Enrolled { set, number, entry } = *enrolled;
+        let numbers = &self.objects.numbers;
+        let (Some(set), Some(what)) = (numbers.get(&set), numbers.get(&number)) else { return };
+        let (set, what) = (set.open, what.open);
+        if let Some(Open { kind: Kind::Epoll(entries), .. }) = self.objects.open.get_mut(&set) {
+            // What had the number before has left the set when it was closed.
+            let stale: Vec<_> = entries.range((number, 0)..=(number, Id::MAX)).map(|(key, _)| *key).collect();
+            for key in stale {
+                entries.remove(&key);
+            }
+            entries.insert((number, what), entry);
+            if entry.events & ONESHOT != 0 {
+                self.restless.insert(set);
+            }
+        }
+    }
+
+    fn look_at(&self, taken: &Taken, now: u64, round: &mut Round, known: Option<Id>) -> (Kind, i32) {
         let fd = taken.fd.as_raw_fd();
         // SAFETY: a query about a descriptor.
         let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
         let kind = match taken.stat.st_mode & libc::S_IFMT {
             libc::S_IFSOCK => socket(fd, taken),
-            libc::S_IFIFO if taken.link.starts_with(b"pipe:[") => Kind::Pipe(taken.stat.st_ino),
+            libc::S_IFIFO if taken.link.starts_with(b"pipe:[") => {
+                round.pipes.insert((taken.stat.st_dev, taken.stat.st_ino));
+                Kind::Pipe(taken.stat.st_ino)
+            }
             0 => match taken.link.strip_prefix(b"anon_inode:").unwrap_or_default() {
-                b"[eventpoll]" => Kind::Epoll(entries(&taken.info)),
+                // Its entries are linked when every number is known.
+                b"[eventpoll]" => Kind::Epoll(BTreeMap::new()),
                 b"[eventfd]" => Kind::Counter {
                     count: taken.info.value("eventfd-count").and_then(|v| u64::from_str_radix(v, 16).ok()).unwrap_or(0),
                     semaphore: taken.info.value("eventfd-semaphore").is_some_and(|v| v != "0"),
@@ -199,12 +322,12 @@ impl Look {
                 }
                 other => Kind::Opaque(String::from_utf8_lossy(other).into_owned()),
             },
-            _ => Kind::File(self.file(taken, flags)),
+            _ => Kind::File(self.file(taken, flags, known)),
         };
         (kind, flags)
     }
 
-    fn file(&self, taken: &Taken, flags: i32) -> File {
+    fn file(&self, taken: &Taken, flags: i32, known: Option<Id>) -> File {
         let at_end = flags & libc::O_APPEND != 0 && taken.info.position == taken.stat.st_size as u64;
         let named = taken.stat.st_nlink > 0 && !taken.link.ends_with(b" (deleted)");
         let records = taken.info.lines.iter().filter_map(|l| record_lock(l));
@@ -215,20 +338,21 @@ impl Look {
             position: Some(taken.info.position),
             at_end,
             nameless: !named,
-            content: (!named).then(|| self.content(taken, flags)),
+            content: (!named).then(|| self.content(taken, flags, known)),
             lock: taken.info.lines.iter().find_map(|l| whole_lock(l)).unwrap_or(0),
             records,
         }
     }
 
     /// What is in a file without a name.
-    fn content(&self, taken: &Taken, flags: i32) -> Content {
+    fn content(&self, taken: &Taken, flags: i32, known: Option<Id>) -> Content {
         let size = taken.stat.st_size as u64;
-        let kept = |open: &Open| match &open.kind {
+        let kept = |(id, open): (&Id, &Open)| match &open.kind {
+            _ if known == Some(*id) => 0,
             Kind::File(File { content: Some(Content { bytes: Some(bytes), .. }), .. }) => bytes.len() as u64,
             _ => 0,
         };
-        let fits = size <= FILE_BYTES_MAX && self.objects.open.values().map(kept).sum::<u64>() + size <= FILES_BYTES_MAX;
+        let fits = size <= FILE_BYTES_MAX && self.objects.open.iter().map(kept).sum::<u64>() + size <= FILES_BYTES_MAX;
         let regular = taken.stat.st_mode & libc::S_IFMT == libc::S_IFREG;
         let bytes = (fits && regular && flags & libc::O_ACCMODE != libc::O_WRONLY).then(|| {
             let mut bytes = vec![0u8; size as usize];
@@ -243,18 +367,13 @@ impl Look {
 
     /// Finds both ends of pairs of sockets: they tell each other's inodes.
     fn link_pairs(&mut self) {
-        let by_inode: BTreeMap<u64, Id> = self.inodes.iter().map(|(id, inode)| (inode.1, *id)).collect();
-        let ends: Vec<(Id, Option<u64>)> = self
-            .objects
-            .open
-            .iter()
-            .filter_map(|(id, open)| match &open.kind {
-                Kind::Socket(Socket { pair: Some(_), .. }) => Some((*id, peer_inode(self.inodes.get(id)?.1))),
-                _ => None,
-            })
-            .collect();
-        for (id, peer) in ends {
-            let other = peer.and_then(|inode| by_inode.get(&inode)).copied();
+        for id in self.restless.clone() {
+            let Some(inode) = self.inodes.get(&id).copied() else { continue };
+            let Some(Open { kind: Kind::Socket(Socket { pair: Some(_), .. }), .. }) = self.objects.open.get(&id) else {
+                continue;
+            };
+            let peer = peer_inode(inode.1);
+            let other = peer.and_then(|peer| self.by_inode.get(&(inode.0, peer))?.first().copied());
             let Some(open) = self.objects.open.get_mut(&id) else { continue };
             if let Kind::Socket(socket) = &mut open.kind {
                 match (&mut socket.pair, other, peer) {
@@ -268,37 +387,20 @@ impl Look {
         }
     }
 
-    /// Says of each entry of an epoll set what was entered.
-    fn link_sets(&mut self) {
-        let Objects { numbers, open, .. } = &mut self.objects;
-        for open in open.values_mut() {
-            if let Kind::Epoll(entries) = &mut open.kind {
-                entries.retain_mut(|e| match numbers.get(&e.number) {
-                    Some(n) => {
-                        e.open = n.open;
-                        true
-                    }
-                    None => false,
-                });
-            }
-        }
-    }
-
-    fn look_into_pipes(&mut self, table: &Table, pipes: &BTreeSet<u64>) {
-        for pipe in pipes {
-            let read_end = self.objects.numbers.iter().find_map(|(number, n)| {
-                let open = self.objects.open.get(&n.open)?;
-                (pipe_of(&open.kind) == Some(*pipe) && open.flags & libc::O_ACCMODE == libc::O_RDONLY).then_some(*number)
-            });
-            let found = match read_end {
-                Some(number) => table.take(number).and_then(|taken| pipe_content(taken.fd.as_raw_fd())),
-                None => Ok(Pipe::default()),
-            };
-            self.objects.pipes.insert(*pipe, found.unwrap_or_default());
-        }
+    fn look_into_pipe(&mut self, table: &Table, pipe: Inode) {
+        let read_end = self.by_inode.get(&pipe).into_iter().flatten().find_map(|id| {
+            let reads = self.objects.open.get(id)?.flags & libc::O_ACCMODE == libc::O_RDONLY;
+            self.numbers_of.get(id)?.first().copied().filter(|_| reads)
+        });
+        let found = match read_end {
+            Some(number) => table.take(number).and_then(|taken| pipe_content(taken.fd.as_raw_fd())),
+            None => Ok(Pipe::default()),
+        };
+        self.objects.pipes.insert(pipe.1, found.unwrap_or_default());
     }
 }
 
+const ONESHOT: u32 = libc::EPOLLONESHOT as u32;
 /// The events of an entry that a report has disarmed: only these bits are left (`EP_PRIVATE_BITS`).
 const PRIVATE: u32 = (libc::EPOLLWAKEUP | libc::EPOLLONESHOT | libc::EPOLLET | libc::EPOLLEXCLUSIVE) as u32;
 
@@ -325,6 +427,11 @@ impl Table {
         Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
     }
 
+    fn on_exec(&self, number: i32) -> io::Result<bool> {
+        let text = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.pid))?;
+        Ok(Info::parse(&text).flags & libc::O_CLOEXEC != 0)
+    }
+
     /// Takes a copy of a descriptor, and asks what it is.
     fn take(&self, number: i32) -> io::Result<Taken> {
         // SAFETY: plain numbers; the result is owned by nobody else.
@@ -340,13 +447,11 @@ impl Table {
         if unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) } != 0 {
             return Err(io::Error::last_os_error());
         }
+        if stat.st_mode & libc::S_IFMT == libc::S_IFSOCK {
+            return Ok(Taken { fd, info: Info::default(), stat, link: Vec::new() });
+        }
         let text = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.pid))?;
-        let link = if stat.st_mode & libc::S_IFMT == libc::S_IFSOCK {
-            Vec::new()
-        } else {
-            let link = fs::read_link(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()))?;
-            link.as_os_str().as_bytes().to_vec()
-        };
+        let link = fs::read_link(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()))?.as_os_str().as_bytes().to_vec();
         Ok(Taken { fd, info: Info::parse(&text), stat, link })
     }
 
@@ -381,6 +486,9 @@ fn socket(fd: RawFd, taken: &Taken) -> Kind {
     let (family, kind) = (get(libc::SO_DOMAIN), get(libc::SO_TYPE));
     let connected = matches!(kind, libc::SOCK_STREAM | libc::SOCK_SEQPACKET);
     let peer = address(fd, libc::getpeername);
+    if connected && peer.is_some() && matches!(family, libc::AF_INET | libc::AF_INET6) {
+        return Kind::Connection { family, kind };
+    }
     let own = address(fd, libc::getsockname).unwrap_or_default();
     let listens = get(libc::SO_ACCEPTCONN) != 0;
     let mut socket = Socket { family, kind, protocol: get(libc::SO_PROTOCOL), ..Socket::default() };
@@ -491,7 +599,8 @@ fn backlog(fd: RawFd, family: i32, inode: u64) -> i32 {
 
 fn peer_inode(inode: u64) -> Option<u64> {
     let bytes = unix_diag(inode, SHOW_PEER)?.remove(&DIAG_PEER)?;
-    Some(u64::from(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?)))
+    // One that is closed has none any more.
+    Some(u64::from(u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?))).filter(|inode| *inode > 0)
 }
 
 /// `UDIAG_SHOW_PEER`, `UDIAG_SHOW_RQLEN`, and the attributes that answer (linux/unix_diag.h).
@@ -546,7 +655,7 @@ fn unix_diag(inode: u64, show: u32) -> Option<BTreeMap<u16, Vec<u8>>> {
 }
 
 /// The entries of an epoll set: `tfd: N events: X data: X ...`.
-fn entries(info: &Info) -> Vec<Entry> {
+fn entries(info: &Info) -> Vec<(i32, Entry)> {
     let entry = |line: &String| {
         let mut words = line.split_whitespace();
         let mut value = |key: &str| {
@@ -559,7 +668,7 @@ fn entries(info: &Info) -> Vec<Entry> {
         let number = value("tfd:")?.parse().ok()?;
         let events = u32::from_str_radix(value("events:")?, 16).ok()?;
         let data = u64::from_str_radix(value("data:")?, 16).ok()?;
-        Some(Entry { number, open: 0, events, data })
+        Some((number, Entry { events, data }))
     };
     info.lines.iter().filter_map(entry).collect()
 }

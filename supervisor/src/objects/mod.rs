@@ -73,8 +73,8 @@ pub enum Kind {
     },
     /// Any other socket.
     Socket(Socket),
-    /// An epoll set.
-    Epoll(Vec<Entry>),
+    /// An epoll set: by the number under which something was entered, and what it was.
+    Epoll(BTreeMap<(i32, Id), Entry>),
     /// An eventfd.
     Counter {
         /// Its value.
@@ -177,10 +177,6 @@ pub struct PairEnd {
 /// An entry of an epoll set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Under which number it was entered.
-    pub number: i32,
-    /// What was entered.
-    pub open: Id,
     /// `EPOLL*`.
     pub events: u32,
     /// The program's own word.
@@ -290,7 +286,7 @@ impl Objects {
         let Some(gone) = self.open.remove(&id) else { return };
         for open in self.open.values_mut() {
             match &mut open.kind {
-                Kind::Epoll(entries) => entries.retain(|e| e.open != id),
+                Kind::Epoll(entries) => entries.retain(|(_, open), _| *open != id),
                 Kind::Socket(Socket { pair: Some(pair), .. }) if pair.other == Some(id) => pair.other = None,
                 _ => {}
             }

@@ -40,7 +40,7 @@ const FCNTL_COMMANDS: &[Command] = &[
     FCNTL.does(Duplicate).when(1, 1030, "F_DUPFD_CLOEXEC"),
     FCNTL.does(Capacity).when(1, 1031, "F_SETPIPE_SZ"),
     FCNTL_GET.when(1, 1032, "F_GETPIPE_SZ"),
-    FCNTL.when(1, 1033, "F_ADD_SEALS"),
+    FCNTL.does(Seal).when(1, 1033, "F_ADD_SEALS"),
     FCNTL_GET.when(1, 1034, "F_GET_SEALS"),
     FCNTL_OUT8.when(1, 1035, "F_GET_RW_HINT"),
     FCNTL_IN8.when(1, 1036, "F_SET_RW_HINT"),

@@ -104,6 +104,8 @@ pub enum Effect {
     Pipe,
     /// The pipe gets another capacity: argument 2.
     Capacity,
+    /// The file in memory gets seals: argument 2.
+    Seal,
     /// The result is a new epoll set.
     Epoll,
     /// A descriptor enters an epoll set, is changed there, or leaves it.
