@@ -226,7 +226,7 @@ where
                 })
             })
             .collect();
-        let work = || -> Result<(), Error> {
+        let mut work = || -> Result<(), Error> {
             for _ in 0..kills() {
                 std::thread::sleep(Duration::from_millis(rng.within(20..=600)));
                 unit.kill9_all(rng.within(0..=5))?;
