@@ -187,9 +187,9 @@ impl Unit {
     pub(crate) fn follow_cold(&mut self, row: &Row, args: &[u64; 6], call: &Prepared, record: &Record<'_>) {
         let Some(objects) = &mut self.cold else { return };
         let outs: Vec<(u64, Vec<u8>)> = record.outputs().map(|(at, b)| (at, b.to_vec())).collect();
-        let (result, control, now) = (record.header.result, call.control(), now());
+        let (result, control) = (record.header.result, call.control());
         let (data, paths) = (call.payload(), &call.paths[..]);
-        objects.follow(&Happened { row, args: *args, result, data, paths, outs: &outs, control, now });
+        objects.follow(&Happened { row, args: *args, result, data, paths, outs: &outs, control });
     }
 
     /// The log has been replayed: the objects are made, and the unit's table is its own again.
@@ -292,7 +292,7 @@ impl Unit {
             return Ok(());
         }
         let (data, paths) = (call.payload(), &call.paths[..]);
-        objects.follow(&Happened { row: &row, args, result, data, paths, outs: &[], control: 0, now: now() });
+        objects.follow(&Happened { row: &row, args, result, data, paths, outs: &[], control: 0 });
         Ok(())
     }
 

@@ -187,28 +187,34 @@ impl Desk {
         Ok(desk)
     }
 
-    /// Maps the desk of a unit whose keeper was killed. What its hands had been told to do and had not begun is
-    /// forgotten; tells whether they had begun something and not ended it.
+    /// Maps the desk of a unit that nobody runs.
     ///
     /// # Errors
     /// It is not a desk, or no address space.
-    pub fn find(file: &File) -> io::Result<(&'static Self, bool)> {
+    pub fn find(file: &File) -> io::Result<&'static Self> {
         let wrong = || io::Error::other("this is no desk of this version of ftrun");
         if file.metadata()?.len() != BYTES as u64 {
             return Err(wrong());
         }
         let desk = Self::at_file(Some(file))?;
-        if desk.magic.load(SeqCst) != MAGIC {
-            return Err(wrong());
+        if desk.magic.load(SeqCst) == MAGIC { Ok(desk) } else { Err(wrong()) }
+    }
+
+    /// Begins with a desk whose keeper was killed: the unit's table is gone. What the hands had been told to do and
+    /// had not begun is forgotten; what they had begun and not ended is in doubt.
+    pub fn take_over(&self) {
+        if self.call_state() == STARTED {
+            self.in_doubt.store(1, SeqCst);
         }
-        let begun = desk.call_state() == STARTED;
-        if desk.call_state() != DONE {
-            desk.hands.store(IDLE, SeqCst);
+        if self.call_state() != DONE {
+            self.hands.store(IDLE, SeqCst);
         }
-        desk.hands.fetch_and(!SPAWN, SeqCst);
-        desk.supervisor.store(0, SeqCst);
-        desk.runs.store(0, SeqCst);
-        Ok((desk, begun))
+        self.hands.fetch_and(!SPAWN, SeqCst);
+        self.supervisor.store(0, SeqCst);
+        self.runs.store(0, SeqCst);
+        self.raised.store(0, SeqCst);
+        self.resumed.store(1, SeqCst);
+        self.entered.store(COLD, SeqCst);
     }
 
     fn at_file(file: Option<&File>) -> io::Result<&'static Self> {
@@ -268,12 +274,7 @@ impl Desk {
         self.entered.fetch_or(ENTERED, SeqCst);
     }
 
-    /// None of the unit's descriptors is in the table, until [`Desk::leave_table`].
-    pub fn lose_table(&self) {
-        self.entered.store(COLD, SeqCst);
-    }
-
-    /// Whether that is so.
+    /// None of the unit's descriptors is in the table: they have to be made again.
     pub fn is_cold(&self) -> bool {
         self.entered.load(SeqCst) & COLD != 0
     }

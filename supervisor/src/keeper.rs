@@ -188,11 +188,15 @@ fn work(desk: &'static Desk, ours: [Option<i32>; 3], supervisor: &impl Fn(Start)
             hands::work(desk, &mut owner);
         } else if now & SPAWN != 0 {
             desk.hands.fetch_and(!SPAWN, SeqCst);
-            let unit_fds = desk.entered_table().unwrap_or_else(|| {
+            let mut unit_fds = desk.entered_table().unwrap_or_else(|| {
                 let fds = open_fds();
                 desk.enter_table(&fds);
                 fds
             });
+            // Cold recovery may have set them aside.
+            if let raised @ 1.. = desk.raised.load(SeqCst) {
+                unit_fds.extend(raised..raised + unit_fds.len() as i32);
+            }
             let [stderr, lock, log] = ours.map(|fd| from_keeper(fd?));
             desk.generation.fetch_add(1, SeqCst);
             match fork_sharing() {

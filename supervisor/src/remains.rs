@@ -87,7 +87,7 @@ impl Remains {
         let there = |name: &str| remains.dir.join(name).is_file();
         let ended = || {
             let file = OpenOptions::new().read(true).write(true).open(remains.dir.join(DESK)).ok()?;
-            let (desk, _) = Desk::find(&file).ok()?;
+            let desk = Desk::find(&file).ok()?;
             Some(desk.code.load(std::sync::atomic::Ordering::SeqCst) >= 0)
         };
         let started = Chain::open(&remains.dir).is_ok_and(|chain| chain.newest().is_some());
@@ -113,19 +113,14 @@ impl Remains {
             return Err(wrong(SPEC, &format!("version {}, this ftrun writes version {VERSION}", spec.version)));
         }
         let desk = if self.dir.join(DESK).exists() {
-            let (desk, begun) = Desk::find(&open(DESK)?).map_err(|e| wrong(DESK, &e))?;
-            if begun {
-                desk.in_doubt.store(1, std::sync::atomic::Ordering::SeqCst);
-            }
-            desk
+            Desk::find(&open(DESK)?).map_err(|e| wrong(DESK, &e))?
         } else {
             let desk = Desk::map(None).map_err(|e| Error::bug(format!("the desk: {e}")))?;
             // Its first supervisor takes over.
             desk.generation.store(1, std::sync::atomic::Ordering::SeqCst);
             desk
         };
-        desk.resumed.store(1, std::sync::atomic::Ordering::SeqCst);
-        desk.lose_table();
+        desk.take_over();
         Ok((spec, desk, open(LOG)?))
     }
 

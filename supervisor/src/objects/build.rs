@@ -522,9 +522,14 @@ impl Builder<'_> {
             let fd = self.raised(|| "a timerfd".into(), libc::timerfd_create(timer.clock, 0).into())?;
             if let Some(next) = timer.next {
                 let time = |ns: u64| libc::timespec { tv_sec: (ns / SEC) as i64, tv_nsec: (ns % SEC) as i64 };
-                let value = time(next.saturating_sub(self.now).max(1));
-                let set = libc::itimerspec { it_interval: time(timer.period), it_value: value };
-                sys(|| "a timerfd".into(), libc::timerfd_settime(fd, 0, &raw const set, std::ptr::null_mut()).into())?;
+                // Expiries that nobody has read are counted from a time that has passed. Other clocks have other times.
+                let (value, flags) = match timer.clock {
+                    libc::CLOCK_MONOTONIC => (next, libc::TFD_TIMER_ABSTIME),
+                    _ => (next.saturating_sub(self.now), 0),
+                };
+                let set = libc::itimerspec { it_interval: time(timer.period), it_value: time(value.max(1)) };
+                let r = libc::timerfd_settime(fd, flags, &raw const set, std::ptr::null_mut());
+                sys(|| "a timerfd".into(), r.into())?;
             }
             Ok(fd)
         }

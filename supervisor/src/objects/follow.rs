@@ -25,10 +25,9 @@ pub struct Happened<'a> {
     pub outs: &'a [(u64, Vec<u8>)],
     /// Where it put control messages, if it is one that receives them.
     pub control: u64,
-    /// `CLOCK_MONOTONIC` nanoseconds, as good as they are known.
-    pub now: u64,
 }
 
+const SEC: u64 = 1_000_000_000;
 const DEL: u64 = libc::EPOLL_CTL_DEL as u64;
 
 impl Happened<'_> {
@@ -66,6 +65,11 @@ impl Objects {
             return;
         }
         let (fd, made) = (call.args[0] as i32, call.result as i32);
+        if i64::from(call.row.nr) == libc::SYS_clock_gettime && fd == libc::CLOCK_MONOTONIC {
+            let word = |b: &[u8], at: usize| b.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
+            let told = call.out(1).and_then(|b| Some(word(b, 0)? * SEC + word(b, 8)?));
+            self.time = self.time.max(told.unwrap_or(0));
+        }
         let flags_at = |arg: usize| call.args[arg] as i32;
         match call.row.effect {
             Effect::None | Effect::Make(_) => {}
@@ -377,14 +381,13 @@ impl Objects {
     }
 
     fn set_timer(&mut self, call: &Happened<'_>) {
-        const SEC: u64 = 1_000_000_000;
         let time = |at: usize| call.word(at).saturating_mul(SEC).saturating_add(call.word(at + 8));
         let (period, first, absolute) = (time(0), time(16), call.args[1] as i32 & libc::TFD_TIMER_ABSTIME != 0);
-        let now = call.now;
+        let now = self.time;
         if let Some(Kind::Timer(timer)) = self.kind(call.args[0] as i32) {
             timer.period = period;
             timer.next = (first > 0).then(|| match absolute {
-                true if timer.clock == libc::CLOCK_REALTIME => (now + first).saturating_sub(real_time()),
+                true if timer.clock == libc::CLOCK_REALTIME => (crate::unit::now() + first).saturating_sub(real_time()),
                 true => first,
                 false => now + first,
             });
@@ -399,7 +402,7 @@ impl Objects {
             _ => 0,
         } & libc::MSG_PEEK as u64
             != 0;
-        let now = call.now;
+        let count = call.out(1).and_then(|b| b.try_into().ok()).map_or(1, u64::from_le_bytes);
         match self.kind(call.args[0] as i32) {
             Some(Kind::File(file)) => {
                 file.position = file.position.map(|p| p + n as u64);
@@ -412,11 +415,8 @@ impl Objects {
             }
             Some(Kind::Counter { count, semaphore }) => *count = if *semaphore { count.saturating_sub(1) } else { 0 },
             Some(Kind::Timer(timer)) => {
-                // It has expired, and is set for the next time.
-                timer.next = match timer.next {
-                    Some(next) if timer.period > 0 => Some(next.max(now.saturating_sub(timer.period)) + timer.period),
-                    _ => None,
-                };
+                // So many expiries have been read.
+                timer.next = timer.next.filter(|_| timer.period > 0).map(|next| next + count * timer.period);
             }
             Some(Kind::Socket(Socket { kind, pair: Some(pair), .. })) if !peeks => {
                 if *kind == libc::SOCK_STREAM {

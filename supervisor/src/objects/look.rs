@@ -125,6 +125,7 @@ impl Look {
             }
         };
         self.begun = true;
+        self.objects.time = now;
         let mut stale: BTreeMap<i32, Option<bool>> = stale.into_iter().collect();
         for id in &self.restless {
             for number in self.numbers_of.get(id).into_iter().flatten() {
@@ -183,7 +184,7 @@ impl Look {
         // file it makes no difference.
         let before = || candidates().find(|id| first(id).is_none() && round.before.get(&number) == Some(id));
         let known = same.or_else(before);
-        let (kind, flags) = self.look_at(taken, now, round, known);
+        let (kind, flags) = self.look_at((table, number), taken, now, round, known);
         match taken.stat.st_mode & libc::S_IFMT {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFSOCK => {}
             _ => {
@@ -298,7 +299,14 @@ impl Look {
         }
     }
 
-    fn look_at(&self, taken: &Taken, now: u64, round: &mut Round, known: Option<Id>) -> (Kind, i32) {
+    fn look_at(
+        &self,
+        (table, number): (&Table, i32),
+        taken: &Taken,
+        now: u64,
+        round: &mut Round,
+        known: Option<Id>,
+    ) -> (Kind, i32) {
         let fd = taken.fd.as_raw_fd();
         // SAFETY: a query about a descriptor.
         let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
@@ -315,7 +323,7 @@ impl Look {
                     count: taken.info.value("eventfd-count").and_then(|v| u64::from_str_radix(v, 16).ok()).unwrap_or(0),
                     semaphore: taken.info.value("eventfd-semaphore").is_some_and(|v| v != "0"),
                 },
-                b"[timerfd]" => Kind::Timer(timer(&taken.info, now)),
+                b"[timerfd]" => Kind::Timer(timer(fd, || Ok(Info::parse(&table.info(number)?)), now)),
                 b"[signalfd]" => {
                     let mask = taken.info.value("sigmask").and_then(|v| u64::from_str_radix(v, 16).ok());
                     Kind::Signals(mask.unwrap_or(0))
@@ -427,9 +435,12 @@ impl Table {
         Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
     }
 
+    fn info(&self, number: i32) -> io::Result<String> {
+        fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.pid))
+    }
+
     fn on_exec(&self, number: i32) -> io::Result<bool> {
-        let text = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.pid))?;
-        Ok(Info::parse(&text).flags & libc::O_CLOEXEC != 0)
+        Ok(Info::parse(&self.info(number)?).flags & libc::O_CLOEXEC != 0)
     }
 
     /// Takes a copy of a descriptor, and asks what it is.
@@ -450,7 +461,7 @@ impl Table {
         if stat.st_mode & libc::S_IFMT == libc::S_IFSOCK {
             return Ok(Taken { fd, info: Info::default(), stat, link: Vec::new() });
         }
-        let text = fs::read_to_string(format!("/proc/{}/fdinfo/{number}", self.pid))?;
+        let text = self.info(number)?;
         let link = fs::read_link(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()))?.as_os_str().as_bytes().to_vec();
         Ok(Taken { fd, info: Info::parse(&text), stat, link })
     }
@@ -673,15 +684,27 @@ fn entries(info: &Info) -> Vec<(i32, Entry)> {
     info.lines.iter().filter_map(entry).collect()
 }
 
-fn timer(info: &Info, now: u64) -> Timer {
+/// A timerfd. To ask for its time makes the kernel count the expiries that nobody has read (timerfd_gettime(2)), which
+/// nobody can tell; `info` is asked for after that.
+fn timer(fd: RawFd, info: impl FnOnce() -> io::Result<Info>, now: u64) -> Timer {
+    // SAFETY: plain integers, for which zero is valid, that outlive the call.
+    unsafe {
+        let mut time: libc::itimerspec = std::mem::zeroed();
+        libc::timerfd_gettime(fd, &raw mut time);
+    }
+    let info = info().unwrap_or_default();
     let time = |key: &str| -> u64 {
         let text = info.value(key).unwrap_or("(0, 0)").trim_matches(['(', ')']).to_owned();
         let mut parts = text.split(',').map(|p| p.trim().parse::<u64>().unwrap_or(0));
         parts.next().unwrap_or(0) * 1_000_000_000 + parts.next().unwrap_or(0)
     };
-    let expired = info.value("ticks").is_some_and(|t| t != "0");
+    let ticks: u64 = info.value("ticks").and_then(|t| t.parse().ok()).unwrap_or(0);
     let (left, period) = (time("it_value"), time("it_interval"));
-    let next = if expired { Some(now) } else { (left > 0).then(|| now + left) };
+    let next = match ticks {
+        0 => (left > 0).then(|| now + left),
+        _ if period > 0 => Some((now + left).saturating_sub(ticks * period)),
+        _ => Some(now),
+    };
     Timer { clock: info.value("clockid").and_then(|c| c.parse().ok()).unwrap_or(0), next, period }
 }
 

@@ -35,6 +35,9 @@ pub struct Objects {
     pub directory: PathBuf,
     /// The umask.
     pub umask: u32,
+    /// `CLOCK_MONOTONIC` nanoseconds, as far as the unit is known to have seen them: what is set to a time from now is set
+    /// to one from then, which is not later, and which the program cannot tell.
+    pub time: u64,
 }
 
 /// A descriptor.
@@ -188,7 +191,7 @@ pub struct Entry {
 pub struct Timer {
     /// Clock.
     pub clock: i32,
-    /// `CLOCK_MONOTONIC` nanoseconds of the next expiry; the past for one that has not been read.
+    /// `CLOCK_MONOTONIC` nanoseconds of the first expiry that has not been read, which may lie in the past.
     pub next: Option<u64>,
     /// Period in nanoseconds.
     pub period: u64,
