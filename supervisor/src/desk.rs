@@ -177,7 +177,7 @@ impl Desk {
         desk.code.store(-1, SeqCst);
         if let Some(file) = file {
             // Before Linux 5.14 memory cannot be had page by page: then it is taken whole.
-            if desk.populate(1).is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {
+            if desk.populate(1 << 20).is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {
                 allocate(file, BYTES)?;
                 desk.room.store(ARENA_BYTES as u64, SeqCst);
             }

@@ -142,8 +142,14 @@ impl Hired {
             starts.push(used);
             used += piece.len.max(1).next_multiple_of(16);
         }
-        if used > ARENA_BYTES || self.desk.populate(used).is_err() {
+        if used > ARENA_BYTES {
             return -i64::from(libc::ENOMEM);
+        }
+        if let Err(e) = self.desk.populate(used) {
+            // The unit goes on. Nobody must take the result of the last call for one of this.
+            self.desk.hands.fetch_and(SPAWN, SeqCst);
+            tracing::warn!("a call of {used} bytes does not outlive the supervisor: {e}");
+            return steady_call(nr, args);
         }
         let arena = self.desk.arena();
         let moved = |pieces: &[Piece], address: u64| {

@@ -174,7 +174,7 @@ pub struct Model {
     pub credentials: Option<Credentials>,
     /// [`crate::objects::Objects`], in a checkpoint that outlives the supervisor: what the descriptors were. They do
     /// not roll back; only cold recovery uses this.
-    pub objects: Option<Vec<u8>>,
+    pub objects: Option<crate::cold::Seen>,
     /// [`Outside`], as it was then.
     pub outside: Option<Vec<u8>>,
 }

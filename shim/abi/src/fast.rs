@@ -291,7 +291,7 @@ pub struct Control {
 }
 
 /// Room for changes of epoll sets.
-pub const ENROLMENTS: usize = 512;
+pub const ENROLMENTS: usize = 1024;
 
 /// A descriptor that has been entered into an epoll set, or changed there.
 #[derive(Debug)]

@@ -29,6 +29,8 @@ pub struct Look {
     restless: BTreeSet<Id>,
     /// Has been used.
     begun: bool,
+    /// [`Look::objects`] as they are kept, while nothing has changed.
+    encoded: Option<Vec<u8>>,
 }
 
 /// Device and inode.
@@ -88,6 +90,14 @@ impl Info {
     }
 }
 
+/// Directory and umask of a process.
+fn place_of_files(pid: i32) -> io::Result<(PathBuf, u32)> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let mask = status.lines().find_map(|l| l.strip_prefix("Umask:"));
+    let mask = mask.and_then(|m| u32::from_str_radix(m.trim(), 8).ok()).unwrap_or(0o022);
+    Ok((fs::read_link(format!("/proc/{pid}/cwd"))?, mask))
+}
+
 /// A table that the unit shares with a thread.
 struct Table {
     pidfd: OwnedFd,
@@ -115,7 +125,7 @@ impl Look {
     ///
     /// # Errors
     /// `/proc` cannot be read.
-    pub fn refresh(&mut self, pid: i32, which: Which, enrolled: &[Enrolled], now: u64, given: bool) -> io::Result<()> {
+    pub fn refresh(&mut self, pid: i32, which: Which, enrolled: &[Enrolled], given: bool) -> io::Result<()> {
         let table = Table::open(pid)?;
         let stale = match which {
             Which::Some(numbers) if self.begun => numbers,
@@ -125,13 +135,17 @@ impl Look {
             }
         };
         self.begun = true;
-        self.objects.time = now;
         let mut stale: BTreeMap<i32, Option<bool>> = stale.into_iter().collect();
         for id in &self.restless {
             for number in self.numbers_of.get(id).into_iter().flatten() {
                 let on_exec = self.objects.numbers.get(number).map(|n| n.on_exec);
                 stale.entry(*number).or_insert(on_exec);
             }
+        }
+        let place = place_of_files(pid)?;
+        if place != (self.objects.directory.clone(), self.objects.umask) || !stale.is_empty() || !enrolled.is_empty() {
+            (self.objects.directory, self.objects.umask) = place;
+            self.encoded = None;
         }
         let mut round = Round::default();
         stale.keys().for_each(|number| self.detach(*number, &mut round));
@@ -140,7 +154,7 @@ impl Look {
             if let Some(on_exec) = on_exec
                 && let Ok(taken) = table.take(number)
             {
-                self.attach(&table, &taken, Number { open: 0, on_exec }, number, (now, given), &mut round);
+                self.attach(&table, &taken, Number { open: 0, on_exec }, number, given, &mut round);
             }
         }
         self.reread_sets(&table, &mut round);
@@ -151,11 +165,18 @@ impl Look {
         for pipe in &round.pipes {
             self.look_into_pipe(&table, *pipe);
         }
-        self.objects.directory = fs::read_link(format!("/proc/{pid}/cwd"))?;
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let mask = status.lines().find_map(|l| l.strip_prefix("Umask:"));
-        self.objects.umask = mask.and_then(|m| u32::from_str_radix(m.trim(), 8).ok()).unwrap_or(0o022);
         Ok(())
+    }
+
+    /// The objects, encoded for a checkpoint.
+    ///
+    /// # Errors
+    /// They cannot be encoded.
+    pub fn encoded(&mut self) -> postcard::Result<Vec<u8>> {
+        match &self.encoded {
+            Some(bytes) => Ok(bytes.clone()),
+            None => Ok(self.encoded.insert(postcard::to_stdvec(&self.objects)?).clone()),
+        }
     }
 
     /// A number is to be looked at anew; what it led to stays for now: it may have other numbers.
@@ -173,7 +194,7 @@ impl Look {
         taken: &Taken,
         mut as_number: Number,
         number: i32,
-        (now, given): (u64, bool),
+        given: bool,
         round: &mut Round,
     ) {
         let inode = (taken.stat.st_dev, taken.stat.st_ino);
@@ -184,7 +205,7 @@ impl Look {
         // file it makes no difference.
         let before = || candidates().find(|id| first(id).is_none() && round.before.get(&number) == Some(id));
         let known = same.or_else(before);
-        let (kind, flags) = self.look_at((table, number), taken, now, round, known);
+        let (kind, flags) = self.look_at((table, number), taken, round, known);
         match taken.stat.st_mode & libc::S_IFMT {
             libc::S_IFREG | libc::S_IFDIR | libc::S_IFSOCK => {}
             _ => {
@@ -303,7 +324,6 @@ impl Look {
         &self,
         (table, number): (&Table, i32),
         taken: &Taken,
-        now: u64,
         round: &mut Round,
         known: Option<Id>,
     ) -> (Kind, i32) {
@@ -323,7 +343,7 @@ impl Look {
                     count: taken.info.value("eventfd-count").and_then(|v| u64::from_str_radix(v, 16).ok()).unwrap_or(0),
                     semaphore: taken.info.value("eventfd-semaphore").is_some_and(|v| v != "0"),
                 },
-                b"[timerfd]" => Kind::Timer(timer(fd, || Ok(Info::parse(&table.info(number)?)), now)),
+                b"[timerfd]" => Kind::Timer(timer(fd, || Ok(Info::parse(&table.info(number)?)))),
                 b"[signalfd]" => {
                     let mask = taken.info.value("sigmask").and_then(|v| u64::from_str_radix(v, 16).ok());
                     Kind::Signals(mask.unwrap_or(0))
@@ -686,13 +706,20 @@ fn entries(info: &Info) -> Vec<(i32, Entry)> {
 
 /// A timerfd. To ask for its time makes the kernel count the expiries that nobody has read (timerfd_gettime(2)), which
 /// nobody can tell; `info` is asked for after that.
-fn timer(fd: RawFd, info: impl FnOnce() -> io::Result<Info>, now: u64) -> Timer {
+fn timer(fd: RawFd, info: impl Fn() -> io::Result<Info>) -> Timer {
     // SAFETY: plain integers, for which zero is valid, that outlive the call.
     unsafe {
         let mut time: libc::itimerspec = std::mem::zeroed();
         libc::timerfd_gettime(fd, &raw mut time);
     }
-    let info = info().unwrap_or_default();
+    // What is left is told as a time from now: the more exactly, the shorter the asking takes.
+    let ask = || {
+        let before = crate::unit::now();
+        let info = info().unwrap_or_default();
+        let after = crate::unit::now();
+        (after - before, after, info)
+    };
+    let (_, now, info) = (0..4).fold(ask(), |best, _| Some(ask()).filter(|a| a.0 < best.0).unwrap_or(best));
     let time = |key: &str| -> u64 {
         let text = info.value(key).unwrap_or("(0, 0)").trim_matches(['(', ')']).to_owned();
         let mut parts = text.split(',').map(|p| p.trim().parse::<u64>().unwrap_or(0));

@@ -37,6 +37,7 @@ pub struct Objects {
     pub umask: u32,
     /// `CLOCK_MONOTONIC` nanoseconds, as far as the unit is known to have seen them: what is set to a time from now is set
     /// to one from then, which is not later, and which the program cannot tell.
+    #[serde(skip)]
     pub time: u64,
 }
 
