@@ -1,4 +1,6 @@
-/* Holds one descriptor of every kind, waits for a connection, then for a file named `check`, and looks whether each
+/* usage: kinds PORT
+ *
+ * Holds one descriptor of every kind, waits for a connection, then for a file named `check`, and looks whether each
  * is what it was; prints what it sees. The connection must have been reset.
  */
 #include "guest.h"
@@ -51,7 +53,9 @@ static int locked_by_us(const char *name, int whole) {
     return WIFEXITED(status) && WEXITSTATUS(status) == 1;
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    /* Not any that is free: it would be given to somebody else while nobody runs. */
+    in_port_t port = htons((uint16_t)(argc > 1 ? atoi(argv[1]) : 0));
     char text[256];
     CHECK(mkdir("inner", 0700) == 0);
     CHECK(mkdir("inner/list", 0700) == 0);
@@ -114,14 +118,14 @@ int main(void) {
     CHECK(counter >= 0 && semaphore >= 0 && timer >= 0 && unset >= 0 && signals >= 0);
 
     int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1, size = 8192;
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)}, name;
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = port, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)}, name;
     socklen_t length = sizeof address;
     CHECK(setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == 0);
     CHECK(setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &size, sizeof size) == 0);
     CHECK(bind(listener, (struct sockaddr *)&address, sizeof address) == 0 && listen(listener, 7) == 0);
     CHECK(getsockname(listener, (struct sockaddr *)&address, &length) == 0);
     int bound = socket(AF_INET, SOCK_DGRAM, 0), fresh = socket(AF_INET6, SOCK_STREAM, 0);
-    struct sockaddr_in place = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in place = {.sin_family = AF_INET, .sin_port = port, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     CHECK(bind(bound, (struct sockaddr *)&place, sizeof place) == 0);
     length = sizeof place;
     CHECK(getsockname(bound, (struct sockaddr *)&place, &length) == 0);

@@ -12,7 +12,7 @@ use ftrun_tests::binaries::is_bare;
 use ftrun_tests::load::Load;
 use ftrun_tests::rng::Rng;
 use ftrun_tests::scenarios::{guest_launch, redis_launch};
-use ftrun_tests::unit::{LIMIT, Launch, Ready, Unit, start_all_with};
+use ftrun_tests::unit::{LIMIT, Launch, Ready, Unit, free_port, start_all_with};
 use ftrun_tests::{Error, error};
 
 const OPTIONS: &str = "--durability supervisor";
@@ -55,7 +55,7 @@ fn kinds(options: &[&str], settle: impl Fn(&Unit) -> Result<(), Error>, faults: 
         return Ok(());
     }
     let mut launch = guest_launch("kinds")?;
-    launch.ready(Ready::Line).options(options);
+    launch.ready(Ready::Line).options(options).add_args([free_port()?.to_string()]);
     let unit = launch.start()?;
     let mut client = TcpStream::connect(("127.0.0.1", unit.port))?;
     client.write_all(b"hello")?;
@@ -285,7 +285,7 @@ fn echo_counts() -> Result<(), Error> {
         return Ok(());
     }
     let mut launch = guest_launch("epoll_echo")?;
-    launch.ready(Ready::Line);
+    launch.ready(Ready::Line).add_args([free_port()?.to_string()]);
     let unit = launch.start()?;
     let counts = count_through_kills(&unit, |_| {
         |c: &mut BufReader<TcpStream>| {
@@ -305,7 +305,7 @@ fn echo_counts() -> Result<(), Error> {
 fn echo() -> Result<Launch, Error> {
     start_all_with(OPTIONS);
     let mut launch = guest_launch("epoll_echo")?;
-    launch.ready(Ready::Line);
+    launch.ready(Ready::Line).add_args([free_port()?.to_string()]);
     Ok(launch)
 }
 
@@ -360,6 +360,33 @@ fn the_port_is_taken() -> Result<(), Error> {
     let mut c = BufReader::new(TcpStream::connect(("127.0.0.1", unit.port))?);
     assert_eq!(line(&mut c, b"two\n")?, "1 2 two\n");
     unit.stop()?;
+    Ok(())
+}
+
+/// What cannot be made again is refused by its number, and nothing is lost by that; `--lossy` goes on without.
+///
+/// Break it: make something else in its place without a word.
+#[test]
+fn what_cannot_be_made_again_is_named() -> Result<(), Error> {
+    start_all_with(OPTIONS);
+    if is_bare() {
+        return Ok(());
+    }
+    const SCRIPT: &str = "import ctypes, os, time\n\
+        fd = ctypes.CDLL(None).inotify_init()\n\
+        print('ready', fd, flush=True)\n\
+        while not os.path.exists('stop'): time.sleep(0.01)\n\
+        print('read', os.read(fd, 100), flush=True)\n";
+    let mut launch = Launch::new("inotify")?;
+    launch.run(ftrun_tests::binaries::need("python3")?, ["-c", SCRIPT]).ready(Ready::Line);
+    let unit = launch.start()?;
+    unit.kill9_all(0)?;
+    let failed = unit.resume().expect_err("there is an inotify");
+    assert!(failed.0.contains(&format!("descriptor {}: ", unit.port)) && failed.0.contains("--lossy"), "{failed}");
+    unit.resume_as(&[], &["--lossy"])?;
+    std::fs::File::create(unit.work().join("stop"))?;
+    assert!(unit.wait()?.success(), "{}", unit.stderr()?);
+    assert!(unit.stdout()?.ends_with("read b''\n") && unit.stderr()?.contains("not as it was"), "{}", unit.stderr()?);
     Ok(())
 }
 
