@@ -315,14 +315,23 @@ impl Unit {
     }
 
     /// A thread comes to the call that is in doubt: the outcome, if the file system tells it. Otherwise it is made again.
-    pub(crate) fn judge(&mut self, vtid: i32, nr: u64, row: &Row, args: &[u64; 6], call: &mut Prepared) -> Option<Outcome> {
+    pub(crate) fn judge(
+        &mut self,
+        vtid: i32,
+        nr: u64,
+        row: &Row,
+        args: &[u64; 6],
+        call: &mut Prepared,
+    ) -> Option<Outcome> {
         let doubt = self.in_doubt.take_if(|d| d.vtid == vtid)?;
         if doubt.digest != call.digest {
             return None;
         }
         let there = |arg: u8| call.inode(row, args, arg);
         let done = match (row.effect, doubt.before) {
-            (Effect::Remove(name) | Effect::Rename(name, _), Some(before @ 1..)) => (there(name) != before).then_some(0),
+            (Effect::Remove(name) | Effect::Rename(name, _), Some(before @ 1..)) => {
+                (there(name) != before).then_some(0)
+            }
             (Effect::Make(name), Some(0)) => (there(name) != 0).then_some(0),
             (Effect::Open(name), Some(0)) if there(name) != 0 => {
                 // It was made; only the descriptor is missing.
@@ -338,7 +347,8 @@ impl Unit {
             tracing::info!(call = row.name, "a call under way had been made");
             return Some(Outcome::Done(result));
         }
-        if row.class == Class::Output && !matches!(row.effect, Effect::Remove(_) | Effect::Rename(..) | Effect::Make(_)) {
+        if row.class == Class::Output && !matches!(row.effect, Effect::Remove(_) | Effect::Rename(..) | Effect::Make(_))
+        {
             let known = row.effect == Effect::Give && is_regular(args[0] as i32);
             if !known {
                 tracing::warn!(nr, "{} was under way when everything was killed, and is made again", row.name);

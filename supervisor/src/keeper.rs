@@ -188,15 +188,22 @@ fn work(desk: &'static Desk, ours: [Option<i32>; 3], supervisor: &impl Fn(Start)
             hands::work(desk, &mut owner);
         } else if now & SPAWN != 0 {
             desk.hands.fetch_and(!SPAWN, SeqCst);
-            let mut unit_fds = desk.entered_table().unwrap_or_else(|| {
-                let fds = open_fds();
-                desk.enter_table(&fds);
-                fds
-            });
-            // Cold recovery may have set them aside.
-            if let raised @ 1.. = desk.raised.load(SeqCst) {
-                unit_fds.extend(raised..raised + unit_fds.len() as i32);
-            }
+            let unit_fds = match desk.entered_table() {
+                Some(mut fds) => {
+                    // Cold recovery may have set them aside.
+                    if let raised @ 1.. = desk.raised.load(SeqCst) {
+                        fds.extend(raised..raised + fds.len() as i32);
+                    }
+                    // What the last supervisor left goes before the next one's threads take copies of it.
+                    keep_only(&fds);
+                    fds
+                }
+                None => {
+                    let fds = open_fds();
+                    desk.enter_table(&fds);
+                    fds
+                }
+            };
             let [stderr, lock, log] = ours.map(|fd| from_keeper(fd?));
             desk.generation.fetch_add(1, SeqCst);
             match fork_sharing() {

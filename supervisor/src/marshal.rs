@@ -195,7 +195,6 @@ impl Prepared {
         self.place(row, args, name).map_or(0, |place| inode_at(&self.paths, place))
     }
 
-
     /// A pointer that the unit cannot read: the kernel shall answer `EFAULT`.
     fn bad(&mut self, i: usize, e: tracee::TraceError) -> Result<()> {
         if matches!(e, tracee::TraceError::Gone(_)) {

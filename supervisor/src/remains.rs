@@ -65,7 +65,8 @@ impl Remains {
         let full = |name: &'static str| {
             let at = dir.join(name);
             move |e: std::io::Error| {
-                let hint = "give the file system more room (mount -o remount,size=SIZE /dev/shm), or use --durability process";
+                let hint =
+                    "give the file system more room (mount -o remount,size=SIZE /dev/shm), or use --durability process";
                 Error::environment(format!("{}: {e}", at.display()), hint)
             }
         };

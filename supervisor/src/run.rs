@@ -280,7 +280,8 @@ fn try_supervisor(
             Ok(End::Ended(_)) => String::new(),
             Err(e) => return Err(e),
         };
-        let text = format!("ftrun: {} cannot be gone on with: {why}\nftrun: nothing of it has been given up\n", dir.name());
+        let text =
+            format!("ftrun: {} cannot be gone on with: {why}\nftrun: nothing of it has been given up\n", dir.name());
         crate::logging::line(text.into_bytes());
         crate::logging::flush();
         return Ok(125);

@@ -242,7 +242,8 @@ where
         };
         let done = work();
         over.store(true, SeqCst);
-        let counts = clients.into_iter().map(|c| c.join().map_err(|_| error!("a client saw a count go back"))).collect();
+        let counts =
+            clients.into_iter().map(|c| c.join().map_err(|_| error!("a client saw a count go back"))).collect();
         done.and(counts)
     })
 }

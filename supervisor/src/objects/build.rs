@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::{Content, Entry, File, Id, Kind, Objects, Open, PairEnd, Pipe, Socket, Timer, look, options};
+use super::{Content, Entry, File, Id, Kind, Objects, Open, PairEnd, Pipe, Socket, Timer, options, sockets};
 
 /// Why objects could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +70,8 @@ pub fn build(objects: &Objects, given: BTreeMap<i32, i32>, spare: i32, lossy: bo
         }
         if let Err(e) = b.make(*id) {
             if !lossy {
-                let numbers = objects.numbers.iter().filter(|(_, n)| n.open == *id).map(|(number, _)| number.to_string());
+                let numbers =
+                    objects.numbers.iter().filter(|(_, n)| n.open == *id).map(|(number, _)| number.to_string());
                 return Err(Error::Lost(format!("descriptor {}: {e}", numbers.collect::<Vec<_>>().join(", "))));
             }
             told.push(e.to_string());
@@ -107,7 +108,8 @@ impl Objects {
             }
             done.push(n.open);
             if let Err(e) = take_locks(*number, file) {
-                let what = format!("descriptor {number}: a lock on {} is somebody else's now: {e}", file.path.display());
+                let what =
+                    format!("descriptor {number}: a lock on {} is somebody else's now: {e}", file.path.display());
                 if !lossy {
                     return Err(Error::Lost(what));
                 }
@@ -151,7 +153,10 @@ pub fn allow_numbers(count: u64) -> Result<()> {
         if limit.rlim_cur < count {
             let more = libc::rlimit { rlim_cur: count, rlim_max: limit.rlim_max.max(count) };
             let r = libc::setrlimit(libc::RLIMIT_NOFILE, &raw const more);
-            sys(|| format!("{count} open descriptors (ulimit -n) are needed, {} are allowed", limit.rlim_max), r.into())?;
+            sys(
+                || format!("{count} open descriptors (ulimit -n) are needed, {} are allowed", limit.rlim_max),
+                r.into(),
+            )?;
         }
     }
     Ok(())
@@ -179,7 +184,10 @@ impl Builder<'_> {
         // SAFETY: a string that outlives the call; plain numbers.
         unsafe {
             libc::umask(self.objects.umask);
-            sys(|| format!("the directory {}", self.objects.directory.display()), libc::chdir(directory.as_ptr()).into())?;
+            sys(
+                || format!("the directory {}", self.objects.directory.display()),
+                libc::chdir(directory.as_ptr()).into(),
+            )?;
         }
         Ok(())
     }
@@ -255,9 +263,13 @@ impl Builder<'_> {
             // A FIFO that nobody else has open would keep us waiting.
             let mut st: libc::stat = std::mem::zeroed();
             let fifo = libc::stat(path.as_ptr(), &raw mut st) == 0 && st.st_mode & libc::S_IFMT == libc::S_IFIFO;
-            let held = if fifo { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) } else { -1 };
+            let held =
+                if fifo { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) } else { -1 };
             let more = libc::O_CLOEXEC | libc::O_NOCTTY | if fifo { libc::O_NONBLOCK } else { 0 };
-            let fd = libc::open(path.as_ptr(), flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC) | more);
+            let fd = libc::open(
+                path.as_ptr(),
+                flags & !(libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC) | more,
+            );
             let error = io::Error::last_os_error();
             if held >= 0 {
                 libc::close(held);
@@ -381,7 +393,10 @@ impl Builder<'_> {
             let address = loopback(family, port);
             let r = libc::connect(fd, address.as_ptr().cast(), address.len() as u32);
             sys(what, r.into())?;
-            let far = sys(what, libc::accept4(listener, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC).into())?;
+            let far = sys(
+                what,
+                libc::accept4(listener, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC).into(),
+            )?;
             let linger = libc::linger { l_onoff: 1, l_linger: 0 };
             let at = (&raw const linger).cast();
             libc::setsockopt(far, libc::SOL_SOCKET, libc::SO_LINGER, at, size_of::<libc::linger>() as u32);
@@ -403,7 +418,8 @@ impl Builder<'_> {
         let mut len = address.len() as u32;
         // SAFETY: as in `connection`.
         let fd = unsafe {
-            let fd = self.raised(what, libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0).into())?;
+            let fd =
+                self.raised(what, libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0).into())?;
             sys(what, libc::bind(fd, address.as_ptr().cast(), len).into())?;
             sys(what, libc::listen(fd, 16).into())?;
             sys(what, libc::getsockname(fd, address.as_mut_ptr().cast(), &raw mut len).into())?;
@@ -427,7 +443,7 @@ impl Builder<'_> {
                 options::set(fd, *level, *name, &options::to_set(*level, *name, value));
             }
         }
-        let reuse = |on: i32| options::set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &on.to_ne_bytes());
+        let reuse = |on: i32| options::set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &on.to_le_bytes());
         if let Some(address) = &socket.address {
             let stream = matches!(family, libc::AF_INET | libc::AF_INET6) && kind == libc::SOCK_STREAM;
             let reused = options::get(fd, &(libc::SOL_SOCKET, libc::SO_REUSEADDR, 4)).is_some_and(|v| v[0] != 0);
@@ -435,13 +451,13 @@ impl Builder<'_> {
                 // Connections of the processes that were killed may still be on their way out (TIME_WAIT).
                 reuse(1);
             }
-            if let Some(path) = look::unix_path(address) {
+            if let Some(path) = sockets::unix_path(address) {
                 clear_path(&path, kind);
             }
             // SAFETY: the buffer is as long as is said.
             let r = unsafe { libc::bind(fd, address.as_ptr().cast(), address.len() as u32) };
             sys(|| format!("{text} cannot be bound again"), r.into())?;
-            if let (Some(path), Some((mode, uid, gid))) = (look::unix_path(address), socket.file) {
+            if let (Some(path), Some((mode, uid, gid))) = (sockets::unix_path(address), socket.file) {
                 let path = c_path(&path);
                 // SAFETY: a string that outlives the calls.
                 unsafe {
@@ -476,7 +492,9 @@ impl Builder<'_> {
         let other = end.other.and_then(|other| Some((other, kind_of(other)?)));
         let mut ends = [0i32; 2];
         // SAFETY: room for two numbers.
-        let r = unsafe { libc::socketpair(socket.family, socket.kind | libc::SOCK_CLOEXEC, socket.protocol, ends.as_mut_ptr()) };
+        let r = unsafe {
+            libc::socketpair(socket.family, socket.kind | libc::SOCK_CLOEXEC, socket.protocol, ends.as_mut_ptr())
+        };
         sys(|| "a pair of sockets".into(), r.into())?;
         let ends = [self.raise(ends[0])?, self.raise(ends[1])?];
         fill(ends[1], &end.queue)?;
@@ -556,11 +574,13 @@ fn set_nonblock(fd: i32, flags: i32) {
 fn fill(fd: i32, queue: &[Vec<u8>]) -> Result<()> {
     for message in queue {
         // SAFETY: the buffer is as long as is said.
-        let n = unsafe {
-            libc::send(fd, message.as_ptr().cast(), message.len(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
-        };
+        let n =
+            unsafe { libc::send(fd, message.as_ptr().cast(), message.len(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
         if n != message.len() as isize {
-            return Err(Error::Sys { what: "what waits in a pair of sockets".into(), source: io::Error::last_os_error() });
+            return Err(Error::Sys {
+                what: "what waits in a pair of sockets".into(),
+                source: io::Error::last_os_error(),
+            });
         }
     }
     Ok(())
@@ -569,7 +589,7 @@ fn fill(fd: i32, queue: &[Vec<u8>]) -> Result<()> {
 /// Removes the file of a socket that nobody has any more; what is not that stays.
 fn clear_path(path: &Path, kind: i32) {
     let mut address = vec![0u8; 2];
-    address[..2].copy_from_slice(&(libc::AF_UNIX as u16).to_ne_bytes());
+    address[..2].copy_from_slice(&(libc::AF_UNIX as u16).to_le_bytes());
     address.extend_from_slice(path.as_os_str().as_bytes());
     address.push(0);
     let c = c_path(path);
@@ -596,7 +616,7 @@ fn file_type(fd: i32) -> u32 {
 
 /// An address of the loopback interface; of IPv6 the one that leads to IPv4.
 fn loopback(family: i32, port: u16) -> Vec<u8> {
-    let mut bytes = (family as u16).to_ne_bytes().to_vec();
+    let mut bytes = (family as u16).to_le_bytes().to_vec();
     bytes.extend_from_slice(&port.to_be_bytes());
     if family == libc::AF_INET6 {
         bytes.extend_from_slice(&[0; 14]);
@@ -612,7 +632,7 @@ fn loopback(family: i32, port: u16) -> Vec<u8> {
 /// An address in words.
 fn shown(address: &[u8]) -> String {
     use std::net::{Ipv4Addr, Ipv6Addr};
-    let family = address.first().zip(address.get(1)).map_or(0, |(a, b)| i32::from(u16::from_ne_bytes([*a, *b])));
+    let family = address.first().zip(address.get(1)).map_or(0, |(a, b)| i32::from(u16::from_le_bytes([*a, *b])));
     let port = || u16::from_be_bytes([address[2], address[3]]);
     match family {
         libc::AF_INET if address.len() >= 8 => {
@@ -623,7 +643,7 @@ fn shown(address: &[u8]) -> String {
             let ip: [u8; 16] = address[8..24].try_into().unwrap_or_default();
             format!("[{}]:{}", Ipv6Addr::from(ip), port())
         }
-        libc::AF_UNIX => match look::unix_path(address) {
+        libc::AF_UNIX => match sockets::unix_path(address) {
             Some(path) => path.display().to_string(),
             None => format!("@{}", String::from_utf8_lossy(address.get(3..).unwrap_or_default())),
         },

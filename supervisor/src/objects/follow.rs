@@ -212,7 +212,8 @@ impl Objects {
                 }
             }
             Effect::Mode => {
-                const SETTABLE: i32 = libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME | libc::O_NONBLOCK;
+                const SETTABLE: i32 =
+                    libc::O_APPEND | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME | libc::O_NONBLOCK;
                 self.set_mode(fd, SETTABLE, flags_at(2));
             }
             Effect::NonBlocking => {
@@ -340,7 +341,8 @@ impl Objects {
                 Kind::File(File { path, position: Some(0), nameless: true, content: empty, ..File::default() })
             }
             Some(path) => {
-                let anew = flags & libc::O_TRUNC != 0 || flags & (libc::O_CREAT | libc::O_EXCL) == libc::O_CREAT | libc::O_EXCL;
+                let anew = flags & libc::O_TRUNC != 0
+                    || flags & (libc::O_CREAT | libc::O_EXCL) == libc::O_CREAT | libc::O_EXCL;
                 let content = empty.filter(|_| anew || i64::from(call.row.nr) == libc::SYS_creat);
                 Kind::File(File { path, position: Some(0), content, ..File::default() })
             }
@@ -529,10 +531,15 @@ impl Objects {
             n if n > 0 => (start as u64, (start + n - 1) as u64),
             n => ((start + n) as u64, (start - 1) as u64),
         };
-        file.set_record(start, end, of_file, match kind {
-            libc::F_UNLCK => None,
-            kind => Some(kind == libc::F_WRLCK),
-        });
+        file.set_record(
+            start,
+            end,
+            of_file,
+            match kind {
+                libc::F_UNLCK => None,
+                kind => Some(kind == libc::F_WRLCK),
+            },
+        );
     }
 
     /// Files below a name have another one.

@@ -8,6 +8,7 @@ pub mod build;
 pub mod follow;
 pub mod look;
 mod options;
+mod sockets;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -308,7 +309,9 @@ impl Objects {
             Kind::Opaque(what) => Some(what.clone()),
             Kind::File(file) if file.nameless && file.content.as_ref().is_none_or(|c| c.bytes.is_none()) => {
                 let path = file.path.display();
-                Some(format!("{path}, a file without a name whose content is not known (or is more than {FILE_BYTES_MAX} bytes)"))
+                Some(format!(
+                    "{path}, a file without a name whose content is not known (or is more than {FILE_BYTES_MAX} bytes)"
+                ))
             }
             _ => None,
         };

@@ -95,7 +95,7 @@ pub(super) fn set(fd: i32, level: i32, name: i32, value: &[u8]) -> bool {
 pub(super) fn told(level: i32, name: i32, value: &[u8]) -> Vec<u8> {
     match (level, name, <[u8; 4]>::try_from(value)) {
         (libc::SOL_SOCKET, libc::SO_RCVBUF | libc::SO_SNDBUF, Ok(bytes)) => {
-            i32::from_ne_bytes(bytes).saturating_mul(2).to_ne_bytes().to_vec()
+            i32::from_le_bytes(bytes).saturating_mul(2).to_le_bytes().to_vec()
         }
         _ => value.to_vec(),
     }
@@ -106,7 +106,7 @@ pub(super) fn told(level: i32, name: i32, value: &[u8]) -> Vec<u8> {
 pub(super) fn to_set(level: i32, name: i32, value: &[u8]) -> Vec<u8> {
     match (level, name, <[u8; 4]>::try_from(value)) {
         (libc::SOL_SOCKET, libc::SO_RCVBUF | libc::SO_SNDBUF, Ok(bytes)) => {
-            (i32::from_ne_bytes(bytes) / 2).to_ne_bytes().to_vec()
+            (i32::from_le_bytes(bytes) / 2).to_le_bytes().to_vec()
         }
         _ => value.to_vec(),
     }

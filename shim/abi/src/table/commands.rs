@@ -1,7 +1,7 @@
 //! Commands of `fcntl`, `prctl` and `arch_prctl`, and the table of all commands.
 
-use super::make::*;
 use super::Effect::*;
+use super::make::*;
 use super::{Command, Len, Row, Used, file, ioctl, memory, net, process};
 
 const FCNTL: Row = object(72, "fcntl", &[Fd, Hex, Int]);

@@ -1,7 +1,7 @@
 //! Descriptors, files, directories, polling.
 
-use super::make::*;
 use super::Effect::*;
+use super::make::*;
 use super::{Arg, Len, Place, Row, Used};
 
 /// `(buffer, size)`: `result` bytes of the buffer in the preceding argument are used.

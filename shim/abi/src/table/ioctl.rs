@@ -1,7 +1,7 @@
 //! Commands of `ioctl`.
 
-use super::make::*;
 use super::Effect::*;
+use super::make::*;
 use super::{Arg, Class, Command, Len, Place, Row, Used};
 
 /// Number of `ioctl`.

@@ -32,7 +32,19 @@ pub(super) const INOUT32: Arg = InOut(Len::Fixed(32));
 pub(super) const INOUT40: Arg = InOut(Len::Fixed(40));
 
 const fn row(nr: u16, name: &'static str, class: Class, place: Place, args: &'static [Arg]) -> Row {
-    Row { nr, name, command: "", class, place, wait: Wait::Never, args, effect: Effect::None, irregular: false, deny_errno: 0, note: "" }
+    Row {
+        nr,
+        name,
+        command: "",
+        class,
+        place,
+        wait: Wait::Never,
+        args,
+        effect: Effect::None,
+        irregular: false,
+        deny_errno: 0,
+        note: "",
+    }
 }
 
 /// Executed by the thread itself, and again in replay.

@@ -1,7 +1,7 @@
 //! Sockets.
 
-use super::make::*;
 use super::Effect::*;
+use super::make::*;
 use super::{Arg, Command, Len, Row, Used};
 
 /// Socket address or option value whose length lies in memory, before and after the call.
@@ -14,7 +14,8 @@ pub(super) const ROWS: &[Row] = &[
     output(42, "connect", &[Fd, In(Len::Arg32(2)), Int]).does(Connect).special(),
     object(43, "accept", &[Fd, ADDR1_LEN2, INOUT4]).does(Accept).readable(),
     output(44, "sendto", &[Fd, In(Len::Arg(2)), Int, Hex, In(Len::Arg32(5)), Int]).does(Give).writable(),
-    input(45, "recvfrom", &[Fd, Out(Len::Arg(2), Used::Result), Int, Hex, Out(Len::U32At(5), Used::U32At(5)), INOUT4]).does(Take)
+    input(45, "recvfrom", &[Fd, Out(Len::Arg(2), Used::Result), Int, Hex, Out(Len::U32At(5), Used::U32At(5)), INOUT4])
+        .does(Take)
         .readable(),
     output(46, "sendmsg", &[Fd, MsgIn, Hex]).does(Give).writable().note(RIGHTS),
     input(47, "recvmsg", &[Fd, MsgOut, Hex]).does(Take).readable().note(RIGHTS),

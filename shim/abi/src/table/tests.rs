@@ -245,7 +245,9 @@ fn what_becomes_of_descriptors_is_known() {
     for row in ROWS.iter().filter(|row| row.class == Class::Object) {
         assert!(row.effect != Effect::None || NONE.contains(&row.name), "{}", row.name);
     }
-    for name in ["F_DUPFD", "F_SETFD", "F_SETFL", "F_SETLK", "F_SETLKW", "F_OFD_SETLK", "F_SETPIPE_SZ", "FIONBIO", "FIOCLEX"] {
+    for name in
+        ["F_DUPFD", "F_SETFD", "F_SETFL", "F_SETLK", "F_SETLKW", "F_OFD_SETLK", "F_SETPIPE_SZ", "FIONBIO", "FIOCLEX"]
+    {
         let c = COMMANDS.iter().find(|c| c.row.command == name).expect("a command");
         assert_ne!(c.row.effect, Effect::None, "{name}");
     }
