@@ -36,7 +36,7 @@ pub(crate) fn make(control: &mut Control, call: &Call) -> Option<i64> {
         nr::CLOCK_GETTIME | nr::GETTIMEOFDAY | nr::TIME => clock::time(control, call).or_else(|| again(control, call)),
         nr::OPEN | nr::OPENAT | nr::SOCKET | nr::ACCEPT | nr::ACCEPT4 | nr::DUP => files::open(control, call),
         nr::CLOSE => files::close(control, call),
-        nr::EPOLL_CTL if a1 == EPOLL_CTL_MOD => again(control, call),
+        nr::EPOLL_CTL if a1 == EPOLL_CTL_MOD => files::reenrol(control, call),
         nr::EPOLL_CTL => files::enrol(control, call),
         nr::SENDFILE => files::transfer(control, call),
         nr::MMAP | nr::MUNMAP | nr::MREMAP | nr::MPROTECT | nr::MADVISE => mapping::change(control, call),
@@ -116,6 +116,9 @@ pub(crate) fn again(control: &Control, call: &Call) -> Option<i64> {
         return None;
     }
     let digest = call.digest_by(row)?;
+    if row.class != Class::Input && call.number != nr::EPOLL_CTL {
+        control.note_change(call.args[0]);
+    }
     let result = call.make();
     if result == EINTR || result == EFAULT {
         return None;

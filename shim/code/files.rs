@@ -9,6 +9,7 @@ use ftrun_abi::fast::{
 };
 use ftrun_abi::record::HEADER_BYTES;
 
+use crate::calls::again;
 use crate::call::{Call, EAGAIN, EFAULT, EINTR, syscall, word};
 use crate::log::{DATA, commit, end, fill, has_room, log, once, ring, seam, settled, size};
 use crate::memory::copy;
@@ -41,6 +42,16 @@ fn lowest_free(control: &Control) -> u64 {
 /// A call that makes a descriptor: `open`, `openat`, `socket`, `dup`, and `accept` on a socket in
 /// nonblocking mode.
 pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
+    const O_EXCL: u64 = 0o200;
+    let flags = match call.number {
+        nr::OPEN => call.args[1],
+        nr::OPENAT => call.args[2],
+        _ => 0,
+    };
+    if flags & O_EXCL != 0 {
+        // Whether it has made the file, the table of descriptors does not tell when it is gone, too.
+        return None;
+    }
     let accepts = matches!(call.number, nr::ACCEPT | nr::ACCEPT4);
     let digest = call.digest()?;
     if accepts {
@@ -69,6 +80,7 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
         return None;
     }
     let fd = lowest_free(control);
+    control.note_change(fd);
     control.pending_fd.store(fd, Relaxed);
     control.pending_from.store(u64::from(room), Relaxed);
     control.offset.store(len_at, Relaxed);
@@ -123,6 +135,7 @@ pub(crate) fn close(control: &mut Control, call: &Call) -> Option<i64> {
     if !has_room(control, HEADER_BYTES) {
         return None;
     }
+    control.note_change(fd);
     control.fds[fd as usize] = FD_UNKNOWN;
     control.pending_fd.store(fd, Relaxed);
     let result = once(control, CLOSE, call, digest, 0, || call.make());
@@ -148,13 +161,34 @@ pub(crate) fn enrol(control: &mut Control, call: &Call) -> Option<i64> {
     }
     control.pending_fd.store(fd, Relaxed);
     control.pending_set.store(set, Relaxed);
-    let result = once(control, ENROL, call, digest, 0, || call.make());
+    let result = control.note_enrolment(set, fd, event_at(event), || {
+        let result = once(control, ENROL, call, digest, 0, || call.make());
+        (result == 0, result)
+    });
     if result == EFAULT {
         end(control);
         return None;
     }
     control.fds[fd as usize] &= !FD_FRESH;
     settled(control, call, digest, result, &[])
+}
+
+/// `struct epoll_event`: events, and the program's own word.
+fn event_at(at: u64) -> (u32, u64) {
+    // SAFETY: the program gave this structure to its call; a fault there is the supervisor's to handle.
+    (word(at), unsafe { ((at + 4) as *const u64).read_unaligned() })
+}
+
+/// `epoll_ctl` that changes an entry: it may be made again.
+pub(crate) fn reenrol(control: &Control, call: &Call) -> Option<i64> {
+    let [set, _, fd, event, ..] = call.args;
+    if event == 0 {
+        return None;
+    }
+    control.note_enrolment(set, fd, event_at(event), || {
+        let result = again(control, call);
+        (result == Some(0), result)
+    })
 }
 
 /// `sendfile` of a file, from a position of its own, to a socket in nonblocking mode.
@@ -209,6 +243,7 @@ pub(crate) fn write(control: &mut Control, call: &Call) -> Option<i64> {
         return None;
     }
     control.pending_fd.store(fd, Relaxed);
+    control.note_change(fd);
     control.pending_from.store(from, Relaxed);
     control.offset.store(len, Relaxed);
     let result = once(control, WRITE_FILE, call, digest, 0, || call.make());
@@ -236,6 +271,7 @@ pub(crate) fn read(control: &mut Control, call: &Call) -> Option<i64> {
         return if got == 0 { log(control, call, digest, 0, &[]) } else { None };
     }
     control.pending_fd.store(fd, Relaxed);
+    control.note_change(fd);
     control.pending_from.store(from, Relaxed);
     control.offset.store(from + got as u64, Relaxed);
     let seek = || syscall(nr::LSEEK, [fd, from + got as u64, SEEK_SET, 0, 0, 0]);

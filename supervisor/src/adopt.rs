@@ -66,6 +66,8 @@ impl Unit {
         let actions: Vec<[u64; 4]> = (1..=64)
             .map(|s| if s != 9 && s != 19 && ignored >> (s - 1) & 1 == 1 { [1, 0, 0, 0] } else { [0; 4] })
             .collect();
+        self.note_all_changed();
+        let objects = self.look_at_objects(self.sii == 0);
         self.model = Model {
             actions: actions.clone(),
             brk: mm.brk,
@@ -76,6 +78,8 @@ impl Unit {
             affinity: self.model.affinity.get(&self.vpid).map(|m| (self.vpid, m.clone())).into_iter().collect(),
             cpu: self.cpu,
             sites: crate::fast::Sites { used: self.shim, ..Default::default() },
+            objects,
+            outside: self.standby.as_ref().and_then(|_| self.outside.to_bytes().ok()),
             ..Model::default()
         };
         let snapshot = Snapshot {

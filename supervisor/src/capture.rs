@@ -94,6 +94,8 @@ impl Unit {
             pages.commit(&staged).map_err(broken("keeping pages"))?;
         }
         self.follow_limits();
+        self.model.objects = self.look_at_objects(false);
+        self.model.outside = self.standby.as_ref().and_then(|_| self.outside.to_bytes().ok());
         self.model.blocked.clear();
         self.model.user.clear();
         for (vtid, t) in &self.threads {
@@ -141,6 +143,7 @@ impl Unit {
             sigactions: self.model.actions.clone(),
             model: postcard::to_stdvec(&self.model).map_err(broken("encoding the model"))?,
         });
+        (self.model.objects, self.model.outside) = (None, None);
         let irregular = self.model.irregular.take().is_some();
         let parent = self.snapshot.as_ref().map(|s| s.sii).filter(|sii| *sii != self.sii);
         self.snapshot = Some(Arc::clone(&snapshot));
@@ -289,6 +292,9 @@ impl Unit {
         self.unloggable = None;
         self.model = postcard::from_bytes(&snapshot.model).map_err(broken("decoding the model"))?;
         self.model.irregular = None;
+        self.model.outside = None;
+        let objects = self.model.objects.take();
+        self.begin_cold(objects)?;
         self.cpu = self.model.cpu.or(self.cpu);
         self.shim = self.model.sites.used;
         self.bind_to_cpu();

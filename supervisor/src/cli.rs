@@ -13,6 +13,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use ftrun_abi::record::Record;
 use ftrun_store::LogReader;
+use serde::{Deserialize, Serialize};
 
 use crate::report::{EXIT_FAILURE, Error};
 use crate::status::LIST_HEADING;
@@ -29,7 +30,7 @@ const CHECKPOINT_EVERY_MAX: Duration = Duration::from_secs(7 * 86400);
 const CHECKPOINT_LOG_MIN: u64 = 64 << 10;
 
 /// What `ftrun run` was asked to do.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunOptions {
     /// Name given; see [`RunOptions::unit_name`].
     pub name: Option<String>,
@@ -63,10 +64,12 @@ pub struct RunOptions {
     pub verbose: u8,
     /// Log lines as JSON.
     pub log_json: bool,
+    /// A recovery may go on without descriptors that cannot be made again.
+    pub lossy: bool,
 }
 
 /// Where a unit's events and checkpoints go.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StoreOptions {
     /// URL of the store; `None` for one in the unit's own directory.
     pub url: Option<String>,
@@ -75,7 +78,7 @@ pub struct StoreOptions {
 }
 
 /// When an event counts as stable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Stable {
     /// When the store has it in memory: for a store on another machine.
     Memory,
@@ -112,7 +115,7 @@ fn default_name(program: &OsString, pid: u32) -> String {
 }
 
 /// What a unit survives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Durability {
     /// The death of any process of the unit, however it dies.
     Process,
@@ -257,6 +260,14 @@ enum Command {
     /// Run a program as a unit (the word `run` may be left out)
     #[command(override_usage = "ftrun [run] [OPTIONS] -- PROGRAM [ARGS]...")]
     Run(RunArgs),
+    /// Go on with a unit (durability supervisor) whose program, supervisor and keeper were all killed
+    Resume {
+        /// Name of the unit
+        name: String,
+        /// Go on although descriptors cannot be made again: they are at their end
+        #[arg(long)]
+        lossy: bool,
+    },
     /// List the units
     Ls {
         /// Print JSON: an array of what `status --json` prints
@@ -448,6 +459,13 @@ fn dispatch(cli: Cli) -> Result<u8, Error> {
     match cli.command {
         None => return run(&cli.global, cli.run),
         Some(Command::Run(args)) => return run(&cli.global, args),
+        Some(Command::Resume { name, lossy }) => {
+            let state_dir = state_dir()?;
+            // An error for one that does not exist, rather than a new directory.
+            open(&name)?;
+            let code = crate::run::resume(UnitDir::create(&state_dir, &name)?, lossy)?;
+            return Ok(code.to_le_bytes()[0]);
+        }
         Some(Command::Ls { json }) => list(out, &state_dir()?, json)?,
         Some(Command::Status { name, json }) => {
             let status = control::status(&open(&name)?)?;
@@ -534,6 +552,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
         args: command.collect(),
         verbose: global.verbose,
         log_json: global.log_format == LogFormat::Json,
+        lossy: false,
     };
     let dir = UnitDir::create(&options.state_dir, &options.unit_name())?;
     let code = crate::run::run(options, dir)?;

@@ -2,9 +2,12 @@
 //!
 //! It holds what the keeper must know, what the unit has of the outside world, and the call that the keeper's
 //! hands make in the unit's name (ARCHITECTURE.md, "Death of the supervisor"). It is mapped once, before
-//! anything is forked, so it has the same address everywhere.
+//! anything is forked, so it has the same address everywhere. Where the supervisor's death is to be survived it is a
+//! file, from which a unit is recovered whose keeper was killed, too.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64};
 
@@ -19,6 +22,13 @@ const FD_BYTES: usize = FDS_MAX / 8;
 const FDS_AT: usize = HEAD_BYTES + 2 * OUTSIDE_BYTES;
 const ARENA_AT: usize = FDS_AT + FD_BYTES;
 const BYTES: usize = ARENA_AT + ARENA_BYTES;
+/// First word of a desk in a file: changes with the layout.
+const MAGIC: u64 = u64::from_le_bytes(*b"ftdesk 1");
+
+/// [`Desk::entered`]: there may be descriptors in the unit's table that are not its own.
+const ENTERED: u32 = 1;
+/// [`Desk::entered`]: the unit's own are not there, since its keeper was killed: they have to be made again.
+const COLD: u32 = 2;
 
 /// [`Desk::hands`]: nothing to do, or the last call's result has been taken.
 pub const IDLE: u32 = 0;
@@ -49,6 +59,10 @@ pub struct Order {
     pub used: AtomicU64,
     /// What the kernel returned.
     pub result: AtomicI64,
+    /// The file that the call makes or removes, as it was before: its inode, 0 for none.
+    pub before: AtomicU64,
+    /// Where the arena was for who gave the order.
+    pub arena: AtomicU64,
 }
 
 /// Most supplementary groups of a unit that has changed its credentials.
@@ -109,6 +123,7 @@ struct Slot {
 #[derive(Debug)]
 #[repr(C)]
 pub struct Desk {
+    magic: AtomicU64,
     /// Exit status of the run, -1 while it goes on.
     pub code: AtomicI32,
     /// The keeper.
@@ -129,7 +144,7 @@ pub struct Desk {
     pub incarnation: AtomicU32,
     /// Recoveries so far.
     pub recoveries: AtomicU64,
-    /// Not 0: there may be descriptors in the unit's table that are not its own.
+    /// [`ENTERED`], [`COLD`].
     entered: AtomicU32,
     /// Signs of life of the supervisor and the unit ([`crate::pulse`]).
     pub beats: AtomicU64,
@@ -137,6 +152,15 @@ pub struct Desk {
     pub degraded: AtomicU32,
     /// Not 0: the run comes to its end.
     pub ending: AtomicU32,
+    /// Not 0: the hands were killed while they made the call in the order; what came of it is not known yet.
+    pub in_doubt: AtomicU32,
+    /// Cold recovery: the first number out of the unit's way, from which what the process that resumes was given has
+    /// been set aside; 0 before and after.
+    pub raised: AtomicI32,
+    /// Not 0: no supervisor has been started yet since the keeper was replaced.
+    pub resumed: AtomicU32,
+    /// Bytes of the arena that have memory.
+    room: AtomicU64,
     /// Whose files the calls access.
     pub owner: Owner,
     /// State of the hands: a futex.
@@ -147,23 +171,93 @@ pub struct Desk {
 }
 
 impl Desk {
-    /// Maps a desk.
+    /// Maps a new desk, in an empty file if its keeper's death is to be survived.
     ///
     /// # Errors
-    /// No address space.
-    pub fn map() -> io::Result<&'static Self> {
-        let (prot, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    /// No address space, or no room in the file system.
+    pub fn map(file: Option<&File>) -> io::Result<&'static Self> {
+        if let Some(file) = file {
+            file.set_len(BYTES as u64)?;
+            allocate(file, ARENA_AT)?;
+        }
+        let desk = Self::at_file(file)?;
+        desk.magic.store(MAGIC, SeqCst);
+        desk.code.store(-1, SeqCst);
+        if let Some(file) = file {
+            // Before Linux 5.14 memory cannot be had page by page: then it is taken whole.
+            if desk.populate(1 << 20).is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {
+                allocate(file, BYTES)?;
+                desk.room.store(ARENA_BYTES as u64, SeqCst);
+            }
+        } else {
+            desk.room.store(ARENA_BYTES as u64, SeqCst);
+        }
+        Ok(desk)
+    }
+
+    /// Maps the desk of a unit that nobody runs.
+    ///
+    /// # Errors
+    /// It is not a desk, or no address space.
+    pub fn find(file: &File) -> io::Result<&'static Self> {
+        let wrong = || io::Error::other("this is no desk of this version of ftrun");
+        if file.metadata()?.len() != BYTES as u64 {
+            return Err(wrong());
+        }
+        let desk = Self::at_file(Some(file))?;
+        if desk.magic.load(SeqCst) == MAGIC { Ok(desk) } else { Err(wrong()) }
+    }
+
+    /// Begins with a desk whose keeper was killed: the unit's table is gone. What the hands had been told to do and
+    /// had not begun is forgotten; what they had begun and not ended is in doubt.
+    pub fn take_over(&self) {
+        if self.call_state() == STARTED {
+            self.in_doubt.store(1, SeqCst);
+        }
+        if self.call_state() != DONE {
+            self.hands.store(IDLE, SeqCst);
+        }
+        self.hands.fetch_and(!SPAWN, SeqCst);
+        self.supervisor.store(0, SeqCst);
+        self.runs.store(0, SeqCst);
+        self.raised.store(0, SeqCst);
+        self.resumed.store(1, SeqCst);
+        self.entered.store(COLD, SeqCst);
+    }
+
+    fn at_file(file: Option<&File>) -> io::Result<&'static Self> {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let (flags, fd) = match file {
+            Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+            None => (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1),
+        };
         // SAFETY: a fresh mapping.
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), BYTES, prot, flags, -1, 0) };
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), BYTES, prot, flags, fd, 0) };
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
         const { assert!(size_of::<Self>() <= HEAD_BYTES) };
-        // SAFETY: zeroed, never unmapped, and used through atomics; every bit pattern is a desk.
-        let desk = unsafe { &*at.cast::<Self>() };
-        desk.code.store(-1, SeqCst);
-        Ok(desk)
+        // SAFETY: as large as a desk, never unmapped, and used through atomics; every bit pattern is a desk.
+        Ok(unsafe { &*at.cast::<Self>() })
+    }
+
+    /// Makes sure that so many bytes of the arena can be written to. A file system that is full would otherwise end
+    /// whoever writes there with SIGBUS.
+    ///
+    /// # Errors
+    /// It is full.
+    pub fn populate(&self, bytes: usize) -> io::Result<()> {
+        let (from, to) = (self.room.load(SeqCst) as usize, bytes.next_multiple_of(1 << 16).min(ARENA_BYTES));
+        if to <= from {
+            return Ok(());
+        }
+        // SAFETY: inside the mapping; the content stays.
+        let r = unsafe { libc::madvise(self.arena().add(from).cast(), to - from, libc::MADV_POPULATE_WRITE) };
+        if r != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.room.store(to as u64, SeqCst);
+        Ok(())
     }
 
     fn at(&self, offset: usize) -> *mut u8 {
@@ -185,17 +279,22 @@ impl Desk {
         for fd in fds.iter().map(|fd| *fd as usize).filter(|fd| *fd < FDS_MAX) {
             set[fd / 8] |= 1 << (fd % 8);
         }
-        self.entered.store(1, SeqCst);
+        self.entered.fetch_or(ENTERED, SeqCst);
     }
 
-    /// Every descriptor in the table is the unit's again.
+    /// None of the unit's descriptors is in the table: they have to be made again.
+    pub fn is_cold(&self) -> bool {
+        self.entered.load(SeqCst) & COLD != 0
+    }
+
+    /// Every descriptor in the table is the unit's again, and all of its descriptors are there.
     pub fn leave_table(&self) {
         self.entered.store(0, SeqCst);
     }
 
     /// The unit's descriptors, where others may be among them; `None` where all are the unit's.
     pub fn entered_table(&self) -> Option<Vec<i32>> {
-        if self.entered.load(SeqCst) == 0 {
+        if self.entered.load(SeqCst) & ENTERED == 0 {
             return None;
         }
         // SAFETY: as above.
@@ -272,6 +371,15 @@ impl Desk {
     }
 }
 
+/// Has a file system give a file room for its first bytes.
+fn allocate(file: &File, bytes: usize) -> io::Result<()> {
+    // SAFETY: plain numbers.
+    match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as i64) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -279,7 +387,7 @@ mod tests {
     /// Break it: give out the later copy whatever the log holds.
     #[test]
     fn what_was_kept_goes_with_the_log() {
-        let desk = Desk::map().unwrap();
+        let desk = Desk::map(None).unwrap();
         assert_eq!(desk.outside(9), None);
         desk.keep_outside(0, 0, b"none").unwrap();
         desk.keep_outside(4, 5, b"lost").unwrap();

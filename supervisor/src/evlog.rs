@@ -30,13 +30,8 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Maps a file, or memory without a name.
-    fn new(file: Option<File>, bytes: usize) -> std::io::Result<Self> {
-        let file = match file {
-            Some(file) => file,
-            None => memory_file()?,
-        };
-        file.set_len(bytes as u64)?;
+    /// Maps a file of this size, or memory without a name.
+    fn new(file: File, bytes: usize) -> std::io::Result<Self> {
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
         // SAFETY: a fresh mapping of a file of this size.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, prot, flags, file.as_raw_fd(), 0) };
@@ -69,10 +64,7 @@ impl Memory {
 }
 
 /// An empty file in memory, which lives as long as somebody has it.
-///
-/// # Errors
-/// No descriptor.
-pub fn memory_file() -> std::io::Result<File> {
+fn memory_file() -> std::io::Result<File> {
     // SAFETY: a name and flags; the descriptor is owned by the file made from it.
     unsafe {
         let fd = libc::memfd_create(c"ftrun-log".as_ptr(), libc::MFD_CLOEXEC);
@@ -146,17 +138,30 @@ impl EventLog {
     /// # Errors
     /// There is not enough memory.
     pub fn new(bytes: u64) -> std::io::Result<Self> {
-        Self::in_memory(None, bytes)
+        let file = memory_file()?;
+        file.set_len(Self::file_bytes(bytes))?;
+        Self::in_memory(file, bytes)
     }
 
-    /// An empty log in a file of somebody who outlives its supervisor.
+    /// An empty log in a file that outlives its supervisor. The file gets all of its memory now: a file system that
+    /// is full later would end with SIGBUS whoever writes to the mapping, which the program does.
     ///
     /// # Errors
     /// There is not enough memory.
     pub fn create(file: File, bytes: u64) -> std::io::Result<Self> {
         // What a supervisor began that was killed at once is gone.
         file.set_len(0)?;
-        Self::in_memory(Some(file), bytes)
+        // SAFETY: plain numbers.
+        match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, Self::file_bytes(bytes) as i64) } {
+            0 => Self::in_memory(file, bytes),
+            errno => Err(std::io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    /// Bytes of the file of a log with room for `bytes` of events.
+    fn file_bytes(bytes: u64) -> u64 {
+        let ring = ((bytes as usize).next_power_of_two() + Ring::HEADER_BYTES).next_multiple_of(4096);
+        CONTROL_BYTES + ring as u64
     }
 
     /// The log in a file, as a supervisor left it that has died; the newest checkpoint is at event `sii`.
@@ -165,7 +170,10 @@ impl EventLog {
     /// The file cannot be mapped.
     pub fn attach(file: File, sii: u64) -> std::io::Result<Self> {
         let bytes = file.metadata()?.len() as usize;
-        let memory = Arc::new(Memory::new(Some(file), bytes)?);
+        if bytes <= CONTROL_BYTES as usize {
+            return Err(std::io::Error::other("the file of the event log is cut"));
+        }
+        let memory = Arc::new(Memory::new(file, bytes)?);
         let ring = memory.ring();
         let mut begin = ring.begin();
         let first = |bytes: &[u8]| Record::parse(bytes).is_ok_and(|(r, _)| r.header.sii > sii);
@@ -180,9 +188,8 @@ impl EventLog {
         Ok(Self { memory, ring, begin, before: 0, kept })
     }
 
-    fn in_memory(file: Option<File>, bytes: u64) -> std::io::Result<Self> {
-        let ring_bytes = ((bytes as usize).next_power_of_two() + Ring::HEADER_BYTES).next_multiple_of(4096);
-        let memory = Arc::new(Memory::new(file, CONTROL_BYTES as usize + ring_bytes)?);
+    fn in_memory(file: File, bytes: u64) -> std::io::Result<Self> {
+        let memory = Arc::new(Memory::new(file, Self::file_bytes(bytes) as usize)?);
         // SAFETY: fresh memory that nobody else uses yet.
         let ring = unsafe { Ring::create(memory.at.as_ptr().add(CONTROL_BYTES as usize), memory.ring_bytes()) };
         let ring = ring.map_err(std::io::Error::other)?;

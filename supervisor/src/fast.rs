@@ -275,6 +275,7 @@ impl Unit {
     /// The supervisor is about to make a call that may take from a stream or give to it.
     pub(crate) fn before_fd_call(&mut self, row: &table::Row, args: &[u64; 6]) {
         const ALL: u8 = u8::MAX;
+        self.note_changes(row, args);
         self.log.control().free_known.store(0, SeqCst);
         for (arg, value) in row.args.iter().zip(args) {
             if *arg == Arg::Fd {

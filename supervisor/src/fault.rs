@@ -8,12 +8,14 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 21] = [
+pub const POINTS: [&str; 23] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
     "replay-event",
     "replay-end",
+    "thaw-begin",
+    "thaw-end",
     "call-entry",
     "hands-ordered",
     "hands-made",

@@ -42,6 +42,8 @@ struct Hired {
     owed: Option<Owed>,
     /// The keeper was killed: there are no hands.
     alone: bool,
+    /// [`crate::desk::Order::before`] of the call that is about to be made.
+    before: u64,
 }
 
 thread_local! {
@@ -51,7 +53,7 @@ thread_local! {
 
 /// Has the calling thread's calls made by the keeper from now on.
 pub fn hire(desk: &'static Desk) {
-    HIRED.with_borrow_mut(|hired| *hired = Some(Hired { desk, vtid: 0, sii: 0, owed: None, alone: false }));
+    HIRED.with_borrow_mut(|hired| *hired = Some(Hired { desk, vtid: 0, sii: 0, owed: None, alone: false, before: 0 }));
 }
 
 /// The next calls are made in the name of this thread, `sii` events being in the log.
@@ -76,7 +78,13 @@ pub fn take_over(sii: u64) {
             let used = (order.used.load(SeqCst) as usize).min(ARENA_BYTES);
             // SAFETY: inside the arena, which the hands do not touch now.
             let arena = unsafe { std::slice::from_raw_parts(h.desk.arena(), used) }.to_vec();
-            let args = order.args.each_ref().map(|a| a.load(SeqCst));
+            // The desk may have been mapped elsewhere then.
+            let (then, here) = (order.arena.load(SeqCst), h.desk.arena() as u64);
+            let moved = |arg: u64| match arg.wrapping_sub(then) {
+                offset if offset < ARENA_BYTES as u64 => here + offset,
+                _ => arg,
+            };
+            let args = order.args.each_ref().map(|a| moved(a.load(SeqCst)));
             let call = (order.nr.load(SeqCst), args, order.digest.load(SeqCst));
             h.owed = Some(Owed { vtid: order.vtid.load(SeqCst), call, result: order.result.load(SeqCst), arena });
         }
@@ -98,6 +106,14 @@ pub fn was_made(nr: u64, digest: u64) -> bool {
     })
 }
 
+/// The result that is owed to a thread for the call with this digest.
+pub fn owed(vtid: i32, digest: u64) -> Option<i64> {
+    HIRED.with_borrow(|hired| {
+        let owed = hired.as_ref()?.owed.as_ref()?;
+        (owed.vtid == vtid && owed.call.2 == digest).then_some(owed.result)
+    })
+}
+
 /// The thread has come to its next call: what was owed to it is given by now, or has been told otherwise.
 pub fn settle_debt(vtid: i32) {
     HIRED.with_borrow_mut(|hired| {
@@ -108,10 +124,21 @@ pub fn settle_debt(vtid: i32) {
 }
 
 /// Makes a call of the unit, or gives out the result of one that was made. `pointers` says, by bits, which
-/// arguments lead into the pieces; `digest` is the one of the unit's call.
-pub fn call(nr: u64, args: &[u64; 6], pointers: u8, digest: u64, pieces: &mut [Piece]) -> i64 {
+/// arguments lead into the pieces; `digest` is the one of the unit's call; `before` tells the inode of the name that
+/// it makes or removes.
+pub fn call(
+    nr: u64,
+    args: &[u64; 6],
+    pointers: u8,
+    digest: u64,
+    before: &dyn Fn() -> u64,
+    pieces: &mut [Piece],
+) -> i64 {
     HIRED.with_borrow_mut(|hired| match hired {
-        Some(h) => h.call(nr, args, pointers, digest, pieces),
+        Some(h) => {
+            h.before = before();
+            h.call(nr, args, pointers, digest, pieces)
+        }
         None => steady_call(nr, args),
     })
 }
@@ -126,6 +153,12 @@ impl Hired {
         }
         if used > ARENA_BYTES {
             return -i64::from(libc::ENOMEM);
+        }
+        if let Err(e) = self.desk.populate(used) {
+            // The unit goes on. Nobody must take the result of the last call for one of this.
+            self.desk.hands.fetch_and(SPAWN, SeqCst);
+            tracing::warn!("a call of {used} bytes does not outlive the supervisor: {e}");
+            return steady_call(nr, args);
         }
         let arena = self.desk.arena();
         let moved = |pieces: &[Piece], address: u64| {
@@ -176,9 +209,6 @@ impl Hired {
     }
 
     fn have_made(&mut self, nr: u64, args: &[u64; 6], digest: u64, used: usize) -> i64 {
-        if self.alone {
-            return steady_call(nr, args);
-        }
         let order = &self.desk.order;
         // Nobody must take the result of the last call for one of this.
         self.desk.hands.fetch_and(SPAWN, SeqCst);
@@ -189,8 +219,13 @@ impl Hired {
         }
         order.digest.store(digest, SeqCst);
         order.sii.store(self.sii, SeqCst);
+        order.before.store(self.before, SeqCst);
         order.used.store(used as u64, SeqCst);
+        order.arena.store(self.desk.arena() as u64, SeqCst);
         crate::fault::point("hands-ordered", self.desk.pid.load(SeqCst));
+        if self.alone {
+            return self.make_alone();
+        }
         self.desk.set_call_state(CALL);
         loop {
             let seen = self.desk.hands.load(SeqCst);
@@ -205,13 +240,20 @@ impl Hired {
                         assert!(state == CALL, "the keeper was killed in the middle of a call");
                         tracing::warn!("the keeper was killed: the death of the supervisor will not be survived");
                         self.alone = true;
-                        return steady_call(nr, args);
+                        return self.make_alone();
                     }
                 }
             }
         }
         crate::fault::point("hands-made", self.desk.pid.load(SeqCst));
         order.result.load(SeqCst)
+    }
+
+    /// Makes the call that stands on the desk, as the hands would, for whoever recovers the unit when this process is
+    /// killed, too.
+    fn make_alone(&self) -> i64 {
+        make(self.desk);
+        self.desk.order.result.load(SeqCst)
     }
 
     fn keeper_is_gone(&self) -> bool {
@@ -227,6 +269,11 @@ pub fn work(desk: &Desk, owner: &mut u32) {
         let (uid, gid, groups) = desk.owner.get();
         crate::capture::set_fs_credentials(uid, gid, &groups);
     }
+    make(desk);
+}
+
+/// Makes the call on the desk.
+fn make(desk: &Desk) {
     desk.set_call_state(STARTED);
     let order = &desk.order;
     let args = order.args.each_ref().map(|a| a.load(SeqCst));

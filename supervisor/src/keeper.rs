@@ -274,7 +274,13 @@ fn own_fds() -> io::Result<Vec<i32>> {
 
 /// The unit's descriptors. From here on there are others in its table.
 fn enter_table(desk: &Desk) -> io::Result<Vec<i32>> {
-    if let Some(fds) = desk.entered_table() {
+    if let Some(mut fds) = desk.entered_table() {
+        // Cold recovery may have set them aside.
+        if let raised @ 1.. = desk.raised.load(SeqCst) {
+            fds.extend(raised..raised + fds.len() as i32);
+        }
+        // What the last supervisor left goes before the next one's threads take copies of it.
+        keep_only(&fds);
         return Ok(fds);
     }
     let fds = own_fds()?;

@@ -14,6 +14,7 @@ use ftrun_ckpt::copy::copy_out;
 use ftrun_ckpt::pages::PageStore;
 use ftrun_ckpt::state::{Mapping, MmFields, Snapshot};
 use libc::{sock_filter, user_regs_struct};
+use serde::{Deserialize, Serialize};
 
 use ftrun_abi::fast::{CODE_BASE, VDSO_BASE, VDSO_BYTES_MAX};
 
@@ -181,7 +182,7 @@ fn sys(what: impl Into<String>) -> impl FnOnce(io::Error) -> LaunchError {
 }
 
 /// What to execute.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Program {
     /// Path of the file.
     pub path: CString,

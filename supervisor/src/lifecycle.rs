@@ -68,6 +68,7 @@ impl Unit {
                 Halt::Ended(status) => return Ok(End::Ended(status)),
                 Halt::Exec(pid) => {
                     close_on_exec();
+                    self.note_all_changed();
                     self.begin_record(Kind::Exec);
                     self.model.credentials.get_or_insert_with(Default::default);
                     // Only the checkpoint that follows can stand for it: without one the call is made again.
@@ -168,7 +169,12 @@ impl Unit {
         }
         self.count_log();
         self.find_outside()?;
-        self.settle()?;
+        if self.desk.is_some_and(|desk| desk.is_cold()) {
+            self.settle_cold()?;
+        } else {
+            self.close_aside();
+            self.settle()?;
+        }
         self.log.forget_fds(None, 0);
         hands::take_over(self.sii);
         tracing::info!(sii = self.sii, "the supervisor was killed; recovering");
@@ -203,6 +209,9 @@ impl Unit {
             Ok(n) => n,
             Err(h) => return h,
         };
+        if let Err(h) = self.thaw() {
+            return h;
+        }
         let replayed = now();
         if events >= 1000 {
             self.replay_ns = (replayed - restored) / events;

@@ -286,7 +286,11 @@ impl Unit {
         let row = table::lookup(nr, &args);
         let pid = self.pid;
         let mut call = Prepared::new(tid, nr, &row, &args, &|p| crate::paths::rewrite(p, pid, tid))?;
-        let tried = self.try_call(vtid, nr, &args, &mut call, &row);
+        let judged = if self.in_doubt.is_some() { self.judge(vtid, nr, &row, &args, &mut call) } else { None };
+        let tried = match judged {
+            Some(outcome) => Ok(outcome),
+            None => self.try_call(vtid, nr, &args, &mut call, &row),
+        };
         let outcome = match tried {
             Err(Halt::BadAddress) => Outcome::With(-i64::from(libc::EFAULT), vec![]),
             other => other?,
@@ -348,6 +352,7 @@ impl Unit {
         self.outside.begun.remove(&vtid);
         let args = tracee::args_of(&self.thread(vtid).regs);
         self.after_fd_call(nr, &args, result);
+        self.note_opened(nr, &args, result, &outs);
         let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
         let flags = took | if self.unloggable.is_some() { flag::UNLOGGABLE } else { 0 };
         self.append(vtid, nr as u16, result, digest, flags)?;

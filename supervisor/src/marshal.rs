@@ -5,7 +5,7 @@
 //! written back. Replay needs only the first.
 
 use ftrun_abi::record::Digest;
-use ftrun_abi::table::{Arg, Class, Len, Row, Used, Wait};
+use ftrun_abi::table::{Arg, Class, Effect, Len, Row, Used, Wait};
 
 use crate::hands::{self, Piece};
 use crate::tracee::{self, Result};
@@ -54,6 +54,10 @@ pub struct Prepared {
     iovs: Vec<Box<libc::iovec>>,
     /// Index of the buffer that holds the data to be written, for write-like calls.
     pub data: Option<usize>,
+    /// Paths and names that it was given, by argument.
+    pub paths: Vec<(u8, Vec<u8>)>,
+    /// Directory and path of the name that it makes or removes.
+    watched: Option<(i32, usize)>,
     /// By bits: the arguments that point to local copies.
     pointers: u8,
     /// It takes effect, or takes something away: it must not be made twice.
@@ -72,6 +76,8 @@ impl Prepared {
             msg: None,
             iovs: Vec::new(),
             data: None,
+            paths: Vec::new(),
+            watched: None,
             pointers: 0,
             once: row.class != Class::Input || row.wait != Wait::Never,
         };
@@ -90,6 +96,7 @@ impl Prepared {
                     Ok(s) => {
                         digest.add_bytes(&s);
                         let mut s = if *arg == Arg::Path { path(s) } else { s };
+                        p.paths.push((i as u8, s.clone()));
                         s.push(0);
                         p.give(i, s);
                     }
@@ -164,7 +171,28 @@ impl Prepared {
             }
         }
         p.digest = digest.finish();
+        let watched = match row.effect {
+            Effect::Make(name) | Effect::Remove(name) | Effect::Rename(name, _) => Some(name),
+            Effect::Open(name) if args[usize::from(name) + 1] & libc::O_EXCL as u64 != 0 => Some(name),
+            _ => None,
+        };
+        p.watched = watched.and_then(|name| p.place(row, args, name));
         Ok(p)
+    }
+
+    /// Where a name is: its directory, and its position among the paths.
+    fn place(&self, row: &Row, args: &[u64; 6], name: u8) -> Option<(i32, usize)> {
+        let path = self.paths.iter().position(|(i, _)| *i == name)?;
+        let dir = match usize::from(name).checked_sub(1) {
+            Some(i) if row.args[i] == Arg::DirFd => args[i] as i32,
+            _ => libc::AT_FDCWD,
+        };
+        Some((dir, path))
+    }
+
+    /// The inode of a name that the call was given, 0 for none.
+    pub fn inode(&self, row: &Row, args: &[u64; 6], name: u8) -> u64 {
+        self.place(row, args, name).map_or(0, |place| inode_at(&self.paths, place))
     }
 
     /// A pointer that the unit cannot read: the kernel shall answer `EFAULT`.
@@ -285,7 +313,9 @@ impl Prepared {
             let header = (&raw mut *m.header).cast();
             pieces.push(piece(header, size_of::<libc::msghdr>(), receives, &[0, 16, 32]));
         }
-        hands::call(nr, args, pointers, digest, &mut pieces)
+        let (watched, paths) = (self.watched, &self.paths);
+        let before = || watched.map_or(0, |place| inode_at(paths, place));
+        hands::call(nr, args, pointers, digest, &before, &mut pieces)
     }
 
     /// Memory for a call beside the prepared one: where it is.
@@ -318,6 +348,11 @@ impl Prepared {
         let at = (&raw const *iov) as u64;
         self.iovs.push(iov);
         at
+    }
+
+    /// Where control messages go that the call receives, 0 for nowhere.
+    pub fn control(&self) -> u64 {
+        self.msg.as_ref().filter(|m| m.receive).map_or(0, |m| m.control.0)
     }
 
     /// The data of a write-like call.
@@ -411,6 +446,16 @@ impl Prepared {
             write(m.addr + 48, &m.header.msg_flags.to_le_bytes())?;
         }
         Ok(())
+    }
+}
+
+fn inode_at(paths: &[(u8, Vec<u8>)], (dir, path): (i32, usize)) -> u64 {
+    let Some(path) = paths.get(path).and_then(|(_, p)| std::ffi::CString::new(p.clone()).ok()) else { return 0 };
+    // SAFETY: plain integers, for which zero is valid; a string and a structure that outlive the call.
+    unsafe {
+        let mut st: libc::stat = std::mem::zeroed();
+        let r = libc::fstatat(dir, path.as_ptr(), &raw mut st, libc::AT_SYMLINK_NOFOLLOW);
+        if r == 0 { st.st_ino } else { 0 }
     }
 }
 

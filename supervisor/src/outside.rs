@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::capture::broken;
 use crate::tracee::{self, SigInfo};
-use crate::unit::{Result, Unit};
+use crate::unit::{Model, Result, Unit};
 
 /// A timer of `timer_create(2)` or `setitimer(2)`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -85,7 +85,7 @@ struct Kept {
 }
 
 impl Outside {
-    fn to_bytes(&self) -> postcard::Result<Vec<u8>> {
+    pub(crate) fn to_bytes(&self) -> postcard::Result<Vec<u8>> {
         let each = |(to, queue): (&i32, &VecDeque<SigInfo>)| -> Vec<_> {
             queue.iter().map(|info| (*to, info.to_vec())).collect()
         };
@@ -152,7 +152,9 @@ impl Unit {
     /// What the last supervisor kept when the log had come to where it is.
     pub(crate) fn find_outside(&mut self) -> Result<()> {
         let Some(desk) = self.desk else { return Ok(()) };
-        if let Some(bytes) = desk.outside(self.sii) {
+        // Without a desk, as on another machine, it is what it was at the checkpoint.
+        let checkpointed = || postcard::from_bytes::<Model>(&self.snapshot.as_ref()?.model).ok()?.outside;
+        if let Some(bytes) = desk.outside(self.sii).or_else(checkpointed) {
             self.outside = Outside::from_bytes(&bytes).map_err(broken("what was kept of the outside world"))?;
         }
         let (pid, vpid) = (desk.pid.load(SeqCst), desk.vpid.load(SeqCst));

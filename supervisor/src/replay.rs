@@ -41,7 +41,9 @@ impl Unit {
         let control = self.log.control();
         control.replay_at.store(from, SeqCst);
         control.sii.store(self.sii, SeqCst);
-        control.mode.store(REPLAY, SeqCst);
+        if self.cold.is_none() {
+            control.mode.store(REPLAY, SeqCst);
+        }
         while let Some((bytes, next)) = self.log.read_at(self.log.control().replay_at.load(SeqCst)) {
             let bytes = bytes.to_vec();
             let (record, _) =
@@ -236,6 +238,7 @@ impl Unit {
                 self.take_pending(vtid, u32::from_le_bytes([info[0], info[1], info[2], info[3]]))?;
             }
         }
+        self.follow_cold(&row, &args, &call, record);
         let outs: Vec<(u64, Vec<u8>)> =
             record.outputs().filter(|(addr, _)| *addr != 0).map(|(addr, b)| (addr, b.to_vec())).collect();
         self.finish_call(vtid, result, &outs)?;

@@ -24,6 +24,7 @@ use crate::keeper::{self, Start, keep_only};
 use crate::launch::Program;
 use crate::lifecycle::End;
 use crate::recorder::{Place, Recorder, Watch};
+use crate::remains::{Remains, Spec};
 use crate::report::Error;
 use crate::service::Service;
 use crate::standby::Standby;
@@ -42,33 +43,80 @@ pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Runs a program as a unit; returns the exit status for the user.
 pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
-    let notifier = Notifier::from_env(&crate::systemd::place(dir.path()), options.ready).unwrap_or_else(|e| {
+    let notifier = notifier(&options, &dir);
+    let program = program(&options, notifier.as_ref())?;
+    if let Some(remains) = Remains::of(&dir) {
+        return Err(remains.refuse(dir.name()));
+    }
+    dir.begin()?;
+    let old_mask = take_signals();
+    let program = Program { sigmask: mask_word(&old_mask), ..program };
+    if !options.durability.survives_supervisor() {
+        let desk = Desk::map(None).map_err(|e| Error::bug(format!("the desk: {e}")))?;
+        return keep(options, dir, program, desk, None, notifier);
+    }
+    let memory = dir.memory_dir()?;
+    let laid = Remains::lay(&memory, &Spec::new(&options, &program));
+    let (desk, log) = laid.inspect_err(|_| dir.forget_memory())?;
+    keep(options, dir, program, desk, Some(log), notifier)
+}
+
+fn notifier(options: &RunOptions, dir: &UnitDir) -> Option<Notifier> {
+    Notifier::from_env(&crate::systemd::place(dir.path()), options.ready).unwrap_or_else(|e| {
         tracing::warn!("the service manager's NOTIFY_SOCKET cannot be used: {e}");
         None
-    });
-    let program = program(&options, notifier.as_ref())?;
-    dir.begin()?;
-    let desk = Desk::map().map_err(|e| Error::bug(format!("the desk: {e}")))?;
+    })
+}
+
+/// Goes on with a unit whose keeper, supervisor and program were killed; returns the exit status for the user.
+///
+/// `lossy` says that a descriptor which cannot be made again is no reason to give up.
+pub fn resume(dir: UnitDir, lossy: bool) -> Result<i32, Error> {
+    let Some(remains) = Remains::of(&dir) else {
+        return Err(Error::environment(
+            format!("there is nothing to go on with: the unit {} has ended, or its memory is gone", dir.name()),
+            "`ftrun run` starts it anew",
+        ));
+    };
+    let (spec, desk, log) = remains.take()?;
+    let (mut options, program) = spec.into_parts(dir.name());
+    options.lossy = lossy;
+    let notifier = notifier(&options, &dir);
+    take_signals();
+    keep(options, dir, program, desk, Some(log), notifier)
+}
+
+/// Keeps signals from this process, its only thread, for the keeper to pass on; the mask that was in force.
+fn take_signals() -> libc::sigset_t {
     // Who started us may ignore SIGCHLD; ignored, it would reap our children before we have their status.
     // SAFETY: the default action, in a process with one thread.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     // SAFETY: signal sets are plain data; the mask of this thread, the only one, is changed.
-    let old_mask = unsafe {
+    unsafe {
         let mut all: libc::sigset_t = std::mem::zeroed();
         let mut old: libc::sigset_t = std::mem::zeroed();
         libc::sigfillset(&raw mut all);
         libc::sigprocmask(libc::SIG_BLOCK, &raw const all, &raw mut old);
         old
-    };
-    let program = Program { sigmask: mask_word(&old_mask), ..program };
-    let log = options.durability.survives_supervisor().then(crate::evlog::memory_file).transpose();
-    let log = log.map_err(|e| Error::bug(format!("a file for the event log: {e}")))?;
+    }
+}
+
+/// Keeps a unit until it ends. With a file for its event log the death of supervisors is survived.
+fn keep(
+    options: RunOptions,
+    dir: UnitDir,
+    program: Program,
+    desk: &'static Desk,
+    log: Option<File>,
+    notifier: Option<Notifier>,
+) -> Result<i32, Error> {
+    let survives = log.is_some();
     let (lock, log_fd) = (dir.lock_fd(), log.as_ref().map(AsRawFd::as_raw_fd));
     let dir = Arc::new(dir);
     let ours = Arc::clone(&dir);
     let code =
         keeper::keep(desk, lock, log_fd, notifier, move |start| supervisor(&options, &ours, &program, start, desk))?;
-    if log.is_some() {
+    if survives && !desk.is_cold() {
         dir.forget_memory();
     }
     Ok(code)
@@ -149,7 +197,9 @@ fn try_supervisor(
     crate::pulse::tell(desk);
     let takes_over = desk.generation.load(Ordering::SeqCst) > 1;
     if takes_over {
-        crate::fault::disarm();
+        if desk.resumed.swap(0, Ordering::SeqCst) == 0 {
+            crate::fault::disarm();
+        }
         desk.owner.leave();
     }
     let service = Service::start(start.unit_fds.clone()).map_err(|e| os("the service thread", e))?;
@@ -178,7 +228,12 @@ fn try_supervisor(
     let status = Arc::new(Mutex::new(status));
     let mut recorder = None;
     let (log, standby, last, journal) = service.run(|| -> Result<_, Error> {
-        let no_memory = |e| Error::environment(format!("memory for the event log: {e}"), "lower --checkpoint-log");
+        let no_memory = |e| {
+            Error::environment(
+                format!("memory for the event log: {e}"),
+                "lower --checkpoint-log, or give /dev/shm more room (mount -o remount,size=SIZE /dev/shm)",
+            )
+        };
         let (log, standby, last) = if let Some(fd) = start.log {
             let memory = dir.memory_dir()?;
             let (standby, last) = Standby::open(&memory)?;
@@ -247,6 +302,7 @@ fn try_supervisor(
     unit.set_tid = can_set_tid();
     unit.choose_cpu();
     unit.shim = options.shim;
+    unit.lossy = options.lossy;
     unit.vdso_clock = service.run(|| crate::vdso::clock_gettime(crate::vdso::areas()));
     if unit.standby.is_some() {
         crate::hands::hire(desk);
@@ -258,6 +314,23 @@ fn try_supervisor(
         journal.finish(unit.snapshot.as_ref(), &unit.pages);
         let (_, stored) = journal.progress();
         lock(&status).stored_checkpoint = lock(&stored).checkpoint;
+    }
+    if matches!(end, Ok(End::Ended(_))) {
+        // It was ending already when everything was killed: nothing is made again.
+        desk.leave_table();
+    }
+    if desk.is_cold() {
+        // The unit has not gone on: what remains of it is as it was, and may be tried again.
+        let why = match end {
+            Ok(End::Failed(why)) => why,
+            Ok(End::Ended(_)) => String::new(),
+            Err(e) => return Err(e),
+        };
+        let text =
+            format!("ftrun: {} cannot be gone on with: {why}\nftrun: nothing of it has been given up\n", dir.name());
+        crate::logging::line(text.into_bytes());
+        crate::logging::flush();
+        return Ok(125);
     }
     let (code, state, reason) = match end {
         Ok(End::Ended(s)) if libc::WIFEXITED(s) => (libc::WEXITSTATUS(s), State::Stopped, None),

@@ -275,7 +275,7 @@ pub struct Status {
     /// Why it failed.
     #[serde(default)]
     pub reason: Option<String>,
-    /// `lost` when ftrun itself died and the unit with it.
+    /// `lost` when ftrun itself died and the unit with it; `killed` when `ftrun resume` can go on with it.
     #[serde(default)]
     pub note: Option<String>,
 }
@@ -324,6 +324,7 @@ impl fmt::Display for Status {
         write!(f, "{}: {}", self.name, self.state)?;
         match self.note.as_deref() {
             Some("lost") => writeln!(f, " (lost: ftrun itself died, and the unit with it)")?,
+            Some("killed") => writeln!(f, " (killed with all of ftrun; ftrun resume {} goes on with it)", self.name)?,
             Some(note) => writeln!(f, " ({note})")?,
             None => writeln!(f)?,
         }

@@ -25,7 +25,7 @@ use crate::desk::Desk;
 use socket::{Inbox, Message, Outbox};
 
 /// When a unit is ready in the eyes of the service manager.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
 pub enum Ready {
     /// When the program runs.
     Started,

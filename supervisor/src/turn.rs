@@ -198,9 +198,11 @@ impl Unit {
     }
 
     /// Calls of the unit must come to the supervisor: a signal waits to be delivered, or a call of which a part is
-    /// done goes on with the rest.
+    /// done goes on with the rest. In cold recovery each is followed in the model.
     fn is_slow(&self) -> bool {
-        self.outside.signals.values().any(|q| !q.is_empty()) || self.outside.begun.values().any(|begun| begun.done > 0)
+        self.cold.is_some()
+            || self.outside.signals.values().any(|q| !q.is_empty())
+            || self.outside.begun.values().any(|begun| begun.done > 0)
     }
 
     /// The thread is in the process and waits for something that has not come.

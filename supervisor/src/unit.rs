@@ -172,6 +172,11 @@ pub struct Model {
     pub limits: Vec<(u64, u64)>,
     /// Real, effective, saved user and group ids and groups, when they differ from ours.
     pub credentials: Option<Credentials>,
+    /// [`crate::objects::Objects`], in a checkpoint that outlives the supervisor: what the descriptors were. They do
+    /// not roll back; only cold recovery uses this.
+    pub objects: Option<crate::cold::Seen>,
+    /// [`Outside`], as it was then.
+    pub outside: Option<Vec<u8>>,
 }
 
 /// [`Model::irregular`] of a checkpoint in the middle of a computation.
@@ -323,6 +328,16 @@ pub struct Unit {
     pub(crate) given_cpus: Vec<u8>,
     /// The call being made took a pending signal of the unit: replay must take it, too.
     pub(crate) took_signal: bool,
+    /// What was last seen of the descriptors.
+    pub(crate) look: crate::objects::look::Look,
+    /// What has to be looked at again.
+    pub(crate) changed: crate::cold::Changed,
+    /// In cold recovery, until the objects have been made: what they are by now.
+    pub(crate) cold: Option<crate::objects::Objects>,
+    /// The call of which nobody knows what became of it.
+    pub(crate) in_doubt: Option<crate::cold::InDoubt>,
+    /// Cold recovery goes on without descriptors that cannot be made again.
+    pub(crate) lossy: bool,
     pub(crate) record: RecordBuf,
 }
 
@@ -391,6 +406,11 @@ impl Unit {
             cpu: None,
             given_cpus: Vec::new(),
             took_signal: false,
+            look: crate::objects::look::Look::default(),
+            changed: crate::cold::Changed::default(),
+            cold: None,
+            in_doubt: None,
+            lossy: false,
             record: RecordBuf::new(Kind::Call),
         }
     }

@@ -6,7 +6,6 @@
 //! | `format` | format version; a directory without it holds no unit |
 //! | `status.json` | the last written [`Status`] |
 //! | `ctl.sock` | where a running unit takes commands |
-//! | `spec.json` | what was run |
 //! | `log/` | the event log |
 //! | `ckpt/` | checkpoints |
 //!
@@ -200,11 +199,24 @@ impl UnitDir {
     /// There is no memory file system, or it is not ours to use.
     pub fn memory_dir(&self) -> Result<PathBuf, Error> {
         let dir = self.memory_path();
+        self.check_memory(&dir, true)?;
+        Ok(dir)
+    }
+
+    /// That directory, if it is there and ours.
+    pub fn found_memory(&self) -> Option<PathBuf> {
+        let dir = self.memory_path();
+        self.check_memory(&dir, false).ok().map(|()| dir)
+    }
+
+    fn check_memory(&self, dir: &Path, make: bool) -> Result<(), Error> {
         let refused = |what: &dyn std::fmt::Display| {
             let hint = "mount a tmpfs on /dev/shm, or use --durability process";
             Error::environment(format!("{}: {what}", dir.display()), hint)
         };
-        DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|e| refused(&e))?;
+        if make {
+            DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| refused(&e))?;
+        }
         // Everybody may make directories there, and what we write is the program's memory.
         for path in dir.ancestors().take(2) {
             let meta = fs::symlink_metadata(path).map_err(|e| refused(&e))?;
@@ -212,7 +224,7 @@ impl UnitDir {
                 return Err(refused(&format!("{} is somebody else's, or open to others", path.display())));
             }
         }
-        Ok(dir)
+        Ok(())
     }
 
     /// Removes that directory.
@@ -230,11 +242,6 @@ impl UnitDir {
         path.add_bytes(self.path.as_os_str().as_encoded_bytes());
         let uid = nix::unistd::geteuid();
         PathBuf::from(format!("/dev/shm/ftrun-{uid}/{}-{:016x}", self.name, path.finish()))
-    }
-
-    /// File that says what was run.
-    pub fn spec_path(&self) -> PathBuf {
-        self.path.join("spec.json")
     }
 
     /// Number of the descriptor that holds the lock: it must not get into the program.
@@ -279,7 +286,14 @@ impl UnitDir {
     /// The last written status, corrected when nobody runs the unit any more.
     pub fn read_status(&self) -> Result<Status, Error> {
         let status = self.read_status_as_is()?;
-        Ok(if self.is_running() { status } else { status.without_supervisor() })
+        if self.is_running() {
+            return Ok(status);
+        }
+        let mut status = status.without_supervisor();
+        if status.note.as_deref() == Some("lost") && self.found_memory().is_some_and(|m| m.join("log").exists()) {
+            status.note = Some("killed".into());
+        }
+        Ok(status)
     }
 
     fn read_status_as_is(&self) -> Result<Status, Error> {

@@ -174,8 +174,9 @@ int main(void) {
         uint64_t more = 0;
         if (read(steady, &more, sizeof more) < 0) CHECK(errno == EAGAIN);
         ticks += more;
-        CHECK((double)ticks * 0.010 <= monotonic() - before);
-        CHECK((double)(ticks + 1) * 0.010 >= now - after);
+        /* A timer that was made again from what the kernel said of it may be a little off, and never by a tick. */
+        CHECK((double)ticks * 0.010 <= monotonic() - before + 0.002);
+        CHECK((double)(ticks + 1) * 0.010 >= now - after - 0.002);
         CHECK(alarms == round && expirations == round);
         say("round %ld\n", round);
     }

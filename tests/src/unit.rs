@@ -339,6 +339,42 @@ impl Unit {
         Err(error!("ftrun {verb}: {}: {text}{}", output.status, String::from_utf8_lossy(&output.stderr)))
     }
 
+    fn resume_with(&self, env: &[(&str, &str)], options: &[&str]) -> Result<(), Error> {
+        let ftrun = self.ftrun.as_ref().ok_or_else(|| error!("a bare program has no ftrun"))?;
+        let append = |name: &str| File::options().append(true).open(self.path().join(name));
+        let mut command = Command::new(ftrun);
+        command.args(["resume", &self.name]).args(options).env_remove("LD_LIBRARY_PATH").envs(env.iter().copied());
+        command.env("FTRUN_STATE_DIR", self.path().join("state")).current_dir("/");
+        command.stdin(Stdio::null()).stdout(append("stdout")?).stderr(append("stderr")?).process_group(0);
+        *self.child() = command.spawn()?;
+        Ok(())
+    }
+
+    /// `ftrun resume NAME`, with what it prints behind what has been printed; waits until it runs.
+    pub fn resume(&self) -> Result<Value, Error> {
+        self.resume_as(&[], &[])
+    }
+
+    /// The same with variables in ftrun's environment and further options.
+    pub fn resume_as(&self, env: &[(&str, &str)], options: &[&str]) -> Result<Value, Error> {
+        let before = self.recoveries()?;
+        self.resume_with(env, options)?;
+        let start = Instant::now();
+        loop {
+            let status = self.status()?;
+            if status["state"] == "running" && status["recoveries"].as_u64() > Some(before) {
+                return Ok(status);
+            }
+            if let Some(ended) = self.child().try_wait()? {
+                return Err(error!("ftrun resume ended with {ended}: {}", tail(&self.path().join("stderr"), 5)));
+            }
+            if start.elapsed() > LIMIT {
+                return Err(error!("not resumed within {} s: {status}", LIMIT.as_secs()));
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
     /// Waits until the unit runs and has been recovered at least `count` times.
     pub fn await_recoveries(&self, count: u64) -> Result<Value, Error> {
         let start = Instant::now();

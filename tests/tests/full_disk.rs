@@ -204,6 +204,9 @@ fn a_checkpoint_that_the_disk_does_not_take_is_not_acknowledged() -> Result<(), 
     Ok(())
 }
 
+/// What the event log and the desk of a unit take of `/dev/shm` from the start.
+const LOG_KIB: u64 = 260 << 10;
+
 /// Checkpoints for the next supervisor find no room: the unit goes on, the user is told, and its death is survived as
 /// long as the log reaches back to a checkpoint that is there; afterwards it is whole again.
 ///
@@ -214,7 +217,7 @@ fn memory_that_outlives_the_supervisor_is_full() -> Result<(), Error> {
         return Ok(());
     }
     const TOLD: &str = "does not take a checkpoint";
-    let _disk = Disk::mount(Path::new("/dev/shm"), 12 << 10)?;
+    let _disk = Disk::mount(Path::new("/dev/shm"), LOG_KIB + (12 << 10))?;
     let mut launch = redis_launch(&["--save", ""])?;
     launch.options(["--durability", "supervisor", "--checkpoint-every", "200ms"]);
     let unit = launch.start()?;
@@ -251,7 +254,7 @@ fn a_unit_outlives_full_memory_for_irregular_checkpoints() -> Result<(), Error> 
     if !inside("a_unit_outlives_full_memory_for_irregular_checkpoints")? {
         return Ok(());
     }
-    let disk = Disk::mount(Path::new("/dev/shm"), 12 << 10)?;
+    let disk = Disk::mount(Path::new("/dev/shm"), LOG_KIB + (12 << 10))?;
     let mut launch = guest_launch("unlogged")?;
     launch.ready(Ready::Line).options(["--durability", "supervisor"]);
     let unit = launch.start()?;

@@ -9,6 +9,7 @@
 //! 0x6f01_0000_0000  control page, then the event ring: shared with the supervisor, not with children
 //! ```
 
+use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// First address of everything of ours in the unit.
@@ -293,6 +294,60 @@ pub struct Control {
     pub fds: [u8; FDS_MAX],
     /// What has gone through them.
     pub streams: [Stream; STREAMS],
+    /// By bits: descriptors that a call has made, changed or closed since somebody looked at what they are.
+    pub changed: [AtomicU64; FDS_MAX / 64],
+    /// Changes of epoll sets that [`Control::changed`] does not tell of.
+    pub enrolled: [Enrolment; ENROLMENTS],
+    /// How many.
+    pub enrolments: AtomicU32,
+}
+
+/// Room for changes of epoll sets.
+pub const ENROLMENTS: usize = 1024;
+
+/// A descriptor that has been entered into an epoll set, or changed there.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Enrolment {
+    /// The set, as a descriptor.
+    pub set: AtomicU32,
+    /// The descriptor.
+    pub fd: AtomicU32,
+    /// `EPOLL*`.
+    pub events: AtomicU64,
+    /// The program's own word.
+    pub data: AtomicU64,
+}
+
+impl Control {
+    /// A call is about to make, change or close a descriptor.
+    #[inline]
+    pub fn note_change(&self, fd: u64) {
+        if let Some(word) = self.changed.get((fd / 64) as usize) {
+            word.store(word.load(Relaxed) | 1 << (fd % 64), Relaxed);
+        }
+    }
+
+    /// A descriptor is about to be entered into a set, or changed there, by `make`, which tells whether it was.
+    pub fn note_enrolment<R>(&self, set: u64, fd: u64, event: (u32, u64), make: impl FnOnce() -> (bool, R)) -> R {
+        let word = self.changed.get((set / 64) as usize);
+        let before = word.map(|w| w.load(Relaxed));
+        // Whoever is killed in between leaves behind that the set has to be looked at.
+        self.note_change(set);
+        let (made, result) = make();
+        let at = self.enrolments.load(Relaxed);
+        if let (Some(word), Some(before), Some(entry)) = (word, before, self.enrolled.get(at as usize)) {
+            if made {
+                entry.set.store(set as u32, Relaxed);
+                entry.fd.store(fd as u32, Relaxed);
+                entry.events.store(u64::from(event.0), Relaxed);
+                entry.data.store(event.1, Relaxed);
+                self.enrolments.store(at + 1, Relaxed);
+            }
+            word.store(before, Relaxed);
+        }
+        result
+    }
 }
 
 /// What belongs to one thread; its address is in the thread's `gs` base.

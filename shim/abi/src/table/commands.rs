@@ -1,5 +1,6 @@
 //! Commands of `fcntl`, `prctl` and `arch_prctl`, and the table of all commands.
 
+use super::Effect::*;
 use super::make::*;
 use super::{Command, Len, Row, Used, file, ioctl, memory, net, process};
 
@@ -7,17 +8,17 @@ const FCNTL: Row = object(72, "fcntl", &[Fd, Hex, Int]);
 const FCNTL_GET: Row = input(72, "fcntl", &[Fd, Hex]);
 /// `struct flock` is 32 bytes.
 const GETLK: Row = input(72, "fcntl", &[Fd, Hex, INOUT32]);
-const SETLK: Row = object(72, "fcntl", &[Fd, Hex, IN32]);
+const SETLK: Row = object(72, "fcntl", &[Fd, Hex, IN32]).does(Lock);
 const FCNTL_OUT8: Row = input(72, "fcntl", &[Fd, Hex, OUT8]);
 const FCNTL_IN8: Row = object(72, "fcntl", &[Fd, Hex, IN8]);
 const LEASE: Row = unknown(72, "fcntl", &[Fd, Hex, Int]).note("breaking it sends a signal");
 
 const FCNTL_COMMANDS: &[Command] = &[
-    FCNTL.when(1, 0, "F_DUPFD"),
+    FCNTL.does(Duplicate).when(1, 0, "F_DUPFD"),
     FCNTL_GET.when(1, 1, "F_GETFD"),
-    FCNTL.when(1, 2, "F_SETFD"),
+    FCNTL.does(OnExec).when(1, 2, "F_SETFD"),
     FCNTL_GET.when(1, 3, "F_GETFL"),
-    FCNTL.when(1, 4, "F_SETFL"),
+    FCNTL.does(Mode).when(1, 4, "F_SETFL"),
     GETLK.when(1, 5, "F_GETLK"),
     SETLK.when(1, 6, "F_SETLK"),
     SETLK.special().when(1, 7, "F_SETLKW"),
@@ -36,10 +37,10 @@ const FCNTL_COMMANDS: &[Command] = &[
     LEASE.when(1, 1026, "F_NOTIFY"),
     FCNTL.when(1, 1027, "F_DUPFD_QUERY"),
     FCNTL_GET.when(1, 1028, "F_CREATED_QUERY"),
-    FCNTL.when(1, 1030, "F_DUPFD_CLOEXEC"),
-    FCNTL.when(1, 1031, "F_SETPIPE_SZ"),
+    FCNTL.does(Duplicate).when(1, 1030, "F_DUPFD_CLOEXEC"),
+    FCNTL.does(Capacity).when(1, 1031, "F_SETPIPE_SZ"),
     FCNTL_GET.when(1, 1032, "F_GETPIPE_SZ"),
-    FCNTL.when(1, 1033, "F_ADD_SEALS"),
+    FCNTL.does(Seal).when(1, 1033, "F_ADD_SEALS"),
     FCNTL_GET.when(1, 1034, "F_GET_SEALS"),
     FCNTL_OUT8.when(1, 1035, "F_GET_RW_HINT"),
     FCNTL_IN8.when(1, 1036, "F_SET_RW_HINT"),

@@ -1,5 +1,6 @@
 //! Commands of `ioctl`.
 
+use super::Effect::*;
 use super::make::*;
 use super::{Arg, Class, Command, Len, Place, Row, Used};
 
@@ -54,14 +55,14 @@ pub(super) static BY_SIZE: [Row; 4] = [
 
 pub(super) const COMMANDS: &[Command] = &[
     // The most frequent first.
-    SET4.when(1, 0x5421, "FIONBIO"),
+    SET4.does(NonBlocking).when(1, 0x5421, "FIONBIO"),
     GET_TERMIOS.when(1, 0x5401, "TCGETS"),
     GET4.when(1, 0x541b, "FIONREAD"),
     GET8.when(1, 0x5413, "TIOCGWINSZ"),
     own_process(GET4).when(1, 0x540f, "TIOCGPGRP"),
     own_process(SET4).when(1, 0x5410, "TIOCSPGRP"),
-    NONE.when(1, 0x5451, "FIOCLEX"),
-    NONE.when(1, 0x5450, "FIONCLEX"),
+    NONE.does(CloseOnExec(true)).when(1, 0x5451, "FIOCLEX"),
+    NONE.does(CloseOnExec(false)).when(1, 0x5450, "FIONCLEX"),
     SET4.when(1, 0x5452, "FIOASYNC"),
     GET4.when(1, 0x5411, "TIOCOUTQ"),
     // Terminals.
@@ -104,7 +105,7 @@ pub(super) const COMMANDS: &[Command] = &[
     GET4.when(1, 0x8004_5438, "TIOCGPKT"),
     GET4.when(1, 0x8004_5439, "TIOCGPTLCK"),
     GET4.when(1, 0x8004_5440, "TIOCGEXCL"),
-    INT.when(1, 0x5441, "TIOCGPTPEER"),
+    INT.does(Opaque).when(1, 0x5441, "TIOCGPTPEER"),
     get(&[Fd, Hex, Out(Len::Fixed(1), Used::All)]).when(1, 0x4b33, "KDGKBTYPE"),
     // Any descriptor and files.
     GET8.when(1, 0x5460, "FIOQSIZE"),

@@ -1,6 +1,6 @@
 //! Constructors that keep the rows short. Everything here is evaluated at compile time.
 
-use super::{Arg, Class, Command, Len, Place, Row, Used, Wait};
+use super::{Arg, Class, Command, Effect, Len, Place, Row, Used, Wait};
 
 pub(super) use super::Arg::{
     Addr, DirFd, Fd, Hex, In, InOut, Int, IovIn, IovOut, MsgIn, MsgOut, Out, Path, Pid, Sig, Str, Strings,
@@ -32,7 +32,19 @@ pub(super) const INOUT32: Arg = InOut(Len::Fixed(32));
 pub(super) const INOUT40: Arg = InOut(Len::Fixed(40));
 
 const fn row(nr: u16, name: &'static str, class: Class, place: Place, args: &'static [Arg]) -> Row {
-    Row { nr, name, command: "", class, place, wait: Wait::Never, args, irregular: false, deny_errno: 0, note: "" }
+    Row {
+        nr,
+        name,
+        command: "",
+        class,
+        place,
+        wait: Wait::Never,
+        args,
+        effect: Effect::None,
+        irregular: false,
+        deny_errno: 0,
+        note: "",
+    }
 }
 
 /// Executed by the thread itself, and again in replay.
@@ -85,6 +97,11 @@ impl Row {
 
     pub(super) const fn place(mut self, place: Place) -> Row {
         self.place = place;
+        self
+    }
+
+    pub(super) const fn does(mut self, effect: Effect) -> Row {
+        self.effect = effect;
         self
     }
 

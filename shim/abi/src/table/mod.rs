@@ -73,6 +73,105 @@ pub enum Wait {
     Special,
 }
 
+/// What a call that succeeded changes of descriptors, of the directory, or of the names of files: what recovery has to
+/// know when the kernel's objects are gone, too. Numbers are those of arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing of these.
+    None,
+    /// The result is a new descriptor of the file whose path is `.0`, after its directory if there is one; the flags
+    /// follow (`creat` has none, `openat2` has them in memory).
+    Open(u8),
+    /// The result is a new file without a name.
+    MemoryFile,
+    /// The result is a new socket.
+    Socket,
+    /// Argument 3 is given a pair of sockets.
+    Pair,
+    /// The result is a connection that was waiting at argument 0.
+    Accept,
+    /// The socket is connected, or begins to be.
+    Connect,
+    /// The socket gets an address.
+    Bind,
+    /// The address of a socket is told.
+    Name,
+    /// The socket waits for connections.
+    Listen,
+    /// An option of the socket is set.
+    Option,
+    /// The stream ends in one direction, or both.
+    Shut,
+    /// Argument 0 is given both ends of a pipe; the flags follow, if there are any.
+    Pipe,
+    /// The pipe gets another capacity: argument 2.
+    Capacity,
+    /// The file in memory gets seals: argument 2.
+    Seal,
+    /// The result is a new epoll set.
+    Epoll,
+    /// A descriptor enters an epoll set, is changed there, or leaves it.
+    Enrol,
+    /// The result is a new eventfd.
+    Counter,
+    /// The result is a new timerfd.
+    Timer,
+    /// The timerfd is set.
+    SetTimer,
+    /// The result is a signalfd, a new one or argument 0.
+    Signals,
+    /// The result is another descriptor for argument 0.
+    Duplicate,
+    /// Argument 1 becomes another descriptor for argument 0.
+    Onto,
+    /// The descriptor is closed.
+    Close,
+    /// Descriptors from argument 0 to 1 are closed.
+    CloseRange,
+    /// Argument 2 has the new status flags of the open file.
+    Mode,
+    /// Argument 2 points to the new value of `O_NONBLOCK`.
+    NonBlocking,
+    /// Bit 0 of argument 2 says whether the descriptor is closed by `execve`.
+    OnExec,
+    /// The descriptor is closed by `execve` from now on, or not.
+    CloseOnExec(bool),
+    /// The position in the file is the result.
+    Seek,
+    /// Data are taken from the file, the stream or the queue.
+    Take,
+    /// Entries are taken from a directory.
+    TakeEntries,
+    /// Data are given to it.
+    Give,
+    /// Data are given to it at the position in argument 3.
+    GiveAt,
+    /// The file gets the length in argument 1.
+    Resize,
+    /// The file's content is changed in another way.
+    Rewrite,
+    /// Data are moved: from argument `.0`, at the position that argument `.0 + 1` points to, to argument `.1`.
+    Transfer(u8, u8),
+    /// A record lock is taken or given back.
+    Lock,
+    /// A lock on the whole file is taken or given back.
+    FileLock,
+    /// The directory is the path in argument 0.
+    Directory,
+    /// The directory is the descriptor in argument 0.
+    DirectoryOf,
+    /// The umask is argument 0.
+    Mask,
+    /// The file with path `.0` gets the name `.1`.
+    Rename(u8, u8),
+    /// The name in argument `.0` is removed.
+    Remove(u8),
+    /// The name in argument `.0` is made.
+    Make(u8),
+    /// The result, if it is a descriptor, is of a kind that cannot be made again.
+    Opaque,
+}
+
 /// A length in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Len {
@@ -164,6 +263,8 @@ pub struct Row {
     pub wait: Wait,
     /// One entry per argument.
     pub args: &'static [Arg],
+    /// What becomes of descriptors.
+    pub effect: Effect,
     /// The supervisor has a hand-written handler for it.
     pub irregular: bool,
     /// The errno answered for [`Class::Deny`], 0 otherwise.
@@ -248,6 +349,7 @@ const UNLISTED: Row = Row {
     place: Place::Unit,
     wait: Wait::Special,
     args: &[Arg::Hex; 6],
+    effect: Effect::None,
     irregular: false,
     deny_errno: 0,
     note: "not in the table",

@@ -1,5 +1,6 @@
 //! Sockets.
 
+use super::Effect::*;
 use super::make::*;
 use super::{Arg, Command, Len, Row, Used};
 
@@ -9,23 +10,24 @@ const MMSG: &str = "the message headers hold addresses of further buffers";
 const RIGHTS: &str = "may bring descriptors; SCM_CREDENTIALS names whoever executes it";
 
 pub(super) const ROWS: &[Row] = &[
-    object(41, "socket", &[Int, Hex, Int]),
-    output(42, "connect", &[Fd, In(Len::Arg32(2)), Int]).special(),
-    object(43, "accept", &[Fd, ADDR1_LEN2, INOUT4]).readable(),
-    output(44, "sendto", &[Fd, In(Len::Arg(2)), Int, Hex, In(Len::Arg32(5)), Int]).writable(),
+    object(41, "socket", &[Int, Hex, Int]).does(Socket),
+    output(42, "connect", &[Fd, In(Len::Arg32(2)), Int]).does(Connect).special(),
+    object(43, "accept", &[Fd, ADDR1_LEN2, INOUT4]).does(Accept).readable(),
+    output(44, "sendto", &[Fd, In(Len::Arg(2)), Int, Hex, In(Len::Arg32(5)), Int]).does(Give).writable(),
     input(45, "recvfrom", &[Fd, Out(Len::Arg(2), Used::Result), Int, Hex, Out(Len::U32At(5), Used::U32At(5)), INOUT4])
+        .does(Take)
         .readable(),
-    output(46, "sendmsg", &[Fd, MsgIn, Hex]).writable().note(RIGHTS),
-    input(47, "recvmsg", &[Fd, MsgOut, Hex]).readable().note(RIGHTS),
-    output(48, "shutdown", &[Fd, Int]),
-    object(49, "bind", &[Fd, In(Len::Arg32(2)), Int]),
-    object(50, "listen", &[Fd, Int]),
-    input(51, "getsockname", &[Fd, ADDR1_LEN2, INOUT4]),
+    output(46, "sendmsg", &[Fd, MsgIn, Hex]).does(Give).writable().note(RIGHTS),
+    input(47, "recvmsg", &[Fd, MsgOut, Hex]).does(Take).readable().note(RIGHTS),
+    output(48, "shutdown", &[Fd, Int]).does(Shut),
+    object(49, "bind", &[Fd, In(Len::Arg32(2)), Int]).does(Bind),
+    object(50, "listen", &[Fd, Int]).does(Listen),
+    input(51, "getsockname", &[Fd, ADDR1_LEN2, INOUT4]).does(Name),
     input(52, "getpeername", &[Fd, ADDR1_LEN2, INOUT4]),
-    object(53, "socketpair", &[Int, Hex, Int, OUT8]),
-    object(54, "setsockopt", &[Fd, Int, Int, In(Len::Arg32(4)), Int]),
+    object(53, "socketpair", &[Int, Hex, Int, OUT8]).does(Pair),
+    object(54, "setsockopt", &[Fd, Int, Int, In(Len::Arg32(4)), Int]).does(Option),
     input(55, "getsockopt", &[Fd, Int, Int, Out(Len::U32At(4), Used::U32At(4)), INOUT4]),
-    object(288, "accept4", &[Fd, ADDR1_LEN2, INOUT4, Hex]).readable(),
+    object(288, "accept4", &[Fd, ADDR1_LEN2, INOUT4, Hex]).does(Accept).readable(),
     input(299, "recvmmsg", &[Fd, Addr, Int, Hex, INOUT16]).special().note(MMSG),
     output(307, "sendmmsg", &[Fd, Addr, Int, Hex]).special().note(MMSG),
 ];
@@ -40,7 +42,7 @@ const SET_POINTER: Row =
     unknown(54, "setsockopt", &[Fd, Int, Int, Addr, Int]).note("the option value holds addresses of further memory");
 const GET_POINTER: Row = unknown(55, "getsockopt", &[Fd, Int, Int, Addr, INOUT4])
     .note("the option value holds addresses, or its length is not counted in bytes");
-const GET_FD: Row = object(55, "getsockopt", &[Fd, Int, Int, Out(Len::U32At(4), Used::U32At(4)), INOUT4]);
+const GET_FD: Row = object(55, "getsockopt", &[Fd, Int, Int, Out(Len::U32At(4), Used::U32At(4)), INOUT4]).does(Opaque);
 /// An option whose value is also read.
 const GET_INOUT: Row = input(55, "getsockopt", &[Fd, Int, Int, InOut(Len::U32At(4)), INOUT4]);
 

@@ -233,6 +233,37 @@ fn treatment_of_well_known_calls() {
     assert_eq!(lookup(436, &[3, 9, 4, 0, 0, 0]).class, Class::Object);
 }
 
+/// Recovery without the kernel's objects knows of every call that makes or changes one.
+///
+/// Break it: take the effect from any row of an object.
+#[test]
+fn what_becomes_of_descriptors_is_known() {
+    /// Calls of the class whose effect nobody needs: hints, owners of signals, terminals, interfaces, and what is
+    /// refused as a whole (inotify, chroot).
+    const NONE: [&str; 7] =
+        ["readahead", "fadvise64", "inotify_add_watch", "inotify_rm_watch", "chroot", "ioctl", "fcntl"];
+    for row in ROWS.iter().filter(|row| row.class == Class::Object) {
+        assert!(row.effect != Effect::None || NONE.contains(&row.name), "{}", row.name);
+    }
+    for name in
+        ["F_DUPFD", "F_SETFD", "F_SETFL", "F_SETLK", "F_SETLKW", "F_OFD_SETLK", "F_SETPIPE_SZ", "FIONBIO", "FIOCLEX"]
+    {
+        let c = COMMANDS.iter().find(|c| c.row.command == name).expect("a command");
+        assert_ne!(c.row.effect, Effect::None, "{name}");
+    }
+    for row in ROWS.iter().chain(COMMANDS.iter().map(|c| &c.row)) {
+        let path = |i: u8| assert_eq!(row.args[usize::from(i)], Arg::Path, "{}", row.name);
+        match row.effect {
+            Effect::Open(i) | Effect::Remove(i) | Effect::Make(i) => path(i),
+            Effect::Rename(from, to) => [from, to].into_iter().for_each(path),
+            Effect::Transfer(from, to) => {
+                assert_eq!([from, to].map(|i| row.args[usize::from(i)]), [Arg::Fd; 2], "{}", row.name);
+            }
+            _ => {}
+        }
+    }
+}
+
 /// `unistd_64.h` of the machine, where there is one, has the same names for the same numbers.
 #[cfg(feature = "std")]
 #[test]

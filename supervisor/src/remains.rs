@@ -1,0 +1,135 @@
+//! What remains of a unit when every process of it has been killed: a directory in memory with checkpoint images, the
+//! event log, the desk, and what was run.
+//!
+//! | name | what |
+//! |---|---|
+//! | `*.ckpt` | checkpoint images ([`crate::standby`]) |
+//! | `log` | the event log ([`crate::evlog`]) |
+//! | `desk` | the desk ([`crate::desk`]); may be missing, where the rest comes from another machine |
+//! | `spec` | [`Spec`] |
+//!
+//! Each file is made exclusively, readable by its owner alone, and has all of its memory from the start, so that a
+//! file system that is full is an error then, and no SIGBUS later.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use ftrun_ckpt::image::Chain;
+use serde::{Deserialize, Serialize};
+
+use crate::cli::RunOptions;
+use crate::desk::Desk;
+use crate::launch::Program;
+use crate::report::Error;
+use crate::unitdir::UnitDir;
+
+const LOG: &str = "log";
+const DESK: &str = "desk";
+const SPEC: &str = "spec";
+/// Version of [`Spec`].
+const VERSION: u32 = 1;
+
+/// What was run: enough to supervise it again.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Spec {
+    version: u32,
+    options: RunOptions,
+    program: Program,
+}
+
+impl Spec {
+    /// What is about to be run.
+    pub fn new(options: &RunOptions, program: &Program) -> Self {
+        Self { version: VERSION, options: options.clone(), program: program.clone() }
+    }
+
+    /// Options and program of the unit `name`.
+    pub fn into_parts(self, name: &str) -> (RunOptions, Program) {
+        (RunOptions { name: Some(name.to_owned()), ..self.options }, self.program)
+    }
+}
+
+/// A directory with what remains of a unit that nobody runs.
+#[derive(Debug)]
+pub struct Remains {
+    dir: PathBuf,
+}
+
+impl Remains {
+    /// Lays out the directory of a unit that is about to run: its desk, and the empty file of its log.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn lay(dir: &Path, spec: &Spec) -> Result<(&'static Desk, File), Error> {
+        let full = |name: &'static str| {
+            let at = dir.join(name);
+            move |e: std::io::Error| {
+                let hint =
+                    "give the file system more room (mount -o remount,size=SIZE /dev/shm), or use --durability process";
+                Error::environment(format!("{}: {e}", at.display()), hint)
+            }
+        };
+        let create = |name| {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create_new(true).mode(0o600).open(dir.join(name))
+        };
+        let bytes = postcard::to_stdvec(spec).map_err(|e| Error::bug(format!("what is run cannot be noted: {e}")))?;
+        let mut file = create(SPEC).map_err(full(SPEC))?;
+        std::io::Write::write_all(&mut file, &bytes).map_err(full(SPEC))?;
+        let desk = create(DESK).and_then(|file| Desk::map(Some(&file))).map_err(full(DESK))?;
+        let log = create(LOG).map_err(full(LOG))?;
+        Ok((desk, log))
+    }
+
+    /// What remains of a unit whose lock we have, if it can be gone on with: it was started, and has not ended.
+    pub fn of(dir: &UnitDir) -> Option<Self> {
+        let remains = Self { dir: dir.found_memory()? };
+        let there = |name: &str| remains.dir.join(name).is_file();
+        let ended = || {
+            let file = OpenOptions::new().read(true).write(true).open(remains.dir.join(DESK)).ok()?;
+            let desk = Desk::find(&file).ok()?;
+            Some(desk.code.load(std::sync::atomic::Ordering::SeqCst) >= 0)
+        };
+        let started = Chain::open(&remains.dir).is_ok_and(|chain| chain.newest().is_some());
+        (there(LOG) && there(SPEC) && started && ended() != Some(true)).then_some(remains)
+    }
+
+    /// Takes it over: what was run, the desk, the log. Nothing of the unit's table exists any more.
+    ///
+    /// # Errors
+    /// A file cannot be read, or is not of this version.
+    pub fn take(&self) -> Result<(Spec, &'static Desk, File), Error> {
+        let wrong = |name: &str, what: &dyn std::fmt::Display| {
+            let path = self.dir.join(name);
+            Error::environment(format!("{}: {what}", path.display()), "`ftrun rm` gives the unit up")
+        };
+        let open = |name: &str| {
+            let opened = OpenOptions::new().read(true).write(true).open(self.dir.join(name));
+            opened.map_err(|e| wrong(name, &e))
+        };
+        let bytes = fs::read(self.dir.join(SPEC)).map_err(|e| wrong(SPEC, &e))?;
+        let spec: Spec = postcard::from_bytes(&bytes).map_err(|e| wrong(SPEC, &e))?;
+        if spec.version != VERSION {
+            return Err(wrong(SPEC, &format!("version {}, this ftrun writes version {VERSION}", spec.version)));
+        }
+        let desk = if self.dir.join(DESK).exists() {
+            Desk::find(&open(DESK)?).map_err(|e| wrong(DESK, &e))?
+        } else {
+            let desk = Desk::map(None).map_err(|e| Error::bug(format!("the desk: {e}")))?;
+            // Its first supervisor takes over.
+            desk.generation.store(1, std::sync::atomic::Ordering::SeqCst);
+            desk
+        };
+        desk.take_over();
+        Ok((spec, desk, open(LOG)?))
+    }
+
+    /// Why a unit of this name is not started anew.
+    pub fn refuse(&self, name: &str) -> Error {
+        Error::environment(
+            format!("the unit {name} was killed with all of ftrun, and can be gone on with"),
+            format!("`ftrun resume {name}` goes on with it; `ftrun rm {name}` gives it up"),
+        )
+    }
+}
