@@ -267,6 +267,12 @@ enum Command {
         /// Go on although descriptors cannot be made again: they are at their end
         #[arg(long)]
         lossy: bool,
+        /// Take it from this store, where a unit of durability `node` has left it, on any machine
+        #[arg(long, value_name = "URL")]
+        store: Option<String>,
+        /// Where an event has to be in that store before what follows from it is given out
+        #[arg(long, value_name = "WHERE", default_value = "disk")]
+        stable: Stable,
     },
     /// List the units
     Ls {
@@ -459,11 +465,14 @@ fn dispatch(cli: Cli) -> Result<u8, Error> {
     match cli.command {
         None => return run(&cli.global, cli.run),
         Some(Command::Run(args)) => return run(&cli.global, args),
-        Some(Command::Resume { name, lossy }) => {
+        Some(Command::Resume { name, lossy, store, stable }) => {
             let state_dir = state_dir()?;
-            // An error for one that does not exist, rather than a new directory.
-            open(&name)?;
-            let code = crate::run::resume(UnitDir::create(&state_dir, &name)?, lossy)?;
+            let store = store.map(|url| StoreOptions { url: Some(url), stable });
+            if store.is_none() {
+                // An error for one that does not exist, rather than a new directory.
+                open(&name)?;
+            }
+            let code = crate::run::resume(UnitDir::create(&state_dir, &name)?, lossy, store)?;
             return Ok(code.to_le_bytes()[0]);
         }
         Some(Command::Ls { json }) => list(out, &state_dir()?, json)?,

@@ -38,6 +38,7 @@ pub mod recorder;
 pub mod remains;
 pub mod replay;
 pub mod report;
+pub mod retrieve;
 pub mod run;
 pub mod scan;
 pub mod service;

@@ -16,8 +16,10 @@ use ftrun_ckpt::runs::PageRun;
 use ftrun_ckpt::state::Snapshot;
 use ftrun_store::{Batch, Durability, Error as StoreError, Location, NewCheckpoint, OpenOptions, Page, StableStore};
 use ftrun_store::{UnitName, UnitStore};
+use serde::{Deserialize, Serialize};
 
 use crate::capture::{Capture, read};
+use crate::cli::StoreOptions;
 use crate::commit::await_commit;
 use crate::evlog::{EventLog, LogTail, Reader};
 use crate::journal::SharedPages;
@@ -25,6 +27,7 @@ use crate::report::Error;
 use crate::run::lock;
 use crate::service::Service;
 use crate::status::StoreInfo;
+use crate::unitdir::UnitDir;
 
 /// Events that nobody waits for are brought to the store after this time at the latest.
 const LAG: Duration = Duration::from_millis(50);
@@ -53,7 +56,51 @@ pub struct Place {
     /// When an event counts as stable.
     pub durability: Durability,
     /// Who writes: the keeper's process, which outlives supervisors.
-    pub holder: String,
+    pub holder: Holder,
+    /// What is run, for each checkpoint ([`crate::remains::Spec`]).
+    pub spec: Vec<u8>,
+}
+
+/// A process that may have a unit's lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// The machine, since it was started.
+    machine: String,
+    pid: i32,
+}
+
+impl Holder {
+    fn this_machine() -> String {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        format!("{}/{}", read("/proc/sys/kernel/hostname"), read("/proc/sys/kernel/random/boot_id"))
+    }
+
+    /// The holder of this name is a process of this machine that is not there any more.
+    fn is_dead(name: &str) -> bool {
+        let Some((machine, pid)) = name.rsplit_once('/') else { return false };
+        machine == Self::this_machine()
+            // SAFETY: asks whether there is such a process.
+            && pid.parse().is_ok_and(|pid: i32| unsafe { libc::kill(pid, 0) } != 0 && last_error() == libc::ESRCH)
+    }
+}
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.machine, self.pid)
+    }
+}
+
+fn last_error() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+/// What is stored with the pages of a checkpoint.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// What is run.
+    pub spec: Vec<u8>,
+    /// The state.
+    pub snapshot: Snapshot,
 }
 
 /// What the threads and the tracer share.
@@ -83,9 +130,9 @@ struct Common {
 
 /// The unit, opened.
 #[derive(Clone, Debug)]
-struct Link {
+pub(crate) struct Link {
     store: Arc<dyn StableStore>,
-    unit: Arc<dyn UnitStore>,
+    pub(crate) unit: Arc<dyn UnitStore>,
 }
 
 /// Handle of the tracer.
@@ -107,7 +154,7 @@ pub fn open_store(url: &str) -> Result<Box<dyn StableStore>, Error> {
 }
 
 /// As the user sees it.
-fn refused(url: &str, e: &StoreError) -> Error {
+pub(crate) fn refused(url: &str, e: &StoreError) -> Error {
     Error::environment(format!("the store {url}: {e}"), "name another one with --store, or start its service")
 }
 
@@ -272,10 +319,29 @@ impl Watch {
 }
 
 impl Place {
-    fn open(&self, name: &UnitName) -> Result<Link, StoreError> {
+    /// Where a unit goes whose keeper is process `keeper`.
+    pub fn new(store: &StoreOptions, dir: &UnitDir, keeper: i32, spec: Vec<u8>) -> Self {
+        Self {
+            url: store.url.clone().unwrap_or_else(|| format!("file:{}", dir.store_dir().display())),
+            unit: dir.name().to_owned(),
+            durability: store.stable.into(),
+            holder: Holder { machine: Holder::this_machine(), pid: keeper },
+            spec,
+        }
+    }
+
+    /// Opens the unit for writing.
+    pub(crate) fn open(&self, name: &UnitName) -> Result<Link, StoreError> {
         let store: Arc<dyn StableStore> = self.url.parse::<Location>()?.open()?.into();
-        let options = OpenOptions { holder: self.holder.clone(), ttl: LEASE, durability: self.durability };
-        let unit = store.open(name, &options)?;
+        let options = |holder| OpenOptions { holder, ttl: LEASE, durability: self.durability };
+        let unit = match store.open(name, &options(self.holder.to_string())) {
+            Err(StoreError::Held { holder, .. }) if Holder::is_dead(&holder) => {
+                // Its lease need not be waited for.
+                store.open(name, &options(holder))?.release()?;
+                store.open(name, &options(self.holder.to_string()))?
+            }
+            other => other?,
+        };
         Ok(Link { store, unit })
     }
 }
@@ -298,7 +364,8 @@ impl Common {
         pages: &dyn PageSource,
         gone: &[PageRun],
     ) -> Result<(), StoreError> {
-        let manifest = postcard::to_stdvec(snapshot).map_err(|e| failed("encode", "a checkpoint", e))?;
+        let manifest =
+            postcard::to_stdvec(&(&self.place.spec, snapshot)).map_err(|e| failed("encode", "a checkpoint", e))?;
         let gone: Vec<_> = gone.iter().map(|run| run.start..run.end()).collect();
         let pages = Source(pages);
         let new = NewCheckpoint { sii: snapshot.sii, parent, manifest: &manifest, gone: &gone, pages: &pages };

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use ftrun_ckpt::image::Chain;
 use serde::{Deserialize, Serialize};
 
-use crate::cli::RunOptions;
+use crate::cli::{RunOptions, StoreOptions};
 use crate::desk::Desk;
 use crate::launch::Program;
 use crate::report::Error;
@@ -42,6 +42,36 @@ impl Spec {
     /// What is about to be run.
     pub fn new(options: &RunOptions, program: &Program) -> Self {
         Self { version: VERSION, options: options.clone(), program: program.clone() }
+    }
+
+    /// As it is kept.
+    ///
+    /// # Errors
+    /// None is known.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
+        postcard::to_stdvec(self).map_err(|e| Error::bug(format!("what is run cannot be noted: {e}")))
+    }
+
+    /// What [`Spec::to_bytes`] gave.
+    ///
+    /// # Errors
+    /// It is something else, or of another version.
+    pub fn read(bytes: &[u8]) -> Result<Self, String> {
+        let spec: Self = postcard::from_bytes(bytes).map_err(|e| e.to_string())?;
+        if spec.version != VERSION {
+            return Err(format!("version {}, this ftrun writes version {VERSION}", spec.version));
+        }
+        Ok(spec)
+    }
+
+    /// Its events and checkpoints go there from now on.
+    pub fn use_store(&mut self, store: StoreOptions) {
+        self.options.store = Some(store);
+    }
+
+    /// How it is run.
+    pub fn options(&self) -> &RunOptions {
+        &self.options
     }
 
     /// Options and program of the unit `name`.
@@ -74,7 +104,7 @@ impl Remains {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create_new(true).mode(0o600).open(dir.join(name))
         };
-        let bytes = postcard::to_stdvec(spec).map_err(|e| Error::bug(format!("what is run cannot be noted: {e}")))?;
+        let bytes = spec.to_bytes()?;
         let mut file = create(SPEC).map_err(full(SPEC))?;
         std::io::Write::write_all(&mut file, &bytes).map_err(full(SPEC))?;
         let desk = create(DESK).and_then(|file| Desk::map(Some(&file))).map_err(full(DESK))?;
@@ -109,10 +139,7 @@ impl Remains {
             opened.map_err(|e| wrong(name, &e))
         };
         let bytes = fs::read(self.dir.join(SPEC)).map_err(|e| wrong(SPEC, &e))?;
-        let spec: Spec = postcard::from_bytes(&bytes).map_err(|e| wrong(SPEC, &e))?;
-        if spec.version != VERSION {
-            return Err(wrong(SPEC, &format!("version {}, this ftrun writes version {VERSION}", spec.version)));
-        }
+        let spec = Spec::read(&bytes).map_err(|e| wrong(SPEC, &e))?;
         let desk = if self.dir.join(DESK).exists() {
             Desk::find(&open(DESK)?).map_err(|e| wrong(DESK, &e))?
         } else {

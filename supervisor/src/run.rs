@@ -16,7 +16,7 @@ use std::time::Duration;
 use ftrun_ckpt::dirty;
 use ftrun_ckpt::image::PageSource;
 
-use crate::cli::{RunOptions, StoreOptions};
+use crate::cli::{RunOptions, Stable, StoreOptions};
 use crate::desk::Desk;
 use crate::evlog::EventLog;
 use crate::journal::{Journal, Stored};
@@ -70,8 +70,14 @@ fn notifier(options: &RunOptions, dir: &UnitDir) -> Option<Notifier> {
 
 /// Goes on with a unit whose keeper, supervisor and program were killed; returns the exit status for the user.
 ///
-/// `lossy` says that a descriptor which cannot be made again is no reason to give up.
-pub fn resume(dir: UnitDir, lossy: bool) -> Result<i32, Error> {
+/// `lossy` says that a descriptor which cannot be made again is no reason to give up. What remains is taken from the
+/// memory of this machine; from the store if one is named, or if that memory is gone and there is one in the directory.
+pub fn resume(mut dir: UnitDir, lossy: bool, store: Option<StoreOptions>) -> Result<i32, Error> {
+    let own = || dir.store_dir().is_dir().then_some(StoreOptions { url: None, stable: Stable::Disk });
+    let store = store.or_else(|| if Remains::of(&dir).is_none() { own() } else { None });
+    if let Some(store) = store {
+        crate::retrieve::retrieve(&mut dir, &store)?;
+    }
     let Some(remains) = Remains::of(&dir) else {
         return Err(Error::environment(
             format!("there is nothing to go on with: the unit {} has ended, or its memory is gone", dir.name()),
@@ -125,6 +131,11 @@ fn keep(
 /// Room for events beyond those that make a checkpoint due: two of the longest, and what the disk has not
 /// taken yet.
 const LOG_SLACK: u64 = 64 << 20;
+
+/// Bytes of the event log of a unit that survives its supervisor.
+pub(crate) fn log_bytes(options: &RunOptions) -> u64 {
+    options.checkpoint_log_bytes + 2 * LOG_SLACK
+}
 
 struct Control {
     writer: Service,
@@ -241,13 +252,15 @@ fn try_supervisor(
             let file = unsafe { File::from_raw_fd(fd) };
             let log = match &last {
                 Some((snapshot, _)) => EventLog::attach(file, snapshot.sii),
-                None => EventLog::create(file, options.checkpoint_log_bytes + 2 * LOG_SLACK),
+                None => EventLog::create(file, log_bytes(options)),
             };
             let log = log.map_err(no_memory)?;
             let standby = standby.follow(&log);
             if let Some(store) = &options.store {
                 let fresh = last.is_none() && !takes_over;
-                let mut opened = Recorder::open_until(&place(store, dir, desk), fresh, takes_over)?;
+                let spec = Spec::new(options, program).to_bytes()?;
+                let place = Place::new(store, dir, desk.keeper.load(Ordering::SeqCst), spec);
+                let mut opened = Recorder::open_until(&place, fresh, takes_over)?;
                 log.control().commits.store(1, Ordering::SeqCst);
                 let from = last.as_ref().map(|(snapshot, pages)| (snapshot, pages as &dyn PageSource));
                 opened.follow(&log, from)?;
@@ -358,18 +371,6 @@ fn try_supervisor(
     keep_only(&[]);
     unit.serve_children();
     Ok(code)
-}
-
-/// Where the unit goes in its store.
-fn place(store: &StoreOptions, dir: &UnitDir, desk: &Desk) -> Place {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-    let (host, boot) = (read("/proc/sys/kernel/hostname"), read("/proc/sys/kernel/random/boot_id"));
-    Place {
-        url: store.url.clone().unwrap_or_else(|| format!("file:{}", dir.path().join("store").display())),
-        unit: dir.name().to_owned(),
-        durability: store.stable.into(),
-        holder: format!("{host}/{boot}/{}", desk.keeper.load(Ordering::SeqCst)),
-    }
 }
 
 fn write_end(

@@ -21,7 +21,7 @@ use crate::run::lock;
 use crate::service::Service;
 
 /// Memory is fast: little effort for compression.
-const OPTIONS: WriteOptions = WriteOptions { fsync: false, level: -5 };
+pub(crate) const OPTIONS: WriteOptions = WriteOptions { fsync: false, level: -5 };
 
 /// Page bytes that may wait to be written before the unit waits, too.
 const WAITING_MAX: u64 = 256 << 20;

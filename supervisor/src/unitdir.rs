@@ -8,6 +8,7 @@
 //! | `ctl.sock` | where a running unit takes commands |
 //! | `log/` | the event log |
 //! | `ckpt/` | checkpoints |
+//! | `store/` | stable storage, at durability `node` without another store |
 //!
 //! The lock is an open file description lock (fcntl(2)): children of the process that took it keep
 //! it, it ends with the last of them, and others can ask for it without taking it.
@@ -32,6 +33,7 @@ pub const UNIT_FORMAT: u32 = 1;
 pub const NAME_BYTES_MAX: usize = 64;
 
 const UNITS: &str = "units";
+const STORE: &str = "store";
 const FORMAT_PREFIX: &str = "ftrun unit ";
 
 /// Checks the name of a unit.
@@ -149,7 +151,7 @@ impl UnitDir {
         self.write_atomically("format", text.as_bytes())
     }
 
-    /// Removes everything but the lock. `format` goes first: without it there is no unit.
+    /// Removes everything but the lock and the store, which says itself what it has. `format` goes first: without it there is no unit.
     fn wipe(&self) -> Result<(), Error> {
         let err = Error::state;
         let format = self.path.join("format");
@@ -159,7 +161,7 @@ impl UnitDir {
         }
         for entry in fs::read_dir(&self.path).map_err(err("list", &self.path))? {
             let entry = entry.map_err(err("list", &self.path))?;
-            if entry.file_name() == "lock" {
+            if entry.file_name() == "lock" || entry.file_name() == STORE {
                 continue;
             }
             let path = entry.path();
@@ -201,6 +203,11 @@ impl UnitDir {
         let dir = self.memory_path();
         self.check_memory(&dir, true)?;
         Ok(dir)
+    }
+
+    /// Where its events and checkpoints go at durability `node`, unless a store is named.
+    pub fn store_dir(&self) -> PathBuf {
+        self.path.join(STORE)
     }
 
     /// That directory, if it is there and ours.
