@@ -218,7 +218,8 @@ impl Unit {
         let given = self.set_given_aside(&objects, &present)?;
         crate::fault::point("thaw-begin", self.pid);
         let spare = desk.raised.load(SeqCst);
-        let built = build::build(&objects, given, spare, self.lossy, now());
+        // Calls that connect and accept would be interrupted by the clock.
+        let built = crate::told::hold(|| build::build(&objects, given, spare, self.lossy, now()));
         let told = match built {
             Ok(told) => told,
             Err(e) => return Err(Halt::Broken(format!("the unit's descriptors cannot be made again: {e}"))),

@@ -2,6 +2,7 @@
 //! recovery goes on with it, on this machine or another one.
 
 use std::path::Path;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use ftrun_ckpt::image;
@@ -10,7 +11,7 @@ use ftrun_store::{UnitName, UnitStore, each_record};
 
 use crate::cli::StoreOptions;
 use crate::evlog::EventLog;
-use crate::recorder::{Manifest, Place, refused};
+use crate::recorder::{Link, Manifest, Place, refused};
 use crate::remains::{Remains, Spec};
 use crate::report::Error;
 use crate::run::log_bytes;
@@ -21,15 +22,50 @@ use crate::unitdir::UnitDir;
 /// Between two looks at a lease that somebody else has.
 const AGAIN: Duration = Duration::from_millis(200);
 
-/// Fetches the unit of this name. From here on whoever ran it before cannot store anything more.
+/// Fetches the unit of this name, for the calling process to be its keeper. From here on whoever ran it before cannot store
+/// anything more.
+///
+/// A process of its own does it, and prints what goes wrong: a keeper has no threads but its own, and a client of a store
+/// has some. The calling process must have one thread.
 ///
 /// # Errors
 /// The store cannot be reached, has no such unit, or what it has is damaged; there is no room in memory.
 pub fn retrieve(dir: &mut UnitDir, store: &StoreOptions) -> Result<(), Error> {
-    let place = Place::new(store, dir, std::process::id() as i32, Vec::new());
+    let keeper = std::process::id() as i32;
+    // SAFETY: this process has one thread, so the child may do anything.
+    match unsafe { libc::fork() } {
+        0 => {
+            let code = match fetch(dir, store, keeper) {
+                Ok(()) => 0,
+                Err(e) => {
+                    // Nothing else can be done with a failure to print.
+                    let _printed = e.print(&mut std::io::stderr());
+                    i32::from(e.exit_code())
+                }
+            };
+            // SAFETY: ends the child without running the parent's destructors.
+            unsafe { libc::_exit(code) }
+        }
+        -1 => Err(Error::bug(format!("a process to fetch the unit: {}", std::io::Error::last_os_error()))),
+        child => {
+            let mut status = 0;
+            // SAFETY: `status` outlives the call.
+            unsafe { libc::waitpid(child, &raw mut status, 0) };
+            if status != 0 {
+                return Err(Error::environment(format!("the unit {} was not fetched", dir.name()), ""));
+            }
+            dir.begun();
+            Ok(())
+        }
+    }
+}
+
+fn fetch(dir: &mut UnitDir, store: &StoreOptions, keeper: i32) -> Result<(), Error> {
+    let place = Place::new(store, dir, keeper, Vec::new());
     let wrong = |e: ftrun_store::Error| refused(&place.url, &e);
     let name = UnitName::new(place.unit.clone()).map_err(wrong)?;
-    let unit = open(&place, &name)?;
+    let link = open(&place, &name)?;
+    let unit = &link.unit;
     let none = || {
         Error::environment(
             format!("the store {} has no checkpoint of a unit {name}", place.url),
@@ -60,7 +96,7 @@ pub fn retrieve(dir: &mut UnitDir, store: &StoreOptions) -> Result<(), Error> {
     };
     dir.write_status(&status)?;
     let memory = dir.memory_dir()?;
-    lay(&memory, &spec, sii, &*unit, |memory| {
+    lay(&memory, &spec, (sii, snapshot.incarnation), &**unit, |memory| {
         image::write(memory, &snapshot, None, &pages, &[], standby::OPTIONS).map(drop).map_err(|e| e.to_string())
     })
     .inspect_err(|_| dir.forget_memory())
@@ -70,7 +106,7 @@ pub fn retrieve(dir: &mut UnitDir, store: &StoreOptions) -> Result<(), Error> {
 fn lay(
     memory: &Path,
     spec: &Spec,
-    sii: u64,
+    (sii, incarnation): (u64, u32),
     unit: &dyn UnitStore,
     write_image: impl FnOnce(&Path) -> Result<(), String>,
 ) -> Result<(), Error> {
@@ -82,7 +118,9 @@ fn lay(
     };
     let (desk, file) = Remains::lay(memory, spec)?;
     // Its first supervisor takes over.
-    desk.generation.store(1, std::sync::atomic::Ordering::SeqCst);
+    desk.generation.store(1, SeqCst);
+    desk.incarnation.store(incarnation, SeqCst);
+    desk.recoveries.store(u64::from(incarnation.saturating_sub(1)), SeqCst);
     write_image(memory).map_err(|e| failed(&e))?;
     let (mut bytes, mut largest) = (0, 0);
     let mut records = Vec::new();
@@ -103,7 +141,7 @@ fn lay(
 }
 
 /// Opens the unit for writing: nobody else does from here on. Waits for the lease of somebody who may be alive.
-fn open(place: &Place, name: &UnitName) -> Result<std::sync::Arc<dyn UnitStore>, Error> {
+fn open(place: &Place, name: &UnitName) -> Result<Link, Error> {
     let known = place.url.parse::<ftrun_store::Location>().and_then(|l| l.open()).and_then(|store| store.units());
     if !known.map_err(|e| refused(&place.url, &e))?.iter().any(|u| u.name == *name) {
         return Err(Error::environment(
@@ -114,7 +152,7 @@ fn open(place: &Place, name: &UnitName) -> Result<std::sync::Arc<dyn UnitStore>,
     let mut told = false;
     loop {
         match place.open(name) {
-            Ok(link) => return Ok(link.unit),
+            Ok(link) => return Ok(link),
             Err(e @ ftrun_store::Error::Held { .. }) => {
                 if !std::mem::replace(&mut told, true) {
                     eprintln!("ftrun: {e}; waiting until it is known to be dead");

@@ -59,6 +59,19 @@ pub(crate) fn listen() {
     }
 }
 
+/// Does something in which no call is interrupted: what is told meanwhile is heard afterwards.
+pub(crate) fn hold<R>(f: impl FnOnce() -> R) -> R {
+    // SAFETY: signal sets are plain data; the mask of this thread is changed, and put back.
+    unsafe {
+        let (mut told, mut before): (libc::sigset_t, libc::sigset_t) = std::mem::zeroed();
+        libc::sigaddset(&raw mut told, libc::SIGUSR2);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const told, &raw mut before);
+        let result = f();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
+        result
+    }
+}
+
 /// `wait4`; `-EINTR` when somebody has told something since the last time that this was said. With `WNOHANG` that makes
 /// no difference.
 pub(crate) fn wait4(pid: i32, status: &mut c_int, options: c_int) -> i64 {
@@ -77,6 +90,34 @@ pub(crate) fn wait4(pid: i32, status: &mut c_int, options: c_int) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Cold recovery makes sockets by calls that wait for a moment: they failed with EINTR now and then.
+    ///
+    /// Break it: call `f` alone.
+    #[test]
+    fn what_is_held_is_not_interrupted() {
+        listen();
+        // SAFETY: plain calls.
+        let (us, me) = unsafe { (libc::getpid(), libc::gettid()) };
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(SeqCst) {
+                    // SAFETY: a signal to a thread that handles it.
+                    unsafe { libc::syscall(libc::SYS_tgkill, us, me, libc::SIGUSR2) };
+                }
+            });
+            let nap = || {
+                let ms = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+                // SAFETY: a time that outlives the call.
+                unsafe { libc::nanosleep(&raw const ms, std::ptr::null_mut()) }
+            };
+            let interrupted = (0..50).filter(|_| hold(nap) != 0).count();
+            done.store(true, SeqCst);
+            assert_eq!(interrupted, 0);
+        });
+    }
+
     use std::sync::atomic::AtomicBool;
     use std::sync::atomic::AtomicU64;
     use std::time::{Duration, Instant};

@@ -151,6 +151,11 @@ impl UnitDir {
         self.write_atomically("format", text.as_bytes())
     }
 
+    /// Another process has begun the unit in our name.
+    pub fn begun(&mut self) {
+        self.fresh = false;
+    }
+
     /// Removes everything but the lock and the store, which says itself what it has. `format` goes first: without it there is no unit.
     fn wipe(&self) -> Result<(), Error> {
         let err = Error::state;

@@ -350,6 +350,23 @@ impl Unit {
         Ok(())
     }
 
+    /// Removes what the unit has left in memory, as the loss of its machine would.
+    pub fn wipe_memory(&self) -> Result<(), Error> {
+        // SAFETY: no arguments.
+        let user = Path::new("/dev/shm").join(format!("ftrun-{}", unsafe { libc::geteuid() }));
+        let mut found = false;
+        for entry in std::fs::read_dir(user)?.flatten() {
+            // The name is followed by a digest of the state directory.
+            let ours =
+                entry.file_name().to_str().is_some_and(|n| n.rsplit_once('-').is_some_and(|(n, _)| n == self.name));
+            if ours {
+                std::fs::remove_dir_all(entry.path())?;
+                found = true;
+            }
+        }
+        if found { Ok(()) } else { Err(error!("{} has left nothing in memory", self.name)) }
+    }
+
     /// `ftrun resume NAME`, with what it prints behind what has been printed; waits until it runs.
     pub fn resume(&self) -> Result<Value, Error> {
         self.resume_as(&[], &[])

@@ -215,6 +215,43 @@ fn the_store_service_is_killed() -> Result<(), Error> {
     Ok(())
 }
 
+/// The machine is lost: everything is killed and its memory wiped. `ftrun resume` fetches the unit from the store, and all that
+/// had an answer is there.
+///
+/// Break it: leave the events behind the newest checkpoint in the store (`retrieve::lay`).
+#[test]
+fn a_unit_is_fetched_from_its_store() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    for stop in [false, true] {
+        let service = Service::new()?;
+        let mut launch = echo_launch(&service)?;
+        launch.options(["--checkpoint-every", if stop { "100ms" } else { "1h" }]);
+        let unit = launch.start()?;
+        let mut count = 0;
+        for life in 0..4u64 {
+            // Two clients, so that each life has connections to lose.
+            let mut talks = [Talk::to(unit.port)?, Talk::to(unit.port)?];
+            for n in 0..50 + 20 * life {
+                let text = format!("life {life} request {n}");
+                let talk = &mut talks[n as usize % 2];
+                talk.say(&text)?;
+                count += 1;
+                let answer = talk.hear(LIMIT)?.unwrap_or_default();
+                // COUNT of the connection, TOTAL of the server.
+                let total = answer.split(' ').nth(1).and_then(|t| t.parse::<u64>().ok());
+                assert!(answer.ends_with(&text) && total == Some(count), "`{answer}` is answer {count} to `{text}`");
+            }
+            unit.kill9_all(life)?;
+            unit.wipe_memory()?;
+            unit.resume_as(&[], &["--store", &service.url(), "--stable", "cache"])?;
+        }
+        unit.stop()?;
+    }
+    Ok(())
+}
+
 /// Everything is killed at once, the service too: whatever had an answer is in the log that the store gives back.
 ///
 /// Break it: have the recorder say that events are committed when it has only appended them, and not synced
