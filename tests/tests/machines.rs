@@ -1,0 +1,164 @@
+//! Two network namespaces as two machines, and a third with the store: a unit of durability `node` goes on on the other one
+//! when the first is lost.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use ftrun_tests::binaries::{Mode, is_bare, mode, need, own_release};
+use ftrun_tests::process::is_root;
+use ftrun_tests::scenarios::guest_launch;
+use ftrun_tests::unit::{LIMIT, Ready};
+use ftrun_tests::{Error, error};
+
+/// A network namespace with a link to the store's.
+struct Machine {
+    name: String,
+}
+
+fn ip(words: &str) -> Result<(), Error> {
+    let output = Command::new(need("ip")?).args(words.split(' ')).output()?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.success() { Ok(()) } else { Err(error!("ip {words}: {text}")) }
+}
+
+impl Machine {
+    fn new(which: &str) -> Result<Self, Error> {
+        let name = format!("ftrun-{which}-{}", std::process::id());
+        ip(&format!("netns add {name}"))?;
+        let machine = Self { name };
+        ip(&format!("-n {} link set lo up", machine.name))?;
+        Ok(machine)
+    }
+
+    /// Links it to the store's machine: network `n` is 10.99.n.0/24, and the store has 1 in it.
+    fn link(&self, store: &Machine, n: u8) -> Result<(), Error> {
+        let (here, there) = (&self.name, &store.name);
+        ip(&format!("-n {here} link add up{n} type veth peer name down{n} netns {there}"))?;
+        for (machine, link, host) in [(here, format!("up{n}"), 2), (there, format!("down{n}"), 1)] {
+            ip(&format!("-n {machine} addr add 10.99.{n}.{host}/24 dev {link}"))?;
+            ip(&format!("-n {machine} link set {link} up"))?;
+        }
+        Ok(())
+    }
+
+    fn command(&self, program: impl AsRef<Path>) -> Result<Command, Error> {
+        let mut command = Command::new(need("ip")?);
+        command.args(["netns", "exec", &self.name]).arg(program.as_ref()).stdin(Stdio::null());
+        Ok(command)
+    }
+
+    /// Does something in it, in a thread of its own.
+    fn inside<R: Send>(&self, f: impl FnOnce() -> Result<R, Error> + Send) -> Result<R, Error> {
+        let file = std::fs::File::open(Path::new("/run/netns").join(&self.name))?;
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                // SAFETY: concerns this thread alone.
+                if unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+                    return Err(std::io::Error::last_os_error().into());
+                }
+                f()
+            });
+            thread.join().map_err(|_| error!("a thread in a namespace panicked"))?
+        })
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _gone = ip(&format!("netns del {}", self.name));
+    }
+}
+
+/// A process that is killed in the end.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ended = self.0.kill().and_then(|()| self.0.wait());
+    }
+}
+
+/// Asks the echo server so many times; the total that it has counted in the end.
+fn talk(port: u16, times: u64) -> Result<u64, Error> {
+    let mut stream = BufReader::new(TcpStream::connect(("127.0.0.1", port))?);
+    stream.get_mut().set_read_timeout(Some(LIMIT))?;
+    let mut total = 0;
+    for n in 0..times {
+        stream.get_mut().write_all(format!("request {n}\n").as_bytes())?;
+        let mut line = String::new();
+        stream.read_line(&mut line)?;
+        let said = line.split(' ').nth(1).and_then(|t| t.parse().ok());
+        total = said.ok_or_else(|| error!("`{line}` has no total"))?;
+    }
+    Ok(total)
+}
+
+/// Break it: have `retrieve` leave out the events behind the newest checkpoint.
+#[test]
+fn a_unit_goes_on_on_another_machine() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    if !is_root() {
+        eprintln!("skipped: network namespaces take root");
+        return Ok(());
+    }
+    let Mode::Under(ftrun) = mode()? else { return Ok(()) };
+    let dir = tempfile::Builder::new().prefix("ftrun-machines-").tempdir()?;
+    let at = |name: &str| dir.path().join(name);
+    let (store, first, second) = (Machine::new("store")?, Machine::new("one")?, Machine::new("two")?);
+    first.link(&store, 1)?;
+    second.link(&store, 2)?;
+    std::fs::write(at("key"), "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\n")?;
+    let config = format!(
+        "dir = {:?}\ntcp = \"0.0.0.0:7070\"\n[[client]]\nname = \"shop\"\nnamespace = \"shop\"\nkey = {:?}\n",
+        at("store"),
+        at("key")
+    );
+    std::fs::write(at("config"), config)?;
+    let mut serve = store.command(own_release("ftstore")?)?;
+    let said = std::fs::File::create(at("ftstore"))?;
+    let serve = serve.arg("serve").arg("--config").arg(at("config")).stdout(said.try_clone()?).stderr(said);
+    let _service = Running(serve.spawn()?);
+    let listens = || TcpStream::connect_timeout(&([10, 99, 1, 1], 7070).into(), Duration::from_millis(100));
+    let begin = Instant::now();
+    while first.inside(|| Ok(listens()?)).is_err() {
+        if begin.elapsed() > LIMIT {
+            return Err(error!("no ftstore: {}", std::fs::read_to_string(at("ftstore"))?));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let url = |n: u8| format!("tcp:10.99.{n}.1:7070?name=shop&key={}", at("key").display());
+
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.through(["ip", "netns", "exec", &first.name]).ready(Ready::Line);
+    launch.options(["--durability", "node", "--stable", "cache", "--store", &url(1)]);
+    let unit = launch.start()?;
+    assert_eq!(first.inside(|| talk(unit.port, 300))?, 300);
+    unit.kill9_all(0)?;
+    unit.given_up();
+
+    let ask = |words: &[&str]| -> Result<serde_json::Value, Error> {
+        let output = Command::new(&ftrun).arg("--state-dir").arg(at("state")).args(words).output()?;
+        Ok(serde_json::from_slice(&output.stdout).unwrap_or_default())
+    };
+    let mut resume = second.command(&ftrun)?;
+    let said = std::fs::File::create(at("resumed"))?;
+    resume.arg("--state-dir").arg(at("state")).args(["resume", &unit.name, "--stable", "cache", "--store", &url(2)]);
+    let mut resumed = Running(resume.stdout(said.try_clone()?).stderr(said).spawn()?);
+    let begin = Instant::now();
+    while ask(&["status", &unit.name, "--json"])?["pid"].is_null() {
+        if resumed.0.try_wait()?.is_some() || begin.elapsed() > LIMIT {
+            return Err(error!("not resumed: {}", std::fs::read_to_string(at("resumed"))?));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(second.inside(|| talk(unit.port, 50))?, 350);
+    ask(&["stop", &unit.name])?;
+    resumed.0.wait()?;
+    unit.wipe_memory()
+}
