@@ -97,6 +97,26 @@ fn talk(port: u16, times: u64) -> Result<u64, Error> {
     Ok(total)
 }
 
+/// An authority, and a certificate of the store's two addresses.
+fn certify(ca_at: &Path, cert_at: &Path, key_at: &Path) -> Result<(), Error> {
+    let make = || -> Result<[String; 3], rcgen::Error> {
+        let mut ca = rcgen::CertificateParams::new(Vec::new())?;
+        ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let ca_key = rcgen::KeyPair::generate()?;
+        let ca_pem = ca.self_signed(&ca_key)?.pem();
+        let issuer = rcgen::Issuer::new(ca, ca_key);
+        let key = rcgen::KeyPair::generate()?;
+        let hosts = vec!["10.99.1.1".to_owned(), "10.99.2.1".to_owned()];
+        let cert = rcgen::CertificateParams::new(hosts)?.signed_by(&key, &issuer)?;
+        Ok([ca_pem, cert.pem(), key.serialize_pem()])
+    };
+    let pems = make().map_err(|e| error!("a certificate: {e}"))?;
+    for (at, pem) in [ca_at, cert_at, key_at].into_iter().zip(pems) {
+        std::fs::write(at, pem)?;
+    }
+    Ok(())
+}
+
 /// Break it: have `retrieve` leave out the events behind the newest checkpoint.
 #[test]
 fn a_unit_goes_on_on_another_machine() -> Result<(), Error> {
@@ -114,9 +134,13 @@ fn a_unit_goes_on_on_another_machine() -> Result<(), Error> {
     first.link(&store, 1)?;
     second.link(&store, 2)?;
     std::fs::write(at("key"), "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\n")?;
+    certify(&at("ca"), &at("cert"), &at("cert-key"))?;
     let config = format!(
-        "dir = {:?}\ntcp = \"0.0.0.0:7070\"\n[[client]]\nname = \"shop\"\nnamespace = \"shop\"\nkey = {:?}\n",
+        "dir = {:?}\ntcp = \"0.0.0.0:7070\"\n[tls]\ncert = {:?}\nkey = {:?}\n\
+         [[client]]\nname = \"shop\"\nnamespace = \"shop\"\nkey = {:?}\n",
         at("store"),
+        at("cert"),
+        at("cert-key"),
         at("key")
     );
     std::fs::write(at("config"), config)?;
@@ -132,7 +156,7 @@ fn a_unit_goes_on_on_another_machine() -> Result<(), Error> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    let url = |n: u8| format!("tcp:10.99.{n}.1:7070?name=shop&key={}", at("key").display());
+    let url = |n: u8| format!("tcp:10.99.{n}.1:7070?name=shop&key={}&ca={}", at("key").display(), at("ca").display());
 
     let mut launch = guest_launch("epoll_echo")?;
     launch.through(["ip", "netns", "exec", &first.name]).ready(Ready::Line);
@@ -151,7 +175,7 @@ fn a_unit_goes_on_on_another_machine() -> Result<(), Error> {
     resume.arg("--state-dir").arg(at("state")).args(["resume", &unit.name, "--stable", "cache", "--store", &url(2)]);
     let mut resumed = Running(resume.stdout(said.try_clone()?).stderr(said).spawn()?);
     let begin = Instant::now();
-    while ask(&["status", &unit.name, "--json"])?["pid"].is_null() {
+    while ask(&["status", &unit.name, "--json"])?["state"] != "running" {
         if resumed.0.try_wait()?.is_some() || begin.elapsed() > LIMIT {
             return Err(error!("not resumed: {}", std::fs::read_to_string(at("resumed"))?));
         }
