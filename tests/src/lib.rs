@@ -21,6 +21,7 @@ pub mod manager;
 pub mod process;
 pub mod rng;
 pub mod scenarios;
+pub mod service;
 pub mod unit;
 pub mod wire;
 

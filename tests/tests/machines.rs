@@ -167,10 +167,10 @@ fn a_unit_goes_on_on_another_machine() -> Result<(), Error> {
     unit.given_up();
 
     let ask = |words: &[&str]| -> Result<serde_json::Value, Error> {
-        let output = Command::new(&ftrun).arg("--state-dir").arg(at("state")).args(words).output()?;
+        let output = Command::new(ftrun).arg("--state-dir").arg(at("state")).args(words).output()?;
         Ok(serde_json::from_slice(&output.stdout).unwrap_or_default())
     };
-    let mut resume = second.command(&ftrun)?;
+    let mut resume = second.command(ftrun)?;
     let said = std::fs::File::create(at("resumed"))?;
     resume.arg("--state-dir").arg(at("state")).args(["resume", &unit.name, "--stable", "cache", "--store", &url(2)]);
     let mut resumed = Running(resume.stdout(said.try_clone()?).stderr(said).spawn()?);

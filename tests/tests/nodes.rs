@@ -6,20 +6,15 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ftrun_store::{Location, UnitName, each_record};
-use ftrun_tests::binaries::{is_bare, own_release};
+use ftrun_tests::binaries::is_bare;
 use ftrun_tests::load::Load;
-use ftrun_tests::process::Process;
 use ftrun_tests::scenarios::{echo_server, guest_launch};
+use ftrun_tests::service::Service;
 use ftrun_tests::unit::{LIMIT, Launch, Ready, start_all_with};
 use ftrun_tests::{Error, error, survives};
-
-const SIGSTOP: i32 = 19;
-const SIGCONT: i32 = 18;
 
 /// Where an event counts as stable here: a disk takes milliseconds, and what is killed is no machine.
 const LEVEL: &str = "--durability node --stable cache";
@@ -47,85 +42,6 @@ survives! {
     files;
     descriptors;
     spin;
-}
-
-/// An `ftstore serve` with a directory of its own.
-struct Service {
-    dir: tempfile::TempDir,
-    child: Child,
-}
-
-impl Service {
-    fn new() -> Result<Self, Error> {
-        let dir = tempfile::Builder::new().prefix("ftrun-store-").tempdir()?;
-        let config = format!("dir = {:?}\nunix = {:?}\n", dir.path().join("store"), dir.path().join("socket"));
-        std::fs::write(dir.path().join("config"), config)?;
-        let child = Self::serve(dir.path())?;
-        Ok(Self { dir, child })
-    }
-
-    fn serve(dir: &Path) -> Result<Child, Error> {
-        let mut command = Command::new(own_release("ftstore")?);
-        command.arg("serve").arg("--config").arg(dir.join("config"));
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-        let begin = Instant::now();
-        while std::os::unix::net::UnixStream::connect(dir.join("socket")).is_err() {
-            if let Some(status) = child.try_wait()? {
-                return Err(error!("ftstore serve: {status}"));
-            }
-            if begin.elapsed() > LIMIT {
-                return Err(error!("ftstore serves nobody after {} s", LIMIT.as_secs()));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(child)
-    }
-
-    fn signal(&self, signal: i32) -> Result<(), Error> {
-        let pid = i32::try_from(self.child.id()).map_err(|e| error!("{e}"))?;
-        Ok(Process::open(pid)?.signal(signal)?)
-    }
-
-    /// Stops every thread; when this returns none of them does anything.
-    fn stop(&self) -> Result<(), Error> {
-        self.signal(SIGSTOP)?;
-        let begin = Instant::now();
-        loop {
-            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id()))?;
-            let stopped = |task: std::fs::DirEntry| {
-                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-                stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
-            };
-            if tasks.flatten().all(stopped) {
-                return Ok(());
-            }
-            if begin.elapsed() > LIMIT {
-                return Err(error!("ftstore does not stop"));
-            }
-            std::thread::yield_now();
-        }
-    }
-
-    fn kill_and_restart(&mut self) -> Result<(), Error> {
-        self.child.kill()?;
-        self.child.wait()?;
-        self.child = Self::serve(self.dir.path())?;
-        Ok(())
-    }
-
-    fn url(&self) -> String {
-        format!("unix:{}", self.dir.path().join("socket").display())
-    }
-
-    fn store(&self) -> PathBuf {
-        self.dir.path().join("store")
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ended = self.child.kill().and_then(|()| self.child.wait());
-    }
 }
 
 fn echo_launch(service: &Service) -> Result<Launch, Error> {
@@ -184,7 +100,7 @@ fn an_answer_waits_for_the_store() -> Result<(), Error> {
             service.stop()?;
             talk.say(&format!("meanwhile {n}"))?;
             let early = talk.hear(Duration::from_millis(200))?;
-            service.signal(SIGCONT)?;
+            service.go_on()?;
             assert_eq!(early, None, "an answer that the store does not know of");
             assert!(talk.hear(LIMIT)?.is_some_and(|a| a.ends_with(&format!("meanwhile {n}"))));
         }
@@ -277,8 +193,7 @@ fn what_was_answered_is_in_the_store() -> Result<(), Error> {
         let (store, name) = (service.store(), unit.name.clone());
         unit.kill9_all(round)?;
         let mut service = service;
-        service.child.kill()?;
-        service.child.wait()?;
+        service.kill()?;
         let opened = Location::File(store).open().map_err(|e| error!("{e}"))?;
         let name = UnitName::new(name).map_err(|e| error!("{e}"))?;
         let unit = opened.view(&name).map_err(|e| error!("{e}"))?;

@@ -71,7 +71,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
 fn measure(mode: Mode, count: u64) -> Result<Round, Error> {
     let mut launch = guest_launch("calls")?;
     launch.add_args([count.to_string()]).ready(Ready::AtOnce);
-    mode.apply(&mut launch);
+    mode.apply(&mut launch)?;
     let unit = launch.start()?;
     let start = Instant::now();
     while !unit.has_ended()? {

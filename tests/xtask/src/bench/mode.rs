@@ -1,6 +1,9 @@
 //! The ways in which a program is run when they are compared.
 
+use std::sync::{Mutex, PoisonError};
+
 use ftrun_tests::binaries::{installed, is_bare};
+use ftrun_tests::service::Service;
 use ftrun_tests::unit::Launch;
 use ftrun_tests::{Error, error};
 
@@ -15,6 +18,10 @@ pub(crate) enum Mode {
     Shim,
     /// Under `ftrun --durability supervisor`.
     Supervisor,
+    /// Under `ftrun --durability node` with a store in a directory: each commit is an `fdatasync`.
+    NodeFile,
+    /// Under `ftrun --durability node --stable memory` with an `ftstore serve` at a port of loopback.
+    NodeTcp,
     /// Under `strace -f -o /dev/null`, whose cost is widely known.
     Strace,
 }
@@ -27,24 +34,49 @@ impl Mode {
             Self::Slow => "no-shim",
             Self::Shim => "ftrun",
             Self::Supervisor => "supervisor",
+            Self::NodeFile => "node-file",
+            Self::NodeTcp => "node-tcp",
             Self::Strace => "strace",
         }
     }
 
     /// Whether ftrun runs the program.
     pub(crate) fn has_ftrun(self) -> bool {
-        matches!(self, Self::Slow | Self::Shim | Self::Supervisor)
+        matches!(self, Self::Slow | Self::Shim | Self::Supervisor | Self::NodeFile | Self::NodeTcp)
     }
 
     /// Has a launch go this way.
-    pub(crate) fn apply(self, launch: &mut Launch) {
+    pub(crate) fn apply(self, launch: &mut Launch) -> Result<(), Error> {
         match self {
             Self::Bare => launch.without_ftrun([] as [&str; 0]),
             Self::Slow => launch.options(["--no-shim"]),
             Self::Shim => launch,
             Self::Supervisor => launch.options(["--durability", "supervisor"]),
+            Self::NodeFile => launch.options(["--durability", "node"]),
+            Self::NodeTcp => launch.options(["--durability", "node", "--stable", "memory", "--store", &store_url()?]),
             Self::Strace => launch.without_ftrun(["strace", "-f", "-o", "/dev/null"]),
         };
+        Ok(())
+    }
+}
+
+/// The store service of [`Mode::NodeTcp`]: started when it is needed, and ended with this.
+#[derive(Debug)]
+pub(crate) struct StoreService;
+
+static SERVICE: Mutex<Option<Service>> = Mutex::new(None);
+
+impl Drop for StoreService {
+    fn drop(&mut self) {
+        drop(SERVICE.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+fn store_url() -> Result<String, Error> {
+    let mut service = SERVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*service {
+        Some(service) => Ok(service.tcp_url()),
+        None => Ok(service.insert(Service::new()?).tcp_url()),
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use ftrun_tests::{Error, error};
 use serde_json::{Map, Value, json};
 
-use super::mode::{Mode, available, order};
+use super::mode::{Mode, StoreService, available, order};
 use super::stats::{Table, median, ratio, show};
 use super::workloads::{Measured, Workload, all};
 
@@ -21,7 +21,7 @@ pub(crate) struct Options {
     /// Only these workloads: names, or beginnings of names followed by `*` (an unknown name lists all)
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
-    /// Only these columns, beside `bare`: no-shim, ftrun, supervisor, strace
+    /// Only these columns, beside `bare`: no-shim, ftrun, supervisor, node-file, node-tcp, strace
     #[arg(long, value_name = "MODE", value_delimiter = ',')]
     modes: Vec<String>,
     /// Also write the results here
@@ -29,7 +29,8 @@ pub(crate) struct Options {
     json: Option<PathBuf>,
 }
 
-const MODES: [Mode; 5] = [Mode::Bare, Mode::Slow, Mode::Shim, Mode::Supervisor, Mode::Strace];
+const MODES: [Mode; 7] =
+    [Mode::Bare, Mode::Slow, Mode::Shim, Mode::Supervisor, Mode::NodeFile, Mode::NodeTcp, Mode::Strace];
 
 const CAPTION: &str = "\
 throughput, as ratio to bare, and latency: medians of all rounds
@@ -144,6 +145,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Error> {
         return Err(error!("no mode {unknown}; there are: {}", MODES.map(Mode::name).join(", ")));
     }
     let modes = available(&MODES.into_iter().filter(wanted).collect::<Vec<_>>())?;
+    let _ended_with_this = StoreService;
     let mut rows = Vec::new();
     for workload in options.chosen()? {
         if let Some(missing) = workload.programs().iter().find(|p| ftrun_tests::binaries::installed(p).is_none()) {

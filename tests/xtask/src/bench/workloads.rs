@@ -124,7 +124,7 @@ impl Workload {
 }
 
 fn start(mut launch: Launch, mode: Mode) -> Result<Unit, Error> {
-    mode.apply(&mut launch);
+    mode.apply(&mut launch)?;
     launch.start()
 }
 
