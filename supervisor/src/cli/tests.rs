@@ -89,7 +89,7 @@ fn refusals_say_why() {
         (&["--name", "x", "redis-server", "--port", "1"], "ftrun -- redis-server"),
         (&["run", "prog"], "ftrun -- prog"),
         (&["ls", "foo"], "unexpected argument 'foo'"),
-        (&["--durability", "node", "--", "p"], "process"),
+        (&["--durability", "machine", "--", "p"], "process"),
         (&["--checkpoint-every", "1", "--", "p"], "write 1s or 1ms"),
         (&["--checkpoint-every", "0s", "--", "p"], "between 1ms"),
         (&["--checkpoint-log", "64MB", "--", "p"], "KiB, MiB or GiB"),
