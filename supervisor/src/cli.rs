@@ -66,6 +66,8 @@ pub struct RunOptions {
     pub log_json: bool,
     /// A recovery may go on without descriptors that cannot be made again.
     pub lossy: bool,
+    /// What remains of a unit of this name that was killed with all of ftrun is gone on with.
+    pub resume: bool,
 }
 
 /// Where a unit's events and checkpoints go.
@@ -212,6 +214,9 @@ struct RunArgs {
     /// Working directory of the program
     #[arg(long, value_name = "DIR")]
     cwd: Option<PathBuf>,
+    /// Go on with the unit of this name, if it was killed with all of ftrun, as `ftrun resume` does; start it otherwise
+    #[arg(long)]
+    resume: bool,
     /// Serve no call inside the program: slower, and as right
     #[arg(long)]
     no_shim: bool,
@@ -562,6 +567,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
         verbose: global.verbose,
         log_json: global.log_format == LogFormat::Json,
         lossy: false,
+        resume: args.resume,
     };
     let dir = UnitDir::create(&options.state_dir, &options.unit_name())?;
     let code = crate::run::run(options, dir)?;

@@ -30,6 +30,7 @@ use crate::service::Service;
 use crate::standby::Standby;
 use crate::status::{State, Status, Timestamp};
 use crate::systemd::Notifier;
+use crate::systemd::Ready;
 use crate::unit::{Shared, Unit};
 use crate::unitdir::UnitDir;
 
@@ -43,11 +44,13 @@ pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Runs a program as a unit; returns the exit status for the user.
 pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
+    match Remains::of(&dir) {
+        Some(_) if options.resume => return resume(dir, options.lossy, None),
+        Some(remains) => return Err(remains.refuse(dir.name())),
+        None => {}
+    }
     let notifier = notifier(&options, &dir);
     let program = program(&options, notifier.as_ref())?;
-    if let Some(remains) = Remains::of(&dir) {
-        return Err(remains.refuse(dir.name()));
-    }
     dir.begin()?;
     let old_mask = take_signals();
     let program = Program { sigmask: mask_word(&old_mask), ..program };
@@ -87,6 +90,8 @@ pub fn resume(mut dir: UnitDir, lossy: bool, store: Option<StoreOptions>) -> Res
     let (spec, desk, log) = remains.take()?;
     let (mut options, program) = spec.into_parts(dir.name());
     options.lossy = lossy;
+    // It has said before that it was ready, if it ever does.
+    options.ready = Ready::Started;
     let notifier = notifier(&options, &dir);
     take_signals();
     keep(options, dir, program, desk, Some(log), notifier)

@@ -92,7 +92,8 @@ impl Service {
         if let Some(directory) = &self.state_directory {
             let _infallible = writeln!(text, "StateDirectory={directory}");
         }
-        let _infallible = write!(text, "ExecStart=\nExecStart={} run --name=%i", quote(self.ftrun.as_os_str(), false)?);
+        let _infallible =
+            write!(text, "ExecStart=\nExecStart={} run --resume --name=%i", quote(self.ftrun.as_os_str(), false)?);
         for option in &self.options {
             let _infallible = write!(text, " {}", word(option)?);
         }
@@ -203,7 +204,7 @@ mod tests {
         assert_eq!(files.len(), 2);
         assert_eq!(files[0].text, TEMPLATE);
         assert_eq!(files[1].path, Path::new("ftrun@shop.service.d/command.conf"));
-        let line = r#"ExecStart=/usr/bin/ftrun run --name=%i --durability=supervisor -- /bin/echo "50%%""#;
+        let line = r#"ExecStart=/usr/bin/ftrun run --resume --name=%i --durability=supervisor -- /bin/echo "50%%""#;
         assert!(files[1].text.ends_with(&format!("StateDirectory=ftrun\nExecStart=\n{line}\n")), "{}", files[1].text);
         let user = Service { scope: Scope::User, ..service() };
         let text = &user.files().unwrap()[0].text;
