@@ -59,6 +59,15 @@ pub(crate) struct InDoubt {
     end: Option<u64>,
 }
 
+/// Device and inode of a descriptor.
+fn inode(fd: i32) -> Option<(u64, u64)> {
+    // SAFETY: plain integers, for which zero is valid; the structure outlives the call.
+    unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        (libc::fstat(fd, &raw mut stat) == 0).then_some((stat.st_dev, stat.st_ino))
+    }
+}
+
 impl Unit {
     /// What the descriptors are, for a checkpoint that outlives this process. No thread of the unit runs. `given` says
     /// that they are what the program was started with.
@@ -191,6 +200,11 @@ impl Unit {
     /// The model as a checkpoint holds it: where replay begins.
     pub(crate) fn begin_cold(&mut self, seen: Option<Seen>) -> Result<()> {
         if self.desk.is_none_or(|desk| !desk.is_cold()) {
+            if let Some(Seen { bytes, .. }) = seen.filter(|_| !self.look.has_begun()) {
+                // What the program was started with another supervisor has known.
+                let objects: Objects = postcard::from_bytes(&bytes).map_err(broken("decoding the descriptors"))?;
+                self.look.objects.given = objects.given;
+            }
             return Ok(());
         }
         let Some(Seen { at, bytes }) = seen else {
@@ -241,6 +255,9 @@ impl Unit {
         self.close_aside();
         // The next checkpoint knows the new objects; it is due at once.
         self.look = Look::default();
+        let given = |number: &i32| objects.get(*number).is_some_and(|open| open.given == Some(*number));
+        let known = objects.given.keys().filter(|number| given(number)).filter_map(|n| Some((*n, inode(*n)?)));
+        self.look.objects.given = known.collect();
         self.checkpoint_at = 0;
         let connections = objects.open.values().filter(|o| matches!(o.kind, Kind::Connection { .. })).count();
         tracing::info!(descriptors = objects.numbers.len(), connections, "descriptors have been made again");

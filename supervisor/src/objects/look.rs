@@ -130,7 +130,9 @@ impl Look {
         let stale = match which {
             Which::Some(numbers) if self.begun => numbers,
             _ => {
+                let given = std::mem::take(&mut self.objects.given);
                 *self = Self::default();
+                self.objects.given = given;
                 table.numbers()?.into_iter().map(|n| Ok((n, Some(table.on_exec(n)?)))).collect::<io::Result<_>>()?
             }
         };
@@ -166,6 +168,11 @@ impl Look {
             self.look_into_pipe(&table, *pipe);
         }
         Ok(())
+    }
+
+    /// It has looked at everything once.
+    pub fn has_begun(&self) -> bool {
+        self.begun
     }
 
     /// The objects, encoded for a checkpoint.
@@ -224,7 +231,11 @@ impl Look {
                 id
             }
             None => {
-                let id = self.objects.add(Open { kind, flags, given: given.then_some(number) });
+                if given {
+                    self.objects.given.insert(number, inode);
+                }
+                let given = (self.objects.given.get(&number) == Some(&inode)).then_some(number);
+                let id = self.objects.add(Open { kind, flags, given });
                 self.by_inode.entry(inode).or_default().push(id);
                 self.inodes.insert(id, inode);
                 id

@@ -36,6 +36,8 @@ pub struct Objects {
     pub directory: PathBuf,
     /// The umask.
     pub umask: u32,
+    /// What the unit's starter gave to the program, by number: device and inode, by which another supervisor knows it again.
+    pub given: BTreeMap<i32, (u64, u64)>,
     /// `CLOCK_MONOTONIC` nanoseconds, as far as the unit is known to have seen them: what is set to a time from now is set
     /// to one from then, which is not later, and which the program cannot tell.
     #[serde(skip)]
