@@ -111,7 +111,8 @@ struct Seen {
 impl Seen {
     fn on(desk: &Desk) -> Self {
         Self {
-            runs: desk.runs.load(SeqCst) != 0,
+            // While its descriptors are being made again nobody can reach it.
+            runs: desk.runs.load(SeqCst) != 0 && !desk.is_cold(),
             has_run: desk.has_run.load(SeqCst) != 0,
             ending: desk.ending.load(SeqCst) != 0,
             degraded: desk.degraded.load(SeqCst) != 0,
