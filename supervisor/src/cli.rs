@@ -189,7 +189,7 @@ struct RunArgs {
     /// What the unit survives
     #[arg(long, value_name = "LEVEL", default_value = "process")]
     durability: Durability,
-    /// Stable storage for --durability node: file:DIR, unix:PATH, tcp:HOST:PORT, nats://... [default: in the unit's
+    /// Stable storage for --durability node: file:DIR, unix:PATH, tcp:HOST:PORT [default: in the unit's
     /// directory]
     #[arg(long, value_name = "URL")]
     store: Option<String>,
