@@ -15,6 +15,7 @@ mod log;
 mod mapping;
 mod memory;
 mod nr;
+mod outputs;
 mod replay;
 mod sockets;
 mod stable;

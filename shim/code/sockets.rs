@@ -20,6 +20,7 @@ use crate::calls::again;
 use crate::log::{DATA, commit, end, fill, has_room, log, once, output_size, ring, seam, settled, size};
 use crate::memory::copy;
 use crate::nr;
+use crate::outputs::has_left;
 use crate::wait::{Waited, for_data};
 
 /// Most bytes received or read at once; a stream may give less than was asked for.
@@ -124,8 +125,9 @@ fn never_waits(control: &mut Control, fd: u64, flags: u64) -> Option<bool> {
     }
 }
 
-/// What the kernel has counted of this socket is known; it is asked now and then.
-fn is_counted(control: &mut Control, fd: u64) -> bool {
+/// What the kernel has counted of this socket is known; it is asked now and then, and at once where that is what lets
+/// outputs be queued.
+pub(crate) fn is_counted(control: &mut Control, fd: u64) -> bool {
     if fd >= STREAMS as u64 {
         return false;
     }
@@ -136,13 +138,17 @@ fn is_counted(control: &mut Control, fd: u64) -> bool {
     let this = &control.streams[fd as usize];
     let calls = this.uncounted.load(Relaxed).wrapping_add(1);
     this.uncounted.store(calls, Relaxed);
-    if known & FD_PRIVATE == 0 || calls % CALLS_PER_COUNT != 0 {
+    let due = calls % CALLS_PER_COUNT == 0 || control.commits.load(Relaxed) != 0;
+    // The kernel does not know yet of what is in the queue.
+    if known & FD_PRIVATE == 0 || !due || !has_left(control, Some(fd)) {
         return false;
     }
     match stream::counts(syscall, fd) {
         Some(stream::Counts { received: Some(received), sent }) => {
             this.received.store(received, Relaxed);
             this.sent.store(sent, Relaxed);
+            this.credit.store(0, Relaxed);
+            control.take_failed(fd);
             control.fds[fd as usize] |= FD_COUNTED;
             true
         }
@@ -262,42 +268,83 @@ fn no_more(call: &Call) -> [(u64, u64); 2] {
     [(call.args[1] + 40, 8), (call.args[1] + 48, 4)]
 }
 
+/// What a call sends on a stream socket.
+pub(crate) struct Sending {
+    pub(crate) fd: u64,
+    /// Address and length of its one piece of memory.
+    piece: [u64; 2],
+    /// The pieces, where there are several.
+    pieces: u64,
+    count: u64,
+    /// Bytes.
+    pub(crate) total: u64,
+    flags: u64,
+    nonblocking: bool,
+}
+
+impl Sending {
+    /// `write`, `send`, `writev` or `sendmsg`; `None` for what is not served here.
+    pub(crate) fn of(control: &mut Control, call: &Call) -> Option<Self> {
+        let flags = flags(call)?;
+        let [fd, a1, a2, ..] = call.args;
+        let (one, pieces, count) = match call.number {
+            nr::WRITEV => ([0, 0], a1, a2),
+            nr::SENDMSG => {
+                let [name, _, pieces, count, ancillary, _, _] = message_header(a1);
+                if name != 0 || ancillary != 0 {
+                    return None;
+                }
+                ([0, 0], pieces, count)
+            }
+            _ => ([a1, a2], 0, 1),
+        };
+        if !(1..=PIECES_MAX).contains(&count) || (pieces == 0 && one[0] == 0) {
+            return None;
+        }
+        let nonblocking = never_waits(control, fd, flags)?;
+        let one = if count == 1 && pieces != 0 { piece(pieces, 0) } else { one };
+        let total = if count == 1 { one[1] } else { (0..count).map(|i| piece(pieces, i)[1]).sum() };
+        Some(Self { fd, piece: one, pieces, count, total, flags: flags | MSG_DONTWAIT | MSG_NOSIGNAL, nonblocking })
+    }
+
+    /// Copies what is sent: so many bytes as there are in total.
+    pub(crate) fn copy_to(&self, mut to: *mut u8) {
+        for i in 0..self.count {
+            let [at, len] = if self.count == 1 { self.piece } else { piece(self.pieces, i) };
+            // SAFETY: the caller made room for all pieces; a fault in the program's memory is the supervisor's to
+            // handle.
+            unsafe {
+                copy(to, at as *const u8, len as usize);
+                to = to.add(len as usize);
+            }
+        }
+    }
+
+    /// The message in the shared page that sends it.
+    fn message(&self, control: &mut Control) -> u64 {
+        let [at, len] = self.piece;
+        if self.count == 1 { message(control, 0, 1, at, len) } else { message(control, self.pieces, self.count, 0, 0) }
+    }
+}
+
 /// `write`, `send`, `writev` or `sendmsg` on a stream socket.
 pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
     const EPIPE: i64 = -32;
-    let flags = flags(call)?;
-    let [fd, a1, a2, ..] = call.args;
-    let (at, len, pieces, count_of) = match call.number {
-        nr::WRITEV => (0, 0, a1, a2),
-        nr::SENDMSG => {
-            let [name, _, pieces, count, ancillary, _, _] = message_header(a1);
-            if name != 0 || ancillary != 0 {
-                return None;
-            }
-            (0, 0, pieces, count)
-        }
-        _ => (a1, a2, 0, 1),
-    };
-    if !(1..=PIECES_MAX).contains(&count_of) || (pieces == 0 && at == 0) {
-        return None;
-    }
-    let nonblocking = never_waits(control, fd, flags)?;
+    let sending = Sending::of(control, call)?;
+    let Sending { fd, total, flags, nonblocking, .. } = sending;
     let digest = call.digest()?;
     if !has_room(control, HEADER_BYTES) {
         return None;
     }
-    let [at, len] = if count_of == 1 && pieces != 0 { piece(pieces, 0) } else { [at, len] };
-    let total = if count_of == 1 { len } else { (0..count_of).map(|i| piece(pieces, i)[1]).sum() };
     control.pending_from.store(total, Relaxed);
-    let flags = flags | MSG_DONTWAIT | MSG_NOSIGNAL;
     let what = if nonblocking { SEND } else { SEND_ALL };
     let result = if is_counted(control, fd) {
         control.pending_fd.store(fd, Relaxed);
         control.offset.store(control.streams[fd as usize].sent.load(Relaxed), Relaxed);
-        let message = if count_of == 1 { 0 } else { message(control, pieces, count_of, 0, 0) };
+        let message = if sending.count == 1 { 0 } else { sending.message(control) };
         let result = once(control, what | COUNTED, call, digest, 0, || {
             if message == 0 {
-                syscall(nr::SENDTO, [fd, at, len, flags, 0, 0])
+                syscall(nr::SENDTO, [fd, sending.piece[0], sending.piece[1], flags, 0, 0])
             } else {
                 syscall(nr::SENDMSG, [fd, message, flags, 0, 0, 0])
             }
@@ -309,7 +356,7 @@ pub(crate) fn send(control: &mut Control, call: &Call) -> Option<i64> {
         }
         result
     } else {
-        let message = if count_of == 1 { message(control, 0, 1, at, len) } else { message(control, pieces, count_of, 0, 0) };
+        let message = sending.message(control);
         match once(control, what, call, digest, 0, || syscall(nr::SENDMMSG, [fd, message, 1, flags, 0, 0])) {
             1 => (control.message.len.load(Relaxed) & NOT_YET) as i64,
             result => result,

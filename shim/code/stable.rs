@@ -1,36 +1,45 @@
 //! Output commit: what others can see waits until the events that it depends on are in stable storage
 //! (ARCHITECTURE.md, "Output commit").
 
-use core::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 use ftrun_abi::fast::{Control, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING};
 use ftrun_abi::table::is_seen;
 
 use crate::call::{Call, message_header, piece, syscall};
 use crate::calls::make;
-use crate::nr;
+use crate::{nr, outputs};
 use crate::sockets::kind;
 
 /// Longest wait for a commit before the supervisor waits instead, who can do something else meanwhile: nanoseconds at
 /// a time, and times.
-const PATIENCE: [u64; 2] = [0, 10_000_000];
+const PATIENCE: u64 = 10_000_000;
 const TIMES: u32 = 10;
 
-const FUTEX_WAIT: u64 = 0;
 const FUTEX_WAKE: u64 = 1;
 
 /// Makes a call, an output of the unit not before it may leave.
 pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
+    outputs::let_leave(control, 1);
     if !is_seen(call.row()?, &call.args) {
         return make(control, call);
     }
     // That this thread has the turn has to be known before, too; the supervisor writes that down.
-    if control.last_tid.load(Relaxed) != call.tid || !is_committed(control) {
+    if control.last_tid.load(Relaxed) != call.tid {
         return None;
     }
     let (needed, sii) = (control.needed.load(Relaxed), control.sii.load(Relaxed));
     let expected = expected(control, call);
-    let result = make(control, call)?;
+    let result = if may_leave(control, call, needed) {
+        make(control, call)?
+    } else if let Some(result) = outputs::queue(control, call) {
+        want(control, needed);
+        result
+    } else if waits(control, call, needed) {
+        make(control, call)?
+    } else {
+        return None;
+    };
     if Some(result) == expected && control.sii.load(Relaxed) == sii + 1 {
         // Without this event the call would be made again and come out the same.
         control.needed.store(needed, Relaxed);
@@ -38,25 +47,31 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     Some(result)
 }
 
-/// Waits until all that an output now depends on is committed; false when that takes long.
-fn is_committed(control: &Control) -> bool {
-    let needed = control.needed.load(Relaxed);
-    if control.committed.load(Acquire) >= needed {
-        return true;
+/// All that this output depends on is committed, and what has to leave before it has left.
+fn may_leave(control: &Control, call: &Call, needed: u64) -> bool {
+    control.committed.load(SeqCst) >= needed && outputs::has_left(control, outputs::socket_of(control, call))
+}
+
+/// Asks for a commit.
+fn want(control: &Control, needed: u64) {
+    if control.want(needed) {
+        syscall(nr::FUTEX, [(&raw const control.want_word) as u64, FUTEX_WAKE, 1, 0, 0, 0]);
     }
-    control.wanted.fetch_max(needed, SeqCst);
-    control.want_word.fetch_add(1, SeqCst);
-    syscall(nr::FUTEX, [(&raw const control.want_word) as u64, FUTEX_WAKE, 1, 0, 0, 0]);
+}
+
+/// Waits until the output may leave; false when that takes long.
+fn waits(control: &Control, call: &Call, needed: u64) -> bool {
+    want(control, needed);
     for _ in 0..TIMES {
         let word = control.commit_word.load(SeqCst);
-        if control.committed.load(SeqCst) >= needed {
+        outputs::let_leave(control, usize::MAX);
+        if may_leave(control, call, needed) {
             return true;
         }
         if control.slow.load(Relaxed) != 0 {
             return false;
         }
-        let (patience, at) = (PATIENCE, (&raw const control.commit_word) as u64);
-        syscall(nr::FUTEX, [at, FUTEX_WAIT, u64::from(word), (&raw const patience) as u64, 0, 0]);
+        outputs::wait_commit(control, word, PATIENCE);
     }
     false
 }

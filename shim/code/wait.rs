@@ -9,7 +9,7 @@ use crate::call::{Call, EINTR, syscall};
 use crate::clock::monotonic;
 use crate::log::{DATA, begin, commit, end, fill, has_room, log, ring, seam, size};
 use crate::memory::copy;
-use crate::nr;
+use crate::{nr, outputs};
 
 const MILLISECOND: u64 = 1_000_000;
 const SECOND: u64 = 1_000_000_000;
@@ -350,6 +350,9 @@ impl<'a> Wait<'a> {
         let left = if until == NEVER { NEVER } else { until.saturating_sub(begin) };
         slot.digest.store(self.digest, Relaxed);
         slot.deadline.store(if deadline == NEVER { 0 } else { deadline }, Relaxed);
+        if control.commits.load(Relaxed) != 0 && outputs::leave_before_wait(control) {
+            return Waited::Look;
+        }
         if control.single.load(Relaxed) != 0 {
             let n = hold_turn(control, slot, left, hold);
             if n > 0 {

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering::SeqCst;
 
-use ftrun_abi::fast::{COUNTED, EPOLL, NOTHING, RECEIVE, SEND, SEND_ALL, TRANSFER};
+use ftrun_abi::fast::{COUNTED, EPOLL, NOTHING, QUEUE, RECEIVE, SEND, SEND_ALL, TRANSFER};
 use ftrun_abi::record::Record;
 use ftrun_abi::table::{self, Class, Effect, Row};
 
@@ -183,7 +183,7 @@ impl Unit {
         }
         let control = self.log.control();
         let what = control.pending.load(SeqCst);
-        if matches!(what, NOTHING | RECEIVE | SEND | SEND_ALL | EPOLL | TRANSFER) {
+        if matches!(what, NOTHING | QUEUE | RECEIVE | SEND | SEND_ALL | EPOLL | TRANSFER) {
             return self.settle().map(drop);
         }
         control.sii.store(self.sii, SeqCst);
@@ -230,6 +230,7 @@ impl Unit {
         self.follow_debt(&mut objects)?;
         let present = desk.entered_table().unwrap_or_default();
         let given = self.set_given_aside(&objects, &present)?;
+        self.drop_outputs();
         crate::fault::point("thaw-begin", self.pid);
         let spare = desk.raised.load(SeqCst);
         // Calls that connect and accept would be interrupted by the clock.

@@ -37,7 +37,7 @@ impl Unit {
             self.append(vtid, 0, 0, 0, 0)?;
         }
         let control = self.log.control();
-        if !await_commit(control, PATIENCE) {
+        if !await_commit(control, PATIENCE) || !self.let_leave() {
             return Ok(false);
         }
         self.expected = sent_whole(row, call).map(|result| (result, control.needed.load(SeqCst)));
@@ -81,18 +81,20 @@ fn sent_whole(row: &Row, call: &Prepared) -> Option<i64> {
 pub(crate) fn await_commit(control: &Control, patience: Duration) -> bool {
     let needed = control.needed.load(SeqCst);
     let begin = Instant::now();
-    let mut asked = false;
     loop {
         let word = control.commit_word.load(SeqCst);
         if control.committed.load(SeqCst) >= needed {
             return true;
         }
-        if !std::mem::replace(&mut asked, true) {
-            control.wanted.fetch_max(needed, SeqCst);
-            control.want_word.fetch_add(1, SeqCst);
-            wake(&control.want_word);
-        }
+        want(control, needed);
         let Some(left) = patience.checked_sub(begin.elapsed()) else { return false };
         wait(&control.commit_word, word, left);
+    }
+}
+
+/// Asks the recorder for a commit.
+pub(crate) fn want(control: &Control, event: u64) {
+    if control.want(event) {
+        wake(&control.want_word);
     }
 }

@@ -11,11 +11,14 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ftrun_abi::fast::{CONTROL_BYTES, Control};
+use ftrun_abi::fast::{CONTROL_BYTES, Control, Message, OUTPUTS_BYTES};
 use ftrun_abi::record::{Record, flag};
 use ftrun_abi::ring::Ring;
 
-/// Shared memory: a control page and a ring.
+/// Bytes before the ring of events.
+const HEAD_BYTES: u64 = CONTROL_BYTES + OUTPUTS_BYTES;
+
+/// Shared memory: a control page, the queue of outputs, and the ring of events.
 #[derive(Debug)]
 struct Memory {
     file: File,
@@ -43,7 +46,17 @@ impl Memory {
     }
 
     fn ring_bytes(&self) -> usize {
-        self.bytes - CONTROL_BYTES as usize
+        self.bytes - HEAD_BYTES as usize
+    }
+
+    /// The queue of outputs.
+    fn outputs(&self) -> Ring {
+        // SAFETY: as for `ring`: the unit's running thread is the producer, and the queue's one reader consumes.
+        let ring = unsafe { Ring::attach(self.at.as_ptr().add(CONTROL_BYTES as usize), OUTPUTS_BYTES as usize) };
+        match ring {
+            Ok(ring) => ring,
+            Err(e) => panic!("the unit has overwritten its queue of outputs: {e}"),
+        }
     }
 
     fn control(&self) -> &Control {
@@ -55,7 +68,7 @@ impl Memory {
     fn ring(&self) -> Ring {
         // SAFETY: the ring was created in this memory, which lives as long as `self`, and handles are used
         // by its one producer and by readers that the module documentation describes.
-        let ring = unsafe { Ring::attach(self.at.as_ptr().add(CONTROL_BYTES as usize), self.ring_bytes()) };
+        let ring = unsafe { Ring::attach(self.at.as_ptr().add(HEAD_BYTES as usize), self.ring_bytes()) };
         match ring {
             Ok(ring) => ring,
             Err(e) => panic!("the unit has overwritten its event log: {e}"),
@@ -161,7 +174,7 @@ impl EventLog {
     /// Bytes of the file of a log with room for `bytes` of events.
     fn file_bytes(bytes: u64) -> u64 {
         let ring = ((bytes as usize).next_power_of_two() + Ring::HEADER_BYTES).next_multiple_of(4096);
-        CONTROL_BYTES + ring as u64
+        HEAD_BYTES + ring as u64
     }
 
     /// The log in a file, as a supervisor left it that has died; the newest checkpoint is at event `sii`.
@@ -170,7 +183,7 @@ impl EventLog {
     /// The file cannot be mapped.
     pub fn attach(file: File, sii: u64) -> std::io::Result<Self> {
         let bytes = file.metadata()?.len() as usize;
-        if bytes <= CONTROL_BYTES as usize {
+        if bytes <= HEAD_BYTES as usize {
             return Err(std::io::Error::other("the file of the event log is cut"));
         }
         let memory = Arc::new(Memory::new(file, bytes)?);
@@ -190,9 +203,13 @@ impl EventLog {
 
     fn in_memory(file: File, bytes: u64) -> std::io::Result<Self> {
         let memory = Arc::new(Memory::new(file, Self::file_bytes(bytes) as usize)?);
-        // SAFETY: fresh memory that nobody else uses yet.
-        let ring = unsafe { Ring::create(memory.at.as_ptr().add(CONTROL_BYTES as usize), memory.ring_bytes()) };
-        let ring = ring.map_err(std::io::Error::other)?;
+        let create = |offset: u64, bytes: usize| {
+            // SAFETY: fresh memory that nobody else uses yet.
+            let ring = unsafe { Ring::create(memory.at.as_ptr().add(offset as usize), bytes) };
+            ring.map_err(std::io::Error::other)
+        };
+        create(CONTROL_BYTES, OUTPUTS_BYTES as usize)?;
+        let ring = create(HEAD_BYTES, memory.ring_bytes())?;
         let kept = Arc::new(Kept::default());
         let log = Self { memory, ring, begin: 0, before: 0, kept };
         log.control().ring_bytes.store(log.memory.ring_bytes() as u64, Ordering::SeqCst);
@@ -335,6 +352,11 @@ impl EventLog {
         self.ring.uncommitted()
     }
 
+    /// The queue of outputs; only one of these may give anything back.
+    pub fn outputs(&self) -> Queue {
+        Queue { ring: self.memory.outputs(), memory: Arc::clone(&self.memory) }
+    }
+
     /// A reader's end: events since the newest checkpoint are kept until it needs them no more.
     pub fn tail(&self, reader: Reader) -> LogTail {
         self.kept.tails[reader as usize].store(self.begin, Ordering::SeqCst);
@@ -345,6 +367,31 @@ impl EventLog {
             kept: Arc::clone(&self.kept),
             position: self.begin,
         }
+    }
+}
+
+/// The queue of outputs, as the supervisor sees it.
+#[derive(Debug)]
+pub struct Queue {
+    pub(crate) ring: Ring,
+    memory: Arc<Memory>,
+}
+
+impl Queue {
+    /// The page that is shared with the shim.
+    pub(crate) fn control(&self) -> &Control {
+        self.memory.control()
+    }
+
+    /// The page, and the ring.
+    pub(crate) fn parts(&mut self) -> (&Control, &mut Ring) {
+        (self.memory.control(), &mut self.ring)
+    }
+
+    /// The message of the output that is leaving: the reader's own.
+    pub(crate) fn message(&self) -> *mut Message {
+        // SAFETY: the control page is at the beginning of the memory.
+        unsafe { &raw mut (*self.memory.at.cast::<Control>().as_ptr()).output }
     }
 }
 

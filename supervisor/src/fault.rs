@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 23] = [
+pub const POINTS: [&str; 25] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
@@ -32,6 +32,8 @@ pub const POINTS: [&str; 23] = [
     "settle-found",
     "settle-logged",
     "standby-written",
+    "output-leaving",
+    "output-left",
 ];
 
 struct Armed {

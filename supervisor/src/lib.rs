@@ -28,6 +28,7 @@ pub mod live;
 pub mod logging;
 pub mod marshal;
 pub mod objects;
+mod outputs;
 pub mod outside;
 pub mod patch;
 pub mod paths;

@@ -212,6 +212,7 @@ impl Unit {
         if let Err(h) = self.thaw() {
             return h;
         }
+        self.begin_outputs();
         let replayed = now();
         if events >= 1000 {
             self.replay_ns = (replayed - restored) / events;

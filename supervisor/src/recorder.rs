@@ -429,6 +429,7 @@ impl Common {
         loop {
             let control = tail.control();
             let word = control.want_word.load(SeqCst);
+            control.idle.store(0, SeqCst);
             self.publish(control);
             let wanted = control.wanted.load(SeqCst) > control.committed.load(SeqCst);
             let there = self.next(&tail).is_some();
@@ -440,7 +441,11 @@ impl Common {
             } else if heard.elapsed() >= RENEW {
                 self.link().and_then(|link| link.unit.renew())
             } else {
-                wait(&control.want_word, word, if there { LAG / 5 } else { LAG });
+                control.idle.store(1, SeqCst);
+                // Who wants something now finds that we are idle, or is found here.
+                if control.wanted.load(SeqCst) <= control.committed.load(SeqCst) || self.next(&tail).is_none() {
+                    wait(&control.want_word, word, if there { LAG / 5 } else { LAG });
+                }
                 continue;
             };
             if self.told(result.as_ref().err()) {

@@ -328,6 +328,9 @@ fn try_supervisor(
     let end = unit.supervise(program, last);
     crate::pulse::ending();
     let unit = &mut *unit;
+    if matches!(end, Ok(End::Ended(_))) {
+        unit.flush_outputs();
+    }
     if let Some(journal) = &mut unit.journal {
         journal.finish(unit.snapshot.as_ref(), &unit.pages);
         let (_, stored) = journal.progress();

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::fast::{
     AREA_BYTES, CLOSE, COUNTED, ENROL, EPOLL, EPOLL_EVENTS_MAX, FD_COUNTED, FRAME_TOP, Frame, NOT_YET, NOTHING, OPEN,
-    READ_FILE, RECEIVE, SEND, SEND_ALL, TRANSFER, WRITE_FILE, area, frame_at,
+    QUEUE, READ_FILE, RECEIVE, SEND, SEND_ALL, TRANSFER, WRITE_FILE, area, frame_at,
 };
 use ftrun_abi::record::{HEADER_BYTES, Kind, OUTPUT_HEADER_BYTES, Record, flag};
 use ftrun_abi::stream;
@@ -26,6 +26,7 @@ impl Unit {
         if !self.shim {
             return Ok(None);
         }
+        self.settle_outputs();
         let last = self.count_log();
         let control = self.log.control();
         control.sii.store(self.sii, SeqCst);
@@ -135,6 +136,11 @@ impl Unit {
                 Some(Done(i64::from(fd), outs))
             }
             CLOSE if !is_open(fd) => Some(Done(0, vec![])),
+            QUEUE => {
+                // Whether the shim has counted it nobody knows.
+                self.log.forget_fds(Some(fd as usize), u8::MAX - FD_COUNTED);
+                (self.log.outputs().ring.end() != to).then(|| Done(from as i64, vec![]))
+            }
             TRANSFER if to > from => Some(Done((to - from) as i64, vec![(at, to.to_le_bytes().to_vec())])),
             // `offset` is how many bytes there were to write.
             WRITE_FILE => match position(fd) {

@@ -297,6 +297,8 @@ pub struct Unit {
     pub(crate) standby: Option<crate::standby::Standby>,
     /// What brings events to stable storage, when the loss of the machine is to be survived.
     pub(crate) recorder: Option<crate::recorder::Recorder>,
+    /// The queue of outputs is being emptied.
+    pub(crate) has_outputs: bool,
     /// The output that is being made: what comes out if nothing stands in its way, and the last event that it
     /// depends on.
     pub(crate) expected: Option<(i64, u64)>,
@@ -391,6 +393,7 @@ impl Unit {
             desk: None,
             standby: None,
             recorder: None,
+            has_outputs: false,
             expected: None,
             kept_outside: Vec::new(),
             failed_signal: None,

@@ -6,10 +6,10 @@
 //! 0x6f00_7000_0000  the kernel's shared object (vdso(7)) and its data
 //! 0x6f00_8000_0000  the shim's code
 //! 0x6f00_9000_0000  areas of the threads
-//! 0x6f01_0000_0000  control page, then the event ring: shared with the supervisor, not with children
+//! 0x6f01_0000_0000  control page, output queue, event ring: shared with the supervisor, not with children
 //! ```
 
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
 /// First address of everything of ours in the unit.
@@ -28,12 +28,20 @@ pub const CODE_BYTES_MAX: u64 = 1 << 20;
 pub const AREAS_BASE: u64 = 0x6f00_9000_0000;
 /// Bytes of the area of one thread: [`Area`], then the stack that its calls run on.
 pub const AREA_BYTES: u64 = 32 << 10;
-/// Where the control page is; the ring follows at [`RING_BASE`].
+/// Where the control page is.
 pub const CONTROL_BASE: u64 = 0x6f01_0000_0000;
 /// Bytes of the control page.
-pub const CONTROL_BYTES: u64 = 128 << 10;
+pub const CONTROL_BYTES: u64 = 192 << 10;
+/// Where the queue of outputs is ([`crate::outputs`]): a ring like that of events.
+pub const OUTPUTS_BASE: u64 = CONTROL_BASE + CONTROL_BYTES;
+/// Bytes of it: data, and a page for what stands before them.
+pub const OUTPUTS_BYTES: u64 = (4 << 20) + 4096;
+/// Bytes before the data of an output there.
+pub const OUTPUT_HEADER: usize = 24;
+/// Most bytes of one output in the queue.
+pub const OUTPUT_MAX: u64 = 1 << 20;
 /// Where the event ring is.
-pub const RING_BASE: u64 = CONTROL_BASE + CONTROL_BYTES;
+pub const RING_BASE: u64 = OUTPUTS_BASE + OUTPUTS_BYTES;
 /// Descriptors about which [`Control::fds`] can know something.
 pub const FDS_MAX: usize = 16384;
 /// Most events that one call of `epoll_wait` is given.
@@ -69,6 +77,10 @@ pub const ENROL: u64 = 9;
 /// [`Control::pending`]: a `sendmmsg` of [`Control::pending_from`] bytes on a socket in blocking mode: what is
 /// left is the supervisor's to send.
 pub const SEND_ALL: u64 = 10;
+
+/// [`Control::pending`]: [`Control::pending_from`] bytes for the socket [`Control::pending_fd`] are put into the queue of
+/// outputs, whose end was at [`Control::offset`].
+pub const QUEUE: u64 = 11;
 
 /// Added to [`RECEIVE`], [`SEND`] or [`SEND_ALL`]: the operation is a plain one on the socket [`Control::pending_fd`],
 /// and what the kernel has counted since [`Control::offset`] tells what came of it (`stream`).
@@ -108,8 +120,10 @@ pub struct Stream {
     pub sent: AtomicU64,
     /// Calls that were made while this was not known.
     pub uncounted: AtomicU32,
-    /// Zero.
-    pub reserved: AtomicU32,
+    /// Bytes that surely find room in the socket's buffer, beside those in the queue of outputs.
+    pub credit: AtomicU32,
+    /// Where the last output for it in the queue ends.
+    pub queued: AtomicU64,
 }
 
 /// Ranges of addresses in [`Control::code`].
@@ -268,14 +282,30 @@ pub struct Control {
     pub committed: AtomicU64,
     /// Futex word: changes with [`Control::committed`].
     pub commit_word: AtomicU32,
-    /// Futex word: changes with [`Control::wanted`].
+    /// Futex word: changes when [`Control::wanted`] has and the recorder is [`Control::idle`].
     pub want_word: AtomicU32,
+    /// Not zero: the recorder waits to be told that something is wanted.
+    pub idle: AtomicU32,
+    /// Who is letting outputs leave, 0 for nobody.
+    pub leaver: AtomicU32,
+    /// Not zero: whoever lets outputs leave in the unit's place waits to be told that there are any.
+    pub sweeper_idle: AtomicU32,
+    /// Not zero: the unit does not come by before they may.
+    pub sweep: AtomicU32,
+    /// Futex word: changes with the two above.
+    pub sweep_word: AtomicU32,
     /// The event that somebody waits for to be committed.
     pub wanted: AtomicU64,
     /// The last event that could have come out otherwise: what replay makes of the ones behind it is known.
     pub needed: AtomicU64,
     /// The thread of the last event.
     pub last_tid: AtomicU64,
+    /// The output that is leaving: its position in the queue and 1, or 0.
+    pub leaving: AtomicU64,
+    /// What was [`crate::outputs::Output::done`] of it before.
+    pub leaving_done: AtomicU64,
+    /// By bits: sockets for which an output could not leave, since the connection is gone.
+    pub failed: [AtomicU64; STREAMS / 64],
     /// Ranges in use of [`Control::code`].
     pub code_ranges: AtomicU32,
     /// Addresses that may hold code, first and end: the supervisor has to know what happens to them.
@@ -288,6 +318,8 @@ pub struct Control {
     pub real_pid: AtomicU64,
     /// The message of the operation in doubt.
     pub message: Message,
+    /// The message of the output that is leaving.
+    pub output: Message,
     /// Events of `epoll_wait`.
     pub events: [[u8; 12]; EPOLL_EVENTS_MAX],
     /// What is known of each descriptor.
@@ -320,6 +352,26 @@ pub struct Enrolment {
 }
 
 impl Control {
+    /// Everything up to this event is wanted in stable storage; whether the recorder has to be woken for that.
+    #[inline]
+    pub fn want(&self, event: u64) -> bool {
+        self.wanted.fetch_max(event, SeqCst);
+        // It says that it is idle before it looks for the last time.
+        let wake = self.idle.swap(0, SeqCst) != 0;
+        if wake {
+            self.want_word.fetch_add(1, SeqCst);
+        }
+        wake
+    }
+
+    /// Whether an output could not leave by this socket since anybody last asked.
+    #[inline]
+    pub fn take_failed(&self, fd: u64) -> bool {
+        let bit = 1 << (fd % 64);
+        let word = self.failed.get((fd / 64) as usize);
+        word.is_some_and(|word| word.load(Relaxed) & bit != 0 && word.fetch_and(!bit, SeqCst) & bit != 0)
+    }
+
     /// A call is about to make, change or close a descriptor.
     #[inline]
     pub fn note_change(&self, fd: u64) {
@@ -379,6 +431,7 @@ const _: () = {
     assert!(offset_of!(Message, piece) == 64);
     assert!(size_of::<Control>() <= CONTROL_BYTES as usize);
 };
+
 
 /// What the entry of the shim saves of a thread, at the top of the thread's shim stack.
 #[derive(Clone, Copy, Debug, Default)]

@@ -6,6 +6,7 @@
 #![cfg_attr(not(feature = "std"), no_std)]
 
 pub mod fast;
+pub mod outputs;
 pub mod record;
 pub mod ring;
 pub mod stream;

@@ -239,6 +239,12 @@ impl Ring {
         }
     }
 
+    /// Producer: where the reserved record will end; 0 if there is none.
+    #[inline]
+    pub fn reserved_end(&self) -> u64 {
+        self.reserved
+    }
+
     /// Producer: makes the reserved record visible, all at once. Does nothing if there is none.
     #[inline]
     pub fn commit(&mut self) {
