@@ -32,8 +32,6 @@ pub(crate) fn has_left(control: &Control, fd: Option<u64>) -> bool {
     stream.is_some_and(|stream| begin >= stream.queued.load(Relaxed))
 }
 
-/// How many outputs leave before the program is given what has come meanwhile.
-const CHUNK: usize = 16;
 /// Longest wait for a commit, nanoseconds.
 const PATIENCE: u64 = 5_000_000;
 
@@ -67,9 +65,10 @@ pub(crate) fn leave_before_wait(control: &Control) -> bool {
     }
     let word = control.commit_word.load(SeqCst);
     if is_due(control, &ring) {
-        let_leave(control, CHUNK);
+        let_leave(control, usize::MAX);
         return true;
     }
+    // What has come meanwhile is served first: its own outputs then wait together with these.
     if control.slow.load(SeqCst) == 0 && control.wanting.load(SeqCst) == 0 && wait_commit(control, word, PATIENCE) {
         return true;
     }
@@ -111,9 +110,6 @@ pub(crate) fn socket_of(control: &Control, call: &Call) -> Option<u64> {
 
 /// Puts what a call sends into the queue; `None` when the call has to be made as it is.
 pub(crate) fn queue(control: &mut Control, call: &Call) -> Option<i64> {
-    if !matches!(call.number, nr::WRITE | nr::WRITEV | nr::SENDTO | nr::SENDMSG) {
-        return None;
-    }
     let sending = Sending::of(control, call)?;
     let Sending { fd, total, .. } = sending;
     if !(1..=OUTPUT_MAX).contains(&total) || !is_counted(control, fd) {

@@ -16,6 +16,10 @@ use crate::sockets::kind;
 const PATIENCE: u64 = 10_000_000;
 const TIMES: u32 = 10;
 
+/// Most that [`Control::batches`] can say, and what a send takes from it that has had input before it.
+const BATCHES_MAX: u64 = 64;
+const INPUT_WEIGHT: u64 = 4;
+
 const FUTEX_WAKE: u64 = 1;
 
 /// Makes a call, an output of the unit not before it may leave.
@@ -30,9 +34,10 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     }
     let (needed, sii) = (control.needed.load(Relaxed), control.sii.load(Relaxed));
     let expected = expected(control, call);
+    let batch = is_send(call) && in_batch(control, needed);
     let result = if may_leave(control, call, needed) {
         make(control, call)?
-    } else if let Some(result) = outputs::queue(control, call) {
+    } else if let Some(result) = if is_send(call) && !batch { outputs::queue(control, call) } else { None } {
         want(control, needed);
         result
     } else if waits(control, call, needed) {
@@ -45,6 +50,21 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
         control.needed.store(needed, Relaxed);
     }
     Some(result)
+}
+
+fn is_send(call: &Call) -> bool {
+    matches!(call.number, nr::WRITE | nr::WRITEV | nr::SENDTO | nr::SENDMSG)
+}
+
+/// Whether the program sends what it has to say in batches. Such a program has nothing to do before the first of them
+/// has left: to wait for that costs it nothing, and it is spared the queue. One that takes input between its sends goes
+/// on with that.
+fn in_batch(control: &Control, needed: u64) -> bool {
+    let last = control.last_send.swap(needed, Relaxed);
+    let before = control.batches.load(Relaxed);
+    let now = if last == needed { (before + 1).min(BATCHES_MAX) } else { before.saturating_sub(INPUT_WEIGHT) };
+    control.batches.store(now, Relaxed);
+    now >= BATCHES_MAX / 2
 }
 
 /// All that this output depends on is committed, and what has to leave before it has left.

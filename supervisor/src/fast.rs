@@ -273,7 +273,8 @@ impl Unit {
     }
 
     /// The supervisor is about to make a call that may take from a stream or give to it.
-    pub(crate) fn before_fd_call(&mut self, row: &table::Row, args: &[u64; 6]) {
+    /// `ancillary` data goes with it.
+    pub(crate) fn before_fd_call(&mut self, row: &table::Row, args: &[u64; 6], ancillary: bool) {
         const ALL: u8 = u8::MAX;
         self.note_changes(row, args);
         self.log.control().free_known.store(0, SeqCst);
@@ -286,6 +287,7 @@ impl Unit {
             // It may become something else than a plain stream.
             libc::SYS_setsockopt => self.log.forget_fds(Some(args[0] as usize), ALL - FD_COUNTED - FD_PRIVATE),
             // Others may get descriptors with a message, or take them.
+            libc::SYS_sendmsg if !ancillary => {}
             libc::SYS_sendmsg | libc::SYS_sendmmsg | libc::SYS_pidfd_getfd => self.share_fds(),
             _ if row.class == Class::Unknown => self.share_fds(),
             _ => {}

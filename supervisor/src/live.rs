@@ -318,7 +318,7 @@ impl Unit {
         if !self.may_leave(vtid, row, &args, call)? {
             return Ok(Outcome::Block(Waiting { deadline: Some(now() + LOOK_AGAIN_NS), ..Waiting::default() }));
         }
-        self.before_fd_call(row, &args);
+        self.before_fd_call(row, &args, call.passes_control());
         Ok(match row.class {
             Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
             _ if row.irregular => self.irregular(vtid, nr, &args, call, row)?,

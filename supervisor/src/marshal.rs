@@ -355,6 +355,11 @@ impl Prepared {
         self.msg.as_ref().filter(|m| m.receive).map_or(0, |m| m.control.0)
     }
 
+    /// The call sends ancillary data, which may be descriptors.
+    pub(crate) fn passes_control(&self) -> bool {
+        self.msg.as_ref().is_some_and(|m| !m.receive && m.control.1 > 0)
+    }
+
     /// The data of a write-like call.
     pub fn payload(&self) -> &[u8] {
         self.data.map_or(&[], |i| &self.bufs[i])

@@ -14,8 +14,10 @@ use crate::unit::Unit;
 
 /// How long who has nothing to do sleeps when nothing wakes it.
 const NAP: Duration = Duration::from_millis(100);
-/// How long a unit that computes may leave outputs to themselves.
-const TICK: Duration = Duration::from_micros(500);
+/// How long outputs that may leave are left to a unit that may come by.
+const TICK: Duration = Duration::from_millis(1);
+/// And how long nothing is there before we have to be told of what is.
+const STAY: Duration = Duration::from_millis(20);
 /// How long room in a socket's buffer is waited for before other sockets are looked after.
 const ROOM_MS: i32 = 5;
 
@@ -100,12 +102,16 @@ fn sweep(queue: &mut Queue) -> ! {
         let word = control.sweep_word.load(SeqCst);
         if is_empty(&queue.ring) {
             control.sweep.store(0, SeqCst);
-            control.sweeper_idle.store(1, SeqCst);
-            // Who puts something there now finds that we are idle, or is found here.
-            if is_empty(&queue.ring) {
-                wait(&control.sweep_word, word, NAP);
+            let end = queue.ring.end();
+            wait(&control.sweep_word, word, STAY);
+            if queue.ring.end() == end {
+                // Nothing for a while: who puts something there now finds that we are idle, or is found here.
+                control.sweeper_idle.store(1, SeqCst);
+                if is_empty(&queue.ring) {
+                    wait(&control.sweep_word, word, NAP);
+                }
+                control.sweeper_idle.store(0, SeqCst);
             }
-            control.sweeper_idle.store(0, SeqCst);
         } else if control.sweep.load(SeqCst) != 0 {
             let commit = control.commit_word.load(SeqCst);
             let passed = let_leave(queue);

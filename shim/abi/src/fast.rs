@@ -300,6 +300,10 @@ pub struct Control {
     pub needed: AtomicU64,
     /// The thread of the last event.
     pub last_tid: AtomicU64,
+    /// What the last send depended on.
+    pub last_send: AtomicU64,
+    /// How much the program's sends come in batches, with no input between them.
+    pub batches: AtomicU64,
     /// The output that is leaving: its position in the queue and 1, or 0.
     pub leaving: AtomicU64,
     /// What was [`crate::outputs::Output::done`] of it before.
@@ -431,7 +435,6 @@ const _: () = {
     assert!(offset_of!(Message, piece) == 64);
     assert!(size_of::<Control>() <= CONTROL_BYTES as usize);
 };
-
 
 /// What the entry of the shim saves of a thread, at the top of the thread's shim stack.
 #[derive(Clone, Copy, Debug, Default)]
