@@ -1,4 +1,8 @@
+use std::time::Duration;
+
+use super::options::default_name;
 use super::*;
+use crate::unitdir::check_name;
 
 fn ok(args: &[&str]) -> Cli {
     parse(std::iter::once("ftrun").chain(args.iter().copied())).unwrap_or_else(|e| panic!("{args:?}: {e}"))
