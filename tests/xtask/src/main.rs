@@ -6,11 +6,11 @@ mod install;
 mod soak_store;
 mod vm;
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use ftrun_tests::binaries::{build_ftrun, target_dir, workspace};
+use ftrun_tests::binaries::{FEATURES, build_ftrun, cargo, target_dir};
 use ftrun_tests::load::Load;
 use ftrun_tests::scenarios;
 use ftrun_tests::{Error, error};
@@ -179,14 +179,9 @@ fn soak(program: &str, kills: u64, clients: usize, seconds: Option<u64>, seed: O
 fn test(args: &[String]) -> Result<ExitCode, Error> {
     install::ensure(install::SERVERS)?;
     let ftrun = build_ftrun()?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.env("FTRUN_NATS_SERVER", install::nats_server()?);
-    command
-        .args(["test", "--workspace", "--features", "ftrun-store/nats", "--no-fail-fast", "--target-dir"])
-        .arg(target_dir()?)
-        .current_dir(workspace());
-    command.env("FTRUN_BIN", ftrun);
+    let mut command = cargo();
+    command.args(["test", "--workspace", "--features", FEATURES, "--no-fail-fast", "--target-dir"]).arg(target_dir()?);
+    command.env("FTRUN_NATS_SERVER", install::nats_server()?).env("FTRUN_BIN", ftrun);
     if args.is_empty() {
         // Each test of a real program keeps about one core busy.
         command.args(["--", "--test-threads=2"]);
