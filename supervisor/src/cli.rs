@@ -1,6 +1,7 @@
 //! The command line.
 
 mod args;
+mod config;
 mod options;
 mod parse;
 #[cfg(test)]
@@ -176,10 +177,12 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
 
 fn install_unit(out: &mut impl Write, args: InstallArgs, state_dir: Option<PathBuf>) -> Result<(), Error> {
     let mut options = args.options;
-    if let Some(cwd) = args.run.cwd {
-        let mut option = OsString::from("--cwd=");
-        option.push(std::path::absolute(&cwd).map_err(Error::state("find", &cwd))?);
-        options.push(option);
+    for (option, path) in [("--config=", args.run.config), ("--cwd=", args.run.cwd)] {
+        if let Some(path) = path {
+            let mut option = OsString::from(option);
+            option.push(std::path::absolute(&path).map_err(Error::state("find", &path))?);
+            options.push(option);
+        }
     }
     let request = Request {
         name: args.unit,

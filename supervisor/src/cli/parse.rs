@@ -1,12 +1,14 @@
 //! From words to [`Cli`].
 
 use std::ffi::OsString;
+use std::path::Path;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches};
 
 use super::args::{Cli, Command, Global, RunArgs};
+use super::config::Config;
 
 /// Reads the words of a command line.
 pub(super) fn parse<T: Into<OsString>>(args: impl IntoIterator<Item = T>) -> Result<Cli, clap::Error> {
@@ -16,6 +18,15 @@ pub(super) fn parse<T: Into<OsString>>(args: impl IntoIterator<Item = T>) -> Res
         refuse_run_options(&matches)?;
     }
     let mut cli = Cli::from_arg_matches(&matches)?;
+    if let Some(config) = config_of(&cli)? {
+        // Once more: now with what the file says for what is not on the command line.
+        let command = config.apply(Cli::command()).mut_subcommand("run", |run| config.apply(run));
+        cli = Cli::from_arg_matches(&command.try_get_matches_from(&args)?)?;
+        match &mut cli.command {
+            Some(Command::Run(run)) => config.put_env(run),
+            _ => config.put_env(&mut cli.run),
+        }
+    }
     if let (Some(Command::InstallUnit(install)), Some((_, given))) = (&mut cli.command, matches.subcommand()) {
         if install.run.name.is_some() {
             let text = "the name of the unit is the word after install-unit, not --name";
@@ -26,11 +37,26 @@ pub(super) fn parse<T: Into<OsString>>(args: impl IntoIterator<Item = T>) -> Res
     Ok(cli)
 }
 
+/// What the file says that `ftrun run` was given. That of a service is read when the service is started: it is only
+/// looked at.
+fn config_of(cli: &Cli) -> Result<Option<Config>, clap::Error> {
+    let read = |path: &Path| Config::read(path).map_err(|why| Cli::command().error(ErrorKind::InvalidValue, why));
+    match &cli.command {
+        None => cli.run.config.as_deref().map(read).transpose(),
+        Some(Command::Run(run)) => run.config.as_deref().map(read).transpose(),
+        Some(Command::InstallUnit(install)) => {
+            install.run.config.as_deref().map(read).transpose()?;
+            Ok(None)
+        }
+        Some(_) => Ok(None),
+    }
+}
+
 /// The options for `ftrun run` that were given, but for the name and what depends on the directory that we stand in.
 fn run_options(given: &ArgMatches) -> Vec<OsString> {
     let all = Global::augment_args(RunArgs::augment_args(clap::Command::new("run")));
     let mut options = Vec::new();
-    for arg in all.get_arguments().filter(|a| !matches!(a.get_id().as_str(), "name" | "cwd" | "state_dir")) {
+    for arg in all.get_arguments().filter(|a| !matches!(a.get_id().as_str(), "name" | "cwd" | "state_dir" | "config")) {
         let (id, Some(long)) = (arg.get_id().as_str(), arg.get_long()) else { continue };
         if given.value_source(id) != Some(ValueSource::CommandLine) {
             continue;
