@@ -253,7 +253,7 @@ fn the_supervisor_is_killed_between_an_image_and_what_it_replaces() -> Result<()
 /// (`Common::group`).
 #[test]
 fn the_supervisor_is_killed_between_the_unit_and_its_store() -> Result<(), Error> {
-    walk("record-", &[2, 5, 40], 0, echo)
+    walk("record-", &[2, 5], 0, echo)
 }
 
 /// The unit dies in the shim, and its supervisor while it settles what the shim had begun: the next one settles it.
