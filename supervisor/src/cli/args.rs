@@ -96,12 +96,12 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
     /// The program and its arguments
-    #[arg(last = true, required_unless_present = "config", value_name = "PROGRAM")]
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
     pub(super) command: Vec<OsString>,
 }
 
 #[derive(Debug, Args)]
-#[command(mut_arg("name", |arg| arg.hide(true)), mut_arg("command", |arg| arg.required(true)))]
+#[command(mut_arg("name", |arg| arg.hide(true)))]
 pub(super) struct InstallArgs {
     /// Name of the unit, and of the service's instance: ftrun@NAME.service
     #[arg(value_name = "NAME", value_parser = parse_name)]

@@ -79,7 +79,6 @@ impl Config {
 
     /// The definition of `run`, with what the file says for what is not on the command line.
     pub(super) fn apply(&self, mut command: clap::Command) -> clap::Command {
-        command = command.mut_arg("command", |arg| arg.required(true));
         for (id, values) in &self.values {
             // Clap keeps them for ever; they are of one file.
             let values: Vec<&'static str> = values.iter().map(|v| &*Box::leak(v.clone().into_boxed_str())).collect();

@@ -1,7 +1,7 @@
 //! From words to [`Cli`].
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
@@ -13,19 +13,18 @@ use super::config::Config;
 /// Reads the words of a command line.
 pub(super) fn parse<T: Into<OsString>>(args: impl IntoIterator<Item = T>) -> Result<Cli, clap::Error> {
     let args: Vec<OsString> = args.into_iter().map(Into::into).collect();
-    let matches = Cli::command().try_get_matches_from(&args).map_err(|e| ask_for_dashes(e, &args))?;
+    let config = config_of(&args)?;
+    // What the file says counts for what is not on the command line.
+    let command = config.apply(Cli::command()).mut_subcommand("run", |run| config.apply(run));
+    let matches = command.try_get_matches_from(&args).map_err(|e| ask_for_dashes(e, &args))?;
     if matches.subcommand_name().is_some() {
         refuse_run_options(&matches)?;
     }
     let mut cli = Cli::from_arg_matches(&matches)?;
-    if let Some(config) = config_of(&cli)? {
-        // Once more: now with what the file says for what is not on the command line.
-        let command = config.apply(Cli::command()).mut_subcommand("run", |run| config.apply(run));
-        cli = Cli::from_arg_matches(&command.try_get_matches_from(&args)?)?;
-        match &mut cli.command {
-            Some(Command::Run(run)) => config.put_env(run),
-            _ => config.put_env(&mut cli.run),
-        }
+    match &mut cli.command {
+        None => config.put_env(&mut cli.run),
+        Some(Command::Run(run)) => config.put_env(run),
+        Some(_) => {}
     }
     if let (Some(Command::InstallUnit(install)), Some((_, given))) = (&mut cli.command, matches.subcommand()) {
         if install.run.name.is_some() {
@@ -37,19 +36,19 @@ pub(super) fn parse<T: Into<OsString>>(args: impl IntoIterator<Item = T>) -> Res
     Ok(cli)
 }
 
-/// What the file says that `ftrun run` was given. That of a service is read when the service is started: it is only
-/// looked at.
-fn config_of(cli: &Cli) -> Result<Option<Config>, clap::Error> {
-    let read = |path: &Path| Config::read(path).map_err(|why| Cli::command().error(ErrorKind::InvalidValue, why));
-    match &cli.command {
-        None => cli.run.config.as_deref().map(read).transpose(),
-        Some(Command::Run(run)) => run.config.as_deref().map(read).transpose(),
-        Some(Command::InstallUnit(install)) => {
-            install.run.config.as_deref().map(read).transpose()?;
-            Ok(None)
-        }
-        Some(_) => Ok(None),
-    }
+/// What the file says that `ftrun run` is given, if it is given one. That of a service is read when the service is started: it is
+/// only looked at.
+fn config_of(args: &[OsString]) -> Result<Config, clap::Error> {
+    // The program may stand in the file.
+    let relaxed = |command: clap::Command| command.mut_arg("command", |arg| arg.required(false));
+    let command = relaxed(Cli::command()).mut_subcommand("run", relaxed);
+    // What is wrong with the words themselves is told by who reads them next.
+    let Ok(matches) = command.try_get_matches_from(args) else { return Ok(Config::default()) };
+    let (word, given) = matches.subcommand().unwrap_or(("run", &matches));
+    let path = given.try_get_one::<PathBuf>("config").ok().flatten();
+    let read = |path: &PathBuf| Config::read(path).map_err(|why| Cli::command().error(ErrorKind::InvalidValue, why));
+    let config = path.map(read).transpose()?.unwrap_or_default();
+    Ok(if word == "run" { config } else { Config::default() })
 }
 
 /// The options for `ftrun run` that were given, but for the name and what depends on the directory that we stand in.
