@@ -3,15 +3,20 @@
 //! To break it on purpose: count a group as stored when it was sent (`store/src/nats/log.rs`), or take the failure of a
 //! condition for success.
 
+use std::io::BufReader;
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ftrun_store::nats::servers::{Servers, program};
 use ftrun_tests::Error;
 use ftrun_tests::binaries::is_bare;
+use ftrun_tests::counting::line;
 use ftrun_tests::load::{Load, Report, Store};
 use ftrun_tests::scenarios::{echo_server, guest_launch, redis_launch, redis_with};
-use ftrun_tests::unit::{Launch, start_all_with};
+use ftrun_tests::unit::{Launch, Ready, free_port, start_all_with};
+
+const LEVEL: &str = "--durability node --stable disk";
 
 /// Three servers, and which of them is down.
 #[derive(Debug)]
@@ -41,7 +46,7 @@ fn any_victim(
     if is_bare() {
         return Ok(());
     }
-    start_all_with("--durability node --stable disk");
+    start_all_with(LEVEL);
     let dir = tempfile::tempdir()?;
     let servers = Servers::start(&program(), dir.path(), 3)?;
     let mut launch = launch()?;
@@ -60,4 +65,43 @@ fn any_process_is_killed_and_any_server() -> Result<(), Error> {
 #[test]
 fn any_process_is_killed_and_any_server_of_redis() -> Result<(), Error> {
     any_victim(|| redis_launch(&["--save", ""]), |load, launch| redis_with(launch, load))
+}
+
+/// The machine is lost, and with it one server: the others have all that was answered.
+///
+/// Break it: have every server answer before a unit is opened (`store/src/nats/monitor.rs`), or leave the events behind the newest checkpoint in
+/// the store (`retrieve::fetch`).
+#[test]
+fn a_unit_is_fetched_from_a_cluster_that_has_lost_a_server() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    start_all_with(LEVEL);
+    let dir = tempfile::tempdir()?;
+    let mut servers = Servers::start(&program(), dir.path(), 3)?;
+    let url = servers.url("s");
+    let mut launch = guest_launch("epoll_echo")?;
+    launch.options(["--store", &url]).ready(Ready::Line).add_args([free_port()?.to_string()]);
+    let unit = launch.start()?;
+    let mut answered = 0;
+    let mut count_to = |last: u64| -> Result<(), Error> {
+        let mut c = BufReader::new(TcpStream::connect(("127.0.0.1", unit.port))?);
+        while answered < last {
+            answered += 1;
+            let reply = line(&mut c, b"text\n")?;
+            assert_eq!(reply.split(' ').nth(1), Some(&*answered.to_string()), "{reply}");
+        }
+        Ok(())
+    };
+    for victim in 0..3 {
+        count_to(40 * (victim + 1))?;
+        servers.kill(victim as usize)?;
+        unit.kill9_all(victim)?;
+        unit.wipe_memory()?;
+        unit.resume_as(&[], &["--store", &url])?;
+        count_to(40 * (victim + 1) + 10)?;
+        servers.restart(victim as usize)?;
+    }
+    unit.stop()?;
+    Ok(())
 }
