@@ -8,6 +8,7 @@ use ftrun_abi::table::is_seen;
 
 use crate::call::{Call, message_header, piece, syscall};
 use crate::calls::make;
+use crate::clock::monotonic;
 use crate::{nr, outputs};
 use crate::sockets::kind;
 
@@ -16,9 +17,11 @@ use crate::sockets::kind;
 const PATIENCE: u64 = 10_000_000;
 const TIMES: u32 = 10;
 
-/// Most that [`Control::batches`] can say, and what a send takes from it that has had input before it.
+/// Most that [`Control::batches`] can say, and what a send takes from it before which the program was busy.
 const BATCHES_MAX: u64 = 64;
-const INPUT_WEIGHT: u64 = 4;
+const BUSY_WEIGHT: u64 = 4;
+/// Nanoseconds between sends that are something to do.
+const PAUSE: u64 = 3_000;
 
 const FUTEX_WAKE: u64 = 1;
 
@@ -49,6 +52,9 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
         // Without this event the call would be made again and come out the same.
         control.needed.store(needed, Relaxed);
     }
+    if is_send(call) {
+        control.last_send_at.store(monotonic(control), Relaxed);
+    }
     Some(result)
 }
 
@@ -56,13 +62,14 @@ fn is_send(call: &Call) -> bool {
     matches!(call.number, nr::WRITE | nr::WRITEV | nr::SENDTO | nr::SENDMSG)
 }
 
-/// Whether the program sends what it has to say in batches. Such a program has nothing to do before the first of them
-/// has left: to wait for that costs it nothing, and it is spared the queue. One that takes input between its sends goes
-/// on with that.
+/// Whether the program sends what it has to say in batches, one after the other. Such a program has nothing to do before
+/// the first of them has left: to wait for that costs it nothing, and it is spared the queue. One that takes input or
+/// computes between its sends goes on with that.
 fn in_batch(control: &Control, needed: u64) -> bool {
     let last = control.last_send.swap(needed, Relaxed);
     let before = control.batches.load(Relaxed);
-    let now = if last == needed { (before + 1).min(BATCHES_MAX) } else { before.saturating_sub(INPUT_WEIGHT) };
+    let busy = last != needed || monotonic(control).saturating_sub(control.last_send_at.load(Relaxed)) > PAUSE;
+    let now = if busy { before.saturating_sub(BUSY_WEIGHT) } else { (before + 1).min(BATCHES_MAX) };
     control.batches.store(now, Relaxed);
     now >= BATCHES_MAX / 2
 }

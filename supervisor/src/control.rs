@@ -5,10 +5,11 @@
 //! `stop`) or `{"ok":false,"error":"..."}`. Only root and the user who runs the unit are heard.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
 use crate::report::Error;
+use crate::run::lock;
 use crate::status::Status;
 use crate::unitdir::UnitDir;
 
@@ -25,7 +27,7 @@ use crate::unitdir::UnitDir;
 const REQUEST_BYTES_MAX: u64 = 4096;
 /// Longest reply, in bytes.
 const REPLY_BYTES_MAX: u64 = 1 << 20;
-/// Connections served at a time.
+/// Connections served at a time. One more ends the oldest of those that have asked nothing.
 const CONNECTIONS_MAX: usize = 16;
 /// A connection that says nothing for this long is closed.
 const IDLE_MAX: Duration = Duration::from_secs(30);
@@ -86,7 +88,7 @@ fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
     if let Err(e) = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None) {
         tracing::warn!("cannot block signals in the control thread: {e}");
     }
-    let open = Arc::new(AtomicUsize::new(0));
+    let open = Arc::new(Table::default());
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -97,14 +99,10 @@ fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
                 continue;
             }
         };
-        let count = Open::new(&open);
-        if count.before >= CONNECTIONS_MAX {
-            continue;
-        }
+        let Some(place) = Place::of(&open, stream) else { continue };
         let handler = Arc::clone(handler);
         let spawned = thread::Builder::new().name("ftrun-control".into()).spawn(move || {
-            let _count = count;
-            if let Err(e) = converse(stream, &*handler) {
+            if let Err(e) = converse(&place, &*handler) {
                 tracing::debug!("control connection: {e}");
             }
         });
@@ -114,35 +112,57 @@ fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
     }
 }
 
-/// One open connection.
-struct Open {
-    count: Arc<AtomicUsize>,
-    before: usize,
+/// The open connections, the oldest first.
+#[derive(Debug, Default)]
+struct Table(Mutex<Vec<Arc<Connection>>>);
+
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    /// What it has asked for is being done.
+    works: AtomicBool,
 }
 
-impl Open {
-    fn new(count: &Arc<AtomicUsize>) -> Self {
-        let before = count.fetch_add(1, Ordering::Relaxed);
-        Self { count: Arc::clone(count), before }
+/// A connection's place in the table; given back with the value.
+#[derive(Debug)]
+struct Place {
+    table: Arc<Table>,
+    connection: Arc<Connection>,
+}
+
+impl Place {
+    /// A place for a new connection. Somebody who says nothing gives his up for it; whose order is being carried out does not.
+    fn of(table: &Arc<Table>, stream: UnixStream) -> Option<Self> {
+        let connection = Arc::new(Connection { stream, works: AtomicBool::new(false) });
+        let mut open = lock(&table.0);
+        if open.len() >= CONNECTIONS_MAX {
+            let idle = open.iter().position(|c| !c.works.load(SeqCst))?;
+            // It may have hung up already; its thread ends with it.
+            let _gone = open.remove(idle).stream.shutdown(Shutdown::Both);
+        }
+        open.push(Arc::clone(&connection));
+        Some(Self { table: Arc::clone(table), connection })
     }
 }
 
-impl Drop for Open {
+impl Drop for Place {
     fn drop(&mut self) {
-        self.count.fetch_sub(1, Ordering::Relaxed);
+        lock(&self.table.0).retain(|c| !Arc::ptr_eq(c, &self.connection));
     }
 }
 
-fn converse(stream: UnixStream, handler: &dyn Handler) -> io::Result<()> {
+fn converse(place: &Place, handler: &dyn Handler) -> io::Result<()> {
+    let Connection { stream, works } = &*place.connection;
     stream.set_read_timeout(Some(IDLE_MAX))?;
     stream.set_write_timeout(Some(IDLE_MAX))?;
-    let peer = getsockopt(&stream, PeerCredentials)?.uid();
+    let peer = getsockopt(stream, PeerCredentials)?.uid();
     if peer != 0 && peer != geteuid().as_raw() {
         let refusal = "only root and the user who runs the unit may control it";
-        return send(&stream, &Reply::error(refusal));
+        return send(stream, &Reply::error(refusal));
     }
-    let mut lines = BufReader::new(&stream);
+    let mut lines = BufReader::new(stream);
     while let Some(line) = read_line(&mut lines, REQUEST_BYTES_MAX)? {
+        works.store(true, SeqCst);
         let reply = match serde_json::from_slice(&line) {
             Ok(Request::Status) => Reply::status(handler.status()),
             Ok(Request::Checkpoint) => handler.checkpoint().map_or_else(Reply::error, Reply::status),
@@ -152,7 +172,8 @@ fn converse(stream: UnixStream, handler: &dyn Handler) -> io::Result<()> {
             }
             Err(e) => Reply::error(format!("not a request: {e}")),
         };
-        send(&stream, &reply)?;
+        works.store(false, SeqCst);
+        send(stream, &reply)?;
     }
     Ok(())
 }
@@ -277,7 +298,6 @@ fn may_have_died(e: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
 
     struct Fake(Mutex<Option<UnitDir>>);
 
@@ -294,6 +314,66 @@ mod tests {
             drop(self.0.lock().unwrap().take());
             Ok(())
         }
+    }
+
+    /// A unit that is served, and its state directory.
+    fn served() -> (tempfile::TempDir, UnitDir) {
+        let state = tempfile::tempdir().unwrap();
+        let mut ours = UnitDir::create(state.path(), "u").unwrap();
+        ours.begin().unwrap();
+        let listener = ours.bind_control().unwrap();
+        serve(listener, Arc::new(Fake(Mutex::new(Some(ours))))).unwrap();
+        let unit = UnitDir::open(state.path(), "u").unwrap();
+        (state, unit)
+    }
+
+    /// Everybody who holds a connection and says nothing, or never the end of a line, makes room for somebody who asks.
+    ///
+    /// Break it: turn the new one away instead (`Place::of`).
+    #[test]
+    fn silent_connections_hold_up_nobody() {
+        let (_state, unit) = served();
+        let mut held = Vec::new();
+        for n in 0..2000 {
+            let mut silent = unit.connect_control().unwrap();
+            // A part of a line, or none. It may have had to make room already.
+            let _ = silent.write(&b"{\"cmd\":"[..n % 8]);
+            held.push(silent);
+            if held.len() > 500 {
+                held.remove(0);
+            }
+            if n % 100 == 0 {
+                assert_eq!(ask(&unit, Request::Status, STATUS_WAIT).unwrap().status.unwrap().events, 7);
+            }
+        }
+        assert_eq!(ask(&unit, Request::Status, STATUS_WAIT).unwrap().status.unwrap().events, 7);
+    }
+
+    #[test]
+    fn random_bytes_are_errors_and_nothing_else() {
+        let (_state, unit) = served();
+        let mut seed = 42u64;
+        let mut random = move || {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed
+        };
+        for _ in 0..300 {
+            let mut bytes: Vec<u8> = (0..random() % 5000).map(|_| random() as u8).collect();
+            bytes.extend(b"\n");
+            let mut stream = unit.connect_control().unwrap();
+            // It may have hung up in the middle.
+            let _ = stream.write_all(&bytes);
+            let _ = stream.shutdown(Shutdown::Write);
+            let mut said = Vec::new();
+            // A reset is an end as well.
+            let _ = stream.read_to_end(&mut said);
+            for line in String::from_utf8_lossy(&said).lines() {
+                assert!(line.starts_with("{\"ok\":false,\"error\":\"not a request"), "{line}");
+            }
+        }
+        assert_eq!(ask(&unit, Request::Status, STATUS_WAIT).unwrap().status.unwrap().events, 7);
     }
 
     #[test]

@@ -1,14 +1,14 @@
 //! Fault points: places where tests have the unit killed.
 //!
 //! `FTRUN_FAULT=NAME[:N]` kills the unit with SIGKILL the Nth time (default 1) that point NAME is passed,
-//! and never again; `FTRUN_FAULT=supervisor@NAME[:N]` kills the supervisor there. Several, separated by commas, are
-//! armed together. Without the variable a point costs one comparison.
+//! and never again; `FTRUN_FAULT=supervisor@NAME[:N]` kills the supervisor there, `FTRUN_FAULT=all@NAME[:N]` keeper and supervisor, and
+//! the unit with them. Several, separated by commas, are armed together. Without the variable a point costs one comparison.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 25] = [
+pub const POINTS: [&str; 30] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
@@ -34,13 +34,26 @@ pub const POINTS: [&str; 25] = [
     "standby-written",
     "output-leaving",
     "output-left",
+    "record-appended",
+    "record-acknowledged",
+    "record-put",
+    "retrieve-opened",
+    "retrieve-laid",
 ];
 
 struct Armed {
     name: String,
-    /// The supervisor is killed, not the unit.
-    supervisor: bool,
+    victim: Victim,
     left: AtomicI64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Unit,
+    /// The process that passes the point.
+    Supervisor,
+    /// Its parent, which is the keeper, and then that process.
+    All,
 }
 
 static DISARMED: AtomicBool = AtomicBool::new(false);
@@ -56,8 +69,12 @@ fn armed() -> &'static [Armed] {
         let text = std::env::var("FTRUN_FAULT").ok().filter(|_| !DISARMED.load(Ordering::Relaxed)).unwrap_or_default();
         let arm = |text: &str| {
             let (name, n) = text.split_once(':').map_or((text, 1), |(a, b)| (a, b.parse().unwrap_or(1)));
-            let (supervisor, name) = name.strip_prefix("supervisor@").map_or((false, name), |name| (true, name));
-            POINTS.contains(&name).then(|| Armed { name: name.to_owned(), supervisor, left: AtomicI64::new(n) })
+            let (victim, name) = match name.split_once('@') {
+                Some(("supervisor", name)) => (Victim::Supervisor, name),
+                Some(("all", name)) => (Victim::All, name),
+                _ => (Victim::Unit, name),
+            };
+            POINTS.contains(&name).then(|| Armed { name: name.to_owned(), victim, left: AtomicI64::new(n) })
         };
         text.split(',').filter_map(arm).collect()
     })
@@ -68,16 +85,31 @@ fn armed() -> &'static [Armed] {
 pub fn in_shim() -> u64 {
     armed()
         .iter()
-        .find(|a| a.name == "shim-seam" && !a.supervisor)
+        .find(|a| a.name == "shim-seam" && a.victim == Victim::Unit)
         .map_or(0, |a| a.left.load(Ordering::Relaxed).max(0) as u64)
+}
+
+/// Passes a point of a thread or process that does not know the unit's: only what it is part of can be killed there.
+pub fn point_beside(name: &str) {
+    // A process that there is not: signalled as the unit it would be the caller's group.
+    point(name, i32::MAX);
 }
 
 /// Passes point `name`: kills process `pid` if the point is armed and its turn has come.
 pub fn point(name: &str, pid: i32) {
     for a in armed().iter().filter(|a| a.name == name) {
         if a.left.fetch_sub(1, Ordering::Relaxed) == 1 {
-            // SAFETY: this process, or one of ours, alive or not yet reaped.
-            unsafe { libc::kill(if a.supervisor { libc::getpid() } else { pid }, libc::SIGKILL) };
+            // SAFETY: no arguments.
+            let (own, parent) = unsafe { (libc::getpid(), libc::getppid()) };
+            let victims = match a.victim {
+                Victim::Unit => &[pid][..],
+                Victim::Supervisor => &[own],
+                Victim::All => &[parent, own],
+            };
+            for victim in victims {
+                // SAFETY: this process, or one of ours, alive or not yet reaped.
+                unsafe { libc::kill(*victim, libc::SIGKILL) };
+            }
         }
     }
 }

@@ -371,6 +371,7 @@ impl Common {
         let new = NewCheckpoint { sii: snapshot.sii, parent, manifest: &manifest, gone: &gone, pages: &pages };
         let unit = self.link()?.unit;
         unit.put_checkpoint(&new)?;
+        crate::fault::point_beside("record-put");
         self.newest.store(snapshot.sii, SeqCst);
         self.allowed.fetch_max(snapshot.sii, SeqCst);
         // Everything up to here can be recovered: that is the recovery state of a unit alone.
@@ -508,10 +509,12 @@ impl Common {
             }
             *end = Some(next);
         }
+        crate::fault::point_beside("record-appended");
         let last = lock(&self.end).unwrap_or(0).saturating_sub(1);
         if last > self.newest.load(SeqCst) {
             unit.wait(last, PATIENCE)?;
         }
+        crate::fault::point_beside("record-acknowledged");
         self.stable.fetch_max(last, SeqCst);
         self.publish(tail.control());
         tail.follow(&ahead);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ftrun_ckpt::image;
 use ftrun_ckpt::pages::{PageStore, ZERO_PAGE};
-use ftrun_store::{UnitName, UnitStore, each_record};
+use ftrun_store::{UnitName, each_record};
 
 use crate::cli::StoreOptions;
 use crate::evlog::EventLog;
@@ -65,6 +65,7 @@ fn fetch(dir: &mut UnitDir, store: &StoreOptions, keeper: i32) -> Result<(), Err
     let wrong = |e: ftrun_store::Error| refused(&place.url, &e);
     let name = UnitName::new(place.unit.clone()).map_err(wrong)?;
     let link = open(&place, &name)?;
+    crate::fault::point_beside("retrieve-opened");
     let unit = &link.unit;
     let none = || {
         Error::environment(
@@ -86,6 +87,12 @@ fn fetch(dir: &mut UnitDir, store: &StoreOptions, keeper: i32) -> Result<(), Err
         })
     };
     unit.pages(sii, 0..u64::MAX, &mut each).map_err(wrong)?;
+    let mut records = Vec::new();
+    let mut keep = |_, record: &[u8]| {
+        records.push(record.to_vec());
+        Ok(())
+    };
+    each_record(&**unit, sii + 1, &mut keep).map_err(wrong)?;
     dir.forget_memory();
     dir.begin()?;
     let status = Status {
@@ -96,18 +103,20 @@ fn fetch(dir: &mut UnitDir, store: &StoreOptions, keeper: i32) -> Result<(), Err
     };
     dir.write_status(&status)?;
     let memory = dir.memory_dir()?;
-    lay(&memory, &spec, (sii, snapshot.incarnation), &**unit, |memory| {
+    lay(&memory, &spec, snapshot.incarnation, &records, |memory| {
         image::write(memory, &snapshot, None, &pages, &[], standby::OPTIONS).map(drop).map_err(|e| e.to_string())
     })
-    .inspect_err(|_| dir.forget_memory())
+    .inspect_err(|_| dir.forget_memory())?;
+    crate::fault::point_beside("retrieve-laid");
+    Ok(())
 }
 
 /// Lays it all out.
 fn lay(
     memory: &Path,
     spec: &Spec,
-    (sii, incarnation): (u64, u32),
-    unit: &dyn UnitStore,
+    incarnation: u32,
+    records: &[Vec<u8>],
     write_image: impl FnOnce(&Path) -> Result<(), String>,
 ) -> Result<(), Error> {
     let failed = |what: &dyn std::fmt::Display| {
@@ -122,20 +131,13 @@ fn lay(
     desk.incarnation.store(incarnation, SeqCst);
     desk.recoveries.store(u64::from(incarnation.saturating_sub(1)), SeqCst);
     write_image(memory).map_err(|e| failed(&e))?;
-    let (mut bytes, mut largest) = (0, 0);
-    let mut records = Vec::new();
-    each_record(unit, sii + 1, &mut |_, record| {
-        bytes += record.len() as u64 + 16;
-        largest = largest.max(record.len() as u64);
-        records.push(record.to_vec());
-        Ok(())
-    })
-    .map_err(|e| failed(&e))?;
+    let bytes: u64 = records.iter().map(|record| record.len() as u64 + 16).sum();
+    let largest = records.iter().map(|record| record.len() as u64).max().unwrap_or(0);
     // Half of a ring is what one record may take.
     let room = log_bytes(spec.options()).max(2 * (bytes + largest));
     let mut log = EventLog::create(file, room).map_err(|e| failed(&e))?;
     for record in records {
-        log.append(&record).map_err(|_full| failed(&"the events do not fit"))?;
+        log.append(record).map_err(|_full| failed(&"the events do not fit"))?;
     }
     Ok(())
 }

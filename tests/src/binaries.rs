@@ -55,15 +55,31 @@ pub fn target_dir() -> Result<PathBuf, Error> {
     dir.map(Path::to_owned).ok_or_else(|| error!("{} is not in a cargo target directory", exe.display()))
 }
 
+/// What the programs are built with wherever tests run them: one set, so that nothing is built twice.
+pub const FEATURES: &str = "ftrun-supervisor/nats,ftrun-store/nats,ftrun-tests/nats";
+
+/// A cargo for this workspace.
+///
+/// It is not told for which package we run: build scripts (ring's) look at these variables, and with other values everything
+/// behind them would be built again.
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (key, _) in std::env::vars_os() {
+        let name = key.to_string_lossy();
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&key);
+        }
+    }
+    command.current_dir(workspace());
+    command
+}
+
 /// Builds the workspace's programs in release mode; returns the path of `ftrun`.
 pub fn build_ftrun() -> Result<PathBuf, Error> {
     let target = target_dir()?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(["build", "--quiet", "--workspace", "--bins", "--release", "--target-dir"])
-        .arg(&target)
-        .current_dir(workspace())
-        .status()?;
+    let mut command = cargo();
+    command.args(["build", "--quiet", "--workspace", "--bins", "--release", "--features", FEATURES, "--target-dir"]);
+    let status = command.arg(&target).status()?;
     if !status.success() {
         return Err(error!("cargo build --workspace --bins --release: {status}"));
     }

@@ -88,6 +88,11 @@ impl Unit {
                 let _already_gone = process.signal(libc::SIGKILL);
             }
         }
+        self.await_nobody()
+    }
+
+    /// Waits until nobody is left who runs a unit whose keeper has been killed.
+    pub fn await_nobody(&self) -> Result<(), Error> {
         self.child().wait()?;
         // What came of a supervisor that the keeper has just started is not known yet: it holds the lock.
         let start = Instant::now();

@@ -5,6 +5,7 @@
 //! - [`wire`] is one checked connection; [`clients`] speak the protocols and keep a model of what must be so.
 //! - [`generator`] loads a server as fast as it answers, for benchmarks.
 //! - [`manager`] listens as a service manager does; [`machine`] is a real one, systemd in namespaces of its own.
+//! - [`counting`] are clients that reconnect, and keep what they were told.
 //! - [`load`] drives many clients while a killer strikes, and reports what they saw.
 //! - [`scenarios`] puts these together, one function for each program; tests, demo and soak share them.
 //!
@@ -13,6 +14,7 @@
 
 pub mod binaries;
 pub mod clients;
+pub mod counting;
 pub mod generator;
 pub mod kills;
 pub mod load;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::binaries;
@@ -26,6 +26,8 @@ pub struct Load {
     pub gap_ms: RangeInclusive<u64>,
     /// Whom the kills may strike; each draws one.
     pub victims: &'static [Victim],
+    /// The unit's store: one more victim, if there is one.
+    pub store: Option<Arc<dyn Store>>,
     /// Everything random follows from it.
     pub seed: u64,
 }
@@ -41,6 +43,15 @@ pub enum Victim {
     Both,
 }
 
+/// A store that can be struck, or one of the servers that it consists of.
+pub trait Store: fmt::Debug + Send + Sync {
+    /// Kills it with SIGKILL. Where it is several servers `n` says which of them is killed.
+    fn kill(&self, n: u64) -> Result<(), crate::Error>;
+
+    /// Starts what was killed again, and waits until it serves.
+    fn restart(&self) -> Result<(), crate::Error>;
+}
+
 impl Load {
     /// 8 clients and as many kills as `FTRUN_TEST_KILLS` says (20 by default); `FTRUN_TEST_SEED` repeats a run.
     pub fn from_env() -> Self {
@@ -53,6 +64,7 @@ impl Load {
             at_least: Duration::from_millis(500),
             gap_ms: 5..=300,
             victims: &[Victim::Unit],
+            store: None,
             seed: number("FTRUN_TEST_SEED").unwrap_or(clock),
         }
     }
@@ -66,6 +78,12 @@ impl Load {
             _ => &[Victim::Unit, Victim::Supervisor, Victim::Both],
         };
         self
+    }
+
+    /// The same with any of ftrun's processes but the keeper and a store for victims.
+    pub fn any_victim_and(mut self, store: Arc<dyn Store>) -> Self {
+        self.store = Some(store);
+        self.any_victim()
     }
 
     /// The same with another number of kills (none when programs run bare).
@@ -256,38 +274,89 @@ fn drive(client: &mut dyn Client, progress: &Progress) -> Tally {
     tally
 }
 
-/// Kills until enough is done; returns the kills, and what went wrong.
-fn strike(load: &Load, unit: &Unit, progress: &Progress) -> (Vec<Killed>, Option<Fault>) {
-    let mut rng = Rng::part(load.seed, 1 << 32);
-    let mut kills = Vec::new();
-    let mut work = || -> Result<(), crate::Error> {
-        let start = Instant::now();
-        let mut recoveries = if load.kills > 0 { unit.recoveries()? } else { 0 };
+/// The killer of one run.
+struct Killer<'a> {
+    load: &'a Load,
+    unit: &'a Unit,
+    progress: &'a Progress,
+    rng: Rng,
+    kills: Vec<Killed>,
+    /// Recoveries when nobody was being recovered last.
+    settled: u64,
+    /// Whether the unit has been struck since then.
+    struck: bool,
+}
+
+impl Killer<'_> {
+    /// Kills until enough is done.
+    fn work(&mut self) -> Result<(), crate::Error> {
+        let (load, start) = (self.load, Instant::now());
+        self.settled = if load.kills > 0 { self.unit.recoveries()? } else { 0 };
         let mut again = false;
-        while (kills.len() as u64) < load.kills {
+        while (self.kills.len() as u64) < load.kills {
             // One kill in six falls into the recovery from the one before.
-            let gap = if again { rng.within(0..=15) } else { rng.within(load.gap_ms.clone()) };
-            if progress.failed_within(Duration::from_millis(gap)) {
+            let gap = if again { self.rng.within(0..=15) } else { self.rng.within(load.gap_ms.clone()) };
+            if self.progress.failed_within(Duration::from_millis(gap)) {
                 return Ok(());
             }
-            progress.begun.fetch_add(1, Ordering::SeqCst);
-            let killed = unit.kill9_victim(load.victims[rng.within(0..=load.victims.len() as u64 - 1) as usize]);
-            progress.gone.fetch_add(1, Ordering::SeqCst);
-            kills.push(killed?);
-            again = rng.one_in(6);
-            if !again || kills.len() as u64 == load.kills {
+            let victim = self.rng.within(0..=(load.victims.len() + usize::from(load.store.is_some())) as u64 - 1);
+            match (&load.store, load.victims.get(victim as usize)) {
+                (_, Some(victim)) => self.strike_unit(*victim)?,
+                (Some(store), None) => self.strike_store(&**store)?,
+                (None, None) => {}
+            }
+            again = self.rng.one_in(6);
+            if !again || self.kills.len() as u64 >= load.kills {
                 // A recovery that was struck by the next kill may or may not have been counted.
-                let status = unit.await_recoveries(recoveries + 1)?;
-                recoveries = status["recoveries"].as_u64().unwrap_or(recoveries);
-                progress.settled.store(kills.len() as u64, Ordering::SeqCst);
+                let status = self.unit.await_recoveries(self.settled + u64::from(self.struck))?;
+                self.settled = status["recoveries"].as_u64().unwrap_or(self.settled);
+                self.struck = false;
+                self.progress.settled.store(self.kills.len() as u64, Ordering::SeqCst);
             }
         }
-        progress.failed_within(load.at_least.saturating_sub(start.elapsed()));
+        self.progress.failed_within(load.at_least.saturating_sub(start.elapsed()));
         Ok(())
-    };
-    let fault = work().err().map(|e| Fault::error(e.0));
+    }
+
+    fn note(&mut self, kill: impl FnOnce() -> Result<Killed, crate::Error>) -> Result<(), crate::Error> {
+        self.progress.begun.fetch_add(1, Ordering::SeqCst);
+        let killed = kill();
+        self.progress.gone.fetch_add(1, Ordering::SeqCst);
+        self.kills.push(killed?);
+        Ok(())
+    }
+
+    fn strike_unit(&mut self, victim: Victim) -> Result<(), crate::Error> {
+        let unit = self.unit;
+        self.struck = true;
+        self.note(|| unit.kill9_victim(victim))
+    }
+
+    /// The store is away for a while, and the unit waits; every other time it is killed meanwhile, too. Not when it is just being
+    /// recovered: its next supervisor waits for the store, so there might be nobody to kill.
+    fn strike_store(&mut self, store: &dyn Store) -> Result<(), crate::Error> {
+        let n = self.rng.within(0..=u64::from(u32::MAX));
+        self.note(|| {
+            let sent = Instant::now();
+            store.kill(n)?;
+            Ok(Killed { pid: 0, sent, gone: Instant::now() })
+        })?;
+        self.progress.failed_within(Duration::from_millis(self.rng.within(self.load.gap_ms.clone())));
+        if self.rng.one_in(2) && !self.struck && !self.load.victims.is_empty() {
+            let victim = self.rng.within(0..=self.load.victims.len() as u64 - 1);
+            self.strike_unit(self.load.victims[victim as usize])?;
+        }
+        store.restart()
+    }
+}
+
+/// Kills until enough is done; returns the kills, and what went wrong.
+fn strike(load: &Load, unit: &Unit, progress: &Progress) -> (Vec<Killed>, Option<Fault>) {
+    let (rng, kills) = (Rng::part(load.seed, 1 << 32), Vec::new());
+    let mut killer = Killer { load, unit, progress, rng, kills, settled: 0, struck: false };
+    let fault = killer.work().err().map(|e| Fault::error(e.0));
     progress.set(true, fault.is_some());
-    (kills, fault)
+    (killer.kills, fault)
 }
 
 /// Connects the clients, then runs them while the killer strikes.

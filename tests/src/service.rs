@@ -3,9 +3,11 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::binaries::own_release;
+use crate::load::Store;
 use crate::process::Process;
 use crate::unit::LIMIT;
 use crate::{Error, error};
@@ -85,9 +87,8 @@ impl Service {
         }
     }
 
-    /// Kills it, and starts it again on the same directory.
-    pub fn kill_and_restart(&mut self) -> Result<(), Error> {
-        self.kill()?;
+    /// Starts it again on the same directory.
+    pub fn restart(&mut self) -> Result<(), Error> {
         self.child = Self::serve(self.dir.path())?;
         Ok(())
     }
@@ -105,6 +106,16 @@ impl Service {
     /// Its directory.
     pub fn store(&self) -> PathBuf {
         self.dir.path().join("store")
+    }
+}
+
+impl Store for Mutex<Service> {
+    fn kill(&self, _: u64) -> Result<(), Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).kill()
+    }
+
+    fn restart(&self) -> Result<(), Error> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).restart()
     }
 }
 

@@ -350,21 +350,25 @@ impl Unit {
         Ok(())
     }
 
-    /// Removes what the unit has left in memory, as the loss of its machine would.
-    pub fn wipe_memory(&self) -> Result<(), Error> {
+    /// What the unit has in memory that outlives its processes.
+    pub fn memory_dir(&self) -> Result<PathBuf, Error> {
         // SAFETY: no arguments.
         let user = Path::new("/dev/shm").join(format!("ftrun-{}", unsafe { libc::geteuid() }));
-        let mut found = false;
-        for entry in std::fs::read_dir(user)?.flatten() {
-            // The name is followed by a digest of the state directory.
-            let ours =
-                entry.file_name().to_str().is_some_and(|n| n.rsplit_once('-').is_some_and(|(n, _)| n == self.name));
-            if ours {
-                std::fs::remove_dir_all(entry.path())?;
-                found = true;
-            }
+        // The name is followed by a digest of the state directory.
+        let ours = |path: &PathBuf| {
+            let name = path.file_name().and_then(OsStr::to_str);
+            name.and_then(|n| n.rsplit_once('-')).is_some_and(|(n, _)| n == self.name)
+        };
+        let found = std::fs::read_dir(user)?.flatten().map(|entry| entry.path()).find(ours);
+        found.ok_or_else(|| error!("{} has left nothing in memory", self.name))
+    }
+
+    /// Removes what the unit has left in memory, as the loss of its machine would.
+    pub fn wipe_memory(&self) -> Result<(), Error> {
+        while let Ok(dir) = self.memory_dir() {
+            std::fs::remove_dir_all(dir)?;
         }
-        if found { Ok(()) } else { Err(error!("{} has left nothing in memory", self.name)) }
+        Ok(())
     }
 
     /// `ftrun resume NAME`, with what it prints behind what has been printed; waits until it runs.
@@ -378,7 +382,8 @@ impl Unit {
         self.resume_with(env, options)?;
         let start = Instant::now();
         loop {
-            let status = self.status()?;
+            // One that is being fetched has no directory for an instant.
+            let status = self.status().unwrap_or_default();
             if status["state"] == "running" && status["recoveries"].as_u64() > Some(before) {
                 return Ok(status);
             }

@@ -72,6 +72,26 @@ fn refused(output: &Output, status: Option<i32>, parts: &[&str]) {
     assert!(!err.contains("panicked"), "{err}");
 }
 
+/// Break it: leave the program's variables out of what the file gives (`Config::put_env`).
+#[test]
+fn a_file_says_what_is_run() -> Result<(), Error> {
+    let cli = cli!();
+    let file = "command = ['/bin/sh', '-c', 'echo $A $B']\n[env]\nA = 'file'\nB = 'file'\n";
+    std::fs::write(cli.dir.path().join("run.toml"), file)?;
+    let output =
+        cli.command().args(["--config", "run.toml", "--env", "B=line"]).current_dir(cli.dir.path()).output()?;
+    assert_eq!(text(&output.stdout), "file line\n", "{}", text(&output.stderr));
+    // A service finds the file from wherever it is started.
+    let words = ["install-unit", "shop", "--print", "--config", "run.toml", "--", "/bin/true"];
+    let output = cli.command().args(words).current_dir(cli.dir.path()).output()?;
+    let option = format!("--config={}/run.toml", cli.dir.path().display());
+    assert!(text(&output.stdout).contains(&option), "{}{}", text(&output.stdout), text(&output.stderr));
+    std::fs::write(cli.dir.path().join("run.toml"), "\ndurabilty = 'node'\n")?;
+    let output = cli.command().args(words).current_dir(cli.dir.path()).output()?;
+    refused(&output, None, &["run.toml:2:1: unknown key `durabilty`"]);
+    Ok(())
+}
+
 #[test]
 fn exit_status_is_the_programs() -> Result<(), Error> {
     let cli = cli!();

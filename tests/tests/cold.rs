@@ -1,14 +1,12 @@
 //! Cold recovery: keeper, supervisor and program are killed, and with them goes every kernel object; `ftrun resume`
 //! makes them again. Nothing that a client has been told may be missing.
 
-use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use ftrun_tests::binaries::is_bare;
+use ftrun_tests::counting::{self, Counts, line};
 use ftrun_tests::load::Load;
 use ftrun_tests::rng::Rng;
 use ftrun_tests::scenarios::{guest_launch, redis_launch};
@@ -26,6 +24,17 @@ fn rng() -> Rng {
     let seed = Load::from_env().seed;
     println!("seed {seed}");
     Rng::new(seed)
+}
+
+/// Clients count while everything is killed.
+fn count_through_kills<A>(unit: &Unit, ask: impl Fn(usize) -> A) -> Result<Counts, Error>
+where
+    A: FnMut(&mut BufReader<TcpStream>) -> std::io::Result<u64> + Send,
+{
+    counting::through(unit, kills(), rng(), ask, |rng| {
+        unit.kill9_all(rng.within(0..=5))?;
+        unit.resume().map(drop)
+    })
 }
 
 /// Waits until the program has printed a line.
@@ -161,91 +170,6 @@ fn compute() -> Result<(), Error> {
 #[test]
 fn memory() -> Result<(), Error> {
     rounds("memory", |_, _| Ok(()))
-}
-
-/// One client of a server that counts: it reconnects when its connection breaks. `ask` makes one request and returns
-/// the count that it is told.
-struct Counting<A> {
-    connection: Option<BufReader<TcpStream>>,
-    port: u16,
-    ask: A,
-    /// Requests that were answered.
-    answered: u64,
-    /// Requests of which nobody knows whether they were served.
-    open: u64,
-    highest: u64,
-}
-
-impl<A: FnMut(&mut BufReader<TcpStream>) -> std::io::Result<u64>> Counting<A> {
-    fn new(port: u16, ask: A) -> Self {
-        Self { connection: None, port, ask, answered: 0, open: 0, highest: 0 }
-    }
-
-    fn step(&mut self) {
-        if self.connection.is_none() {
-            let connected = TcpStream::connect(("127.0.0.1", self.port));
-            self.connection = connected.ok().map(BufReader::new);
-        }
-        let Some(connection) = &mut self.connection else {
-            std::thread::sleep(Duration::from_millis(2));
-            return;
-        };
-        match (self.ask)(connection) {
-            Ok(told) => {
-                assert!(told > self.highest, "told {told} after {}", self.highest);
-                (self.answered, self.highest) = (self.answered + 1, told);
-            }
-            Err(_) => {
-                self.open += 1;
-                self.connection = None;
-            }
-        }
-    }
-}
-
-fn line(connection: &mut BufReader<TcpStream>, request: &[u8]) -> std::io::Result<String> {
-    connection.get_ref().set_read_timeout(Some(LIMIT))?;
-    connection.get_mut().write_all(request)?;
-    let mut reply = String::new();
-    connection.read_line(&mut reply)?;
-    if reply.ends_with('\n') { Ok(reply) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }
-}
-
-/// Clients count while everything is killed; returns the requests that were answered, and those that were not.
-fn count_through_kills<A>(unit: &Unit, ask: impl Fn(usize) -> A) -> Result<BTreeMap<usize, (u64, u64, u64)>, Error>
-where
-    A: FnMut(&mut BufReader<TcpStream>) -> std::io::Result<u64> + Send,
-{
-    let mut rng = rng();
-    let over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let clients: Vec<_> = (0..4)
-            .map(|n| {
-                let mut client = Counting::new(unit.port, ask(n));
-                let over = &over;
-                scope.spawn(move || {
-                    while !over.load(SeqCst) {
-                        client.step();
-                    }
-                    (n, (client.answered, client.open, client.highest))
-                })
-            })
-            .collect();
-        let mut work = || -> Result<(), Error> {
-            for _ in 0..kills() {
-                std::thread::sleep(Duration::from_millis(rng.within(20..=600)));
-                unit.kill9_all(rng.within(0..=5))?;
-                unit.resume()?;
-            }
-            std::thread::sleep(Duration::from_millis(300));
-            Ok(())
-        };
-        let done = work();
-        over.store(true, SeqCst);
-        let counts =
-            clients.into_iter().map(|c| c.join().map_err(|_| error!("a client saw a count go back"))).collect();
-        done.and(counts)
-    })
 }
 
 /// redis: each client has a counter of its own, which holds every increment that was answered, and none that was not
@@ -401,7 +325,7 @@ fn files_have_their_memory_from_the_start() -> Result<(), Error> {
         return Ok(());
     }
     let unit = launch.start()?;
-    let dir = memory_of(&unit)?;
+    let dir = unit.memory_dir()?;
     for name in ["log", "desk", "spec"] {
         use std::os::unix::fs::MetadataExt;
         let meta = std::fs::metadata(dir.join(name))?;
@@ -413,14 +337,4 @@ fn files_have_their_memory_from_the_start() -> Result<(), Error> {
     unit.stop()?;
     assert!(!dir.exists());
     Ok(())
-}
-
-fn memory_of(unit: &Unit) -> Result<std::path::PathBuf, Error> {
-    let uid = nix::unistd::geteuid();
-    let listed = std::fs::read_dir(Path::new("/dev/shm").join(format!("ftrun-{uid}")))?;
-    let of_unit = |p: &std::path::PathBuf| {
-        p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(&format!("{}-", unit.name)))
-    };
-    let found = listed.flatten().map(|e| e.path()).find(of_unit);
-    found.ok_or_else(|| error!("no memory of {}", unit.name))
 }

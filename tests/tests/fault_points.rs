@@ -20,8 +20,9 @@ fn points() -> Vec<&'static str> {
     list.split('"').skip(1).step_by(2).collect()
 }
 
-/// Which of the groups below walks a point: by its name's first word. Those of cold recovery are walked in `cold.rs`.
-const GROUPS: [&str; 13] = [
+/// Which of the groups below walks a point: by its name's first word. Those of cold recovery are walked in `cold.rs`, those of
+/// fetching a unit, and of losing it, in `lost_machines.rs`.
+const GROUPS: [&str; 16] = [
     "thaw-",
     "call-",
     "hands-",
@@ -35,6 +36,9 @@ const GROUPS: [&str; 13] = [
     "standby-",
     "unloggable-",
     "exec-",
+    "record-",
+    "retrieve-",
+    "output-",
 ];
 
 fn of(group: &str) -> Vec<&'static str> {
@@ -71,7 +75,7 @@ fn walk_on(
     }
     let victims = match group {
         "shim-" => &[""][..],
-        "hands-" | "standby-" => &["supervisor@"],
+        "hands-" | "standby-" | "record-" => &["supervisor@"],
         _ => &["", "supervisor@"],
     };
     for (point, victim) in of(group).iter().flat_map(|point| victims.iter().map(move |victim| (point, victim))) {
@@ -81,7 +85,8 @@ fn walk_on(
             let mut launch = program()?;
             launch.env("FTRUN_FAULT", &fault).options(["--checkpoint-every", "100ms"]);
             if !victim.is_empty() {
-                launch.options(["--durability", "supervisor"]);
+                let level = if group == "record-" { "node" } else { "supervisor" };
+                launch.options(["--durability", level, "--stable", "cache"]);
             }
             if matches!(group, "call-" | "hands-") {
                 // With the shim few calls pass these points.
@@ -241,6 +246,15 @@ fn killed_inside_a_replay() -> Result<(), Error> {
 #[test]
 fn the_supervisor_is_killed_between_an_image_and_what_it_replaces() -> Result<(), Error> {
     walk("standby-", &[1, 2, 5], 0, echo)
+}
+
+/// Between events that were appended, their acknowledgement and what outputs wait for; between a checkpoint and what it lets go of.
+///
+/// Break it: have the next supervisor append from where the first one's log ends rather than from where the store's does
+/// (`Common::group`).
+#[test]
+fn the_supervisor_is_killed_between_the_unit_and_its_store() -> Result<(), Error> {
+    walk("record-", &[2, 5], 0, echo)
 }
 
 /// The unit dies in the shim, and its supervisor while it settles what the shim had begun: the next one settles it.

@@ -302,7 +302,9 @@ pub struct Control {
     pub last_tid: AtomicU64,
     /// What the last send depended on.
     pub last_send: AtomicU64,
-    /// How much the program's sends come in batches, with no input between them.
+    /// `CLOCK_MONOTONIC` nanoseconds when it came back to the program.
+    pub last_send_at: AtomicU64,
+    /// How much the program's sends come in batches, with nothing to do between them.
     pub batches: AtomicU64,
     /// The output that is leaving: its position in the queue and 1, or 0.
     pub leaving: AtomicU64,

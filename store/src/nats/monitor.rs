@@ -13,7 +13,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// An answer has no more, bytes.
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
 
-/// Checks that the servers named by `monitor=` sync each message. Without these, `sync=always` is taken at its word.
+/// Checks that the servers named by `monitor=` sync each message; a majority has to answer. Without these, `sync=always` is taken at its word.
 pub(super) fn check_sync(at: &location::Nats) -> Result<(), Error> {
     let invalid = |why: String| Error::invalid(format!("durability disk in {at}"), why);
     if at.monitor.is_empty() && !at.sync_always {
@@ -21,15 +21,23 @@ pub(super) fn check_sync(at: &location::Nats) -> Result<(), Error> {
                    servers' monitoring ports, which are then asked) or by sync=always; or use durability cache";
         return Err(invalid(why.into()));
     }
+    let mut silent = Vec::new();
     for server in &at.monitor {
-        let io = |e: std::io::Error| Error::io("ask", server, &e);
-        let body = ask(server, "/jsz?config=true").map_err(io)?;
-        let answer: serde_json::Value = serde_json::from_slice(&body).map_err(|e| io(e.into()))?;
+        let body = match ask(server, "/jsz?config=true") {
+            Ok(body) => body,
+            // A server that is down acknowledges nothing.
+            Err(e) => {
+                silent.push(Error::io("ask", server, &e));
+                continue;
+            }
+        };
+        let answer: serde_json::Value =
+            serde_json::from_slice(&body).map_err(|e| Error::io("ask", server, &e.into()))?;
         if answer.pointer("/config/sync_always") != Some(&serde_json::Value::Bool(true)) {
             return Err(invalid(format!("the server at {server} has no `sync_interval: always`")));
         }
     }
-    Ok(())
+    if silent.len() * 2 < at.monitor.len() { Ok(()) } else { silent.pop().map_or(Ok(()), Err) }
 }
 
 /// What a server's monitoring port says.

@@ -1,5 +1,6 @@
 //! Health and metrics for those who watch: `/health`, and `/metrics` as Prometheus reads them.
 
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,32 +8,36 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
 use super::Service;
 
-/// Requests at a time; more wait in the kernel.
-const AT_A_TIME: usize = 16;
+/// Connections at a time. One more ends the oldest: a request is answered at once, so that one has sent none.
+const AT_A_TIME: usize = 64;
 const REQUEST_BYTES_MAX: usize = 4096;
 const TIME: Duration = Duration::from_secs(5);
 
 pub(super) async fn serve(service: Arc<Service>, listener: TcpListener) {
     let mut ending = service.ending.clone();
-    let places = Arc::new(Semaphore::new(AT_A_TIME));
+    let mut open = VecDeque::<JoinHandle<()>>::new();
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let accepted = tokio::select! {
             _ = ending.wait_for(|e| *e) => return,
             accepted = listener.accept() => accepted,
         };
         match accepted {
             Ok((stream, _)) => {
+                open.retain(|task| !task.is_finished());
+                if open.len() >= AT_A_TIME
+                    && let Some(oldest) = open.pop_front()
+                {
+                    oldest.abort();
+                }
                 let service = Arc::clone(&service);
-                tokio::spawn(async move {
-                    let _place = place;
+                open.push_back(tokio::spawn(async move {
                     // Whoever is too slow, or has gone, gets nothing.
                     let _ = tokio::time::timeout(TIME, answer(&service, stream)).await;
-                });
+                }));
             }
             Err(e) => super::cannot_accept(&e).await,
         }

@@ -266,6 +266,27 @@ fn servers_are_asked_whether_they_sync() {
     assert!(e.to_string().contains("has no `sync_interval: always`"), "{e}");
 }
 
+/// A unit is opened, at level disk, while one server is down: a supervisor that takes over must not wait for that one.
+///
+/// Break it: have every server answer before a unit is opened (`monitor::check_sync`).
+#[test]
+fn a_unit_is_opened_while_a_server_is_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut servers = Servers::start(&program(), dir.path(), 3).unwrap();
+    let first = store(&servers, "s");
+    let unit = first.open(&name("a"), &options(Durability::Disk)).unwrap();
+    unit.append(Batch::of(0, ["first"])).unwrap();
+    unit.wait(0, LONG).unwrap();
+    for down in 0..3 {
+        servers.kill(down).unwrap();
+        let next = store(&servers, "s");
+        let unit = next.open(&name("a"), &options(Durability::Disk)).unwrap();
+        unit.append(Batch::of(down as u64 + 1, ["next"])).unwrap();
+        unit.wait(down as u64 + 1, LONG).unwrap();
+        servers.restart(down).unwrap();
+    }
+}
+
 /// A unit's entry that contradicts itself. Break it: leave out `Entry::check`.
 #[test]
 fn an_entry_that_contradicts_itself_is_refused() {

@@ -11,7 +11,7 @@ use ftrun_store::{Batch, Client, Durability, Error, StableStore};
 use super::{LONG, Service, name, options};
 
 /// xorshift64 (Marsaglia 2003).
-fn random(state: &mut u64) -> u64 {
+pub(super) fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
     *state ^= *state << 17;
@@ -19,24 +19,24 @@ fn random(state: &mut u64) -> u64 {
 }
 
 /// Bytes of memory that the service has.
-fn memory(service: &Service) -> u64 {
+pub(super) fn memory(service: &Service) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", service.child.id())).unwrap();
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
 /// Somebody who goes on working meanwhile.
-struct Bystander {
+pub(super) struct Bystander {
     client: Client,
     next: u64,
 }
 
 impl Bystander {
-    fn new(service: &Service) -> Self {
+    pub(super) fn new(service: &Service) -> Self {
         Self { client: Client::connect(&service.unix()).unwrap(), next: 0 }
     }
 
-    fn works(&mut self) {
+    pub(super) fn works(&mut self) {
         let unit = self.client.open(&name("bystander"), &options(Durability::Disk)).unwrap();
         unit.append(Batch::of(self.next, [[0; 50]])).unwrap();
         unit.wait(self.next, LONG).unwrap();
@@ -45,13 +45,13 @@ impl Bystander {
 }
 
 /// Reads until the service closes the connection; it must.
-fn closed(mut stream: impl Read) {
+pub(super) fn closed(mut stream: impl Read) {
     let mut bytes = [0; 4096];
     // A reset is an end as well.
     while stream.read(&mut bytes).is_ok_and(|n| n > 0) {}
 }
 
-fn tcp(service: &Service) -> TcpStream {
+pub(super) fn tcp(service: &Service) -> TcpStream {
     let stream = TcpStream::connect(("127.0.0.1", service.port)).unwrap();
     stream.set_read_timeout(Some(LONG)).unwrap();
     stream
@@ -63,7 +63,7 @@ fn unix(service: &Service) -> UnixStream {
     stream
 }
 
-fn hello(stream: &mut impl Write, versions: (u32, u32)) {
+pub(super) fn hello(stream: &mut impl Write, versions: (u32, u32)) {
     let mut out = Vec::new();
     encode(&mut out, &Hello { magic: MAGIC, versions, client: "all".into(), nonce: [7; 32] }, &[]);
     stream.write_all(&out).unwrap();
@@ -240,13 +240,18 @@ fn slow_clients_are_let_go() {
     assert!(began.elapsed() > Duration::from_secs(1) && began.elapsed() < LONG);
 }
 
-#[test]
-fn ten_thousand_connections_do_not_disturb_the_others() {
-    let service = Service::start("[limits]\nhandshake-seconds = 1\nconnections = 300\n");
+/// How many connections we may hold at a time, 10,000 at most.
+pub(super) fn connections_to_hold() -> usize {
     let (soft, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
     let wanted = hard.min(12_000);
     nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, wanted.max(soft), hard).unwrap();
-    let held_max = usize::try_from(wanted.max(soft)).unwrap().saturating_sub(200).min(10_000);
+    usize::try_from(wanted.max(soft)).unwrap().saturating_sub(1000).min(10_000)
+}
+
+#[test]
+fn ten_thousand_connections_do_not_disturb_the_others() {
+    let service = Service::start("[limits]\nhandshake-seconds = 1\nconnections = 300\n");
+    let held_max = connections_to_hold();
     let mut bystander = Bystander::new(&service);
     bystander.works();
     let before = memory(&service);

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod commands;
+mod strangers;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;

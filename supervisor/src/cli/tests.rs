@@ -1,4 +1,8 @@
+use std::time::Duration;
+
+use super::options::default_name;
 use super::*;
+use crate::unitdir::check_name;
 
 fn ok(args: &[&str]) -> Cli {
     parse(std::iter::once("ftrun").chain(args.iter().copied())).unwrap_or_else(|e| panic!("{args:?}: {e}"))
@@ -101,6 +105,66 @@ fn refusals_say_why() {
         let said = refused(args);
         assert!(said.contains(want), "{args:?}: {said}");
     }
+}
+
+fn with_config(text: &str, args: &[&str]) -> Result<Cli, String> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("shop.toml");
+    std::fs::write(&path, text).unwrap();
+    let option = format!("--config={}", path.display());
+    let words = ["ftrun", "run", &option].into_iter().chain(args.iter().copied());
+    parse(words).map_err(|e| e.to_string().replace(&format!("{}/", dir.path().display()), ""))
+}
+
+/// Break it: have the file win (`Config::apply`), or keep silent about a key that there is not.
+#[test]
+fn a_file_has_what_the_command_line_has_not() {
+    let text = "name = 'shop'\ndurability = 'node'\nstore = 'file:/s'\nstable = \"cache\"\ncheckpoint-every = '2s'\n\
+                checkpoint-log = 1048576\nno-shim = true\nresume = false\ncommand = ['redis-server', '--port', '7000']\n\
+                [env]\nA = 'file'\nB = 'b = c'\n";
+    let run = |args: &[&str]| match with_config(text, args).map(|cli| cli.command) {
+        Ok(Some(Command::Run(run))) => run,
+        other => panic!("{other:?}"),
+    };
+    let plain = run(&[]);
+    assert_eq!((plain.name.as_deref(), plain.store.as_deref()), (Some("shop"), Some("file:/s")));
+    assert_eq!((plain.durability, plain.stable), (Durability::Node, Stable::Cache));
+    assert_eq!((plain.checkpoint_every, plain.checkpoint_log), (Duration::from_secs(2), 1 << 20));
+    assert_eq!((plain.no_shim, plain.resume, plain.journal), (true, false, false));
+    assert_eq!(plain.command, ["redis-server", "--port", "7000"]);
+    assert_eq!(plain.env, [("A".into(), "file".into()), ("B".into(), "b = c".into())]);
+    let given = run(&["--name", "other", "--stable=disk", "--env", "A=line", "--resume", "--", "true"]);
+    assert_eq!((given.name.as_deref(), given.stable, given.resume), (Some("other"), Stable::Disk, true));
+    assert_eq!((given.durability, given.checkpoint_every), (Durability::Node, Duration::from_secs(2)));
+    assert_eq!((&given.command[..], given.env.last()), (&["true".into()][..], Some(&("A".into(), "line".into()))));
+    let short = with_config("", &[]).expect_err("no program");
+    assert!(short.contains("PROGRAM"), "{short}");
+}
+
+#[test]
+fn what_is_wrong_with_a_file_is_named_with_its_place() {
+    for (text, want) in [
+        ("durability = 'node'\ndurabilty = 'node'\n", "shop.toml:2:1: unknown key `durabilty`"),
+        ("config = 'x'\n", "shop.toml:1:1: unknown key `config`"),
+        ("state-dir = '/x'\n", "shop.toml:1:1: unknown key `state-dir`"),
+        ("\n  durability = 'machine'\n", "shop.toml:2:16: durability: invalid value 'machine'"),
+        ("durability = 'machine'\n", "[possible values: process, supervisor, node]"),
+        ("checkpoint-every = 1\n", "shop.toml:1:20: checkpoint-every: invalid value '1'"),
+        ("journal = 'yes'\n", "shop.toml:1:11: journal: it is true or false"),
+        ("name = true\n", "shop.toml:1:8: name: it is a string"),
+        ("command = 'redis-server'\n", "shop.toml:1:11: command: it is an array"),
+        ("command = []\n", "shop.toml:1:11: command: it is an array"),
+        ("env = ['A=b']\n", "shop.toml:1:7: env: it is a table"),
+        ("[env]\nA = 1\n", "shop.toml:2:5: env: the value of A"),
+        ("name = 'a'\nname = 'b'\n", "shop.toml:2:1: duplicate key"),
+        ("name = \n", "shop.toml:1:8: "),
+    ] {
+        let said = with_config(text, &["--", "p"]).expect_err(text);
+        assert!(said.contains(want), "{text}: {said}");
+    }
+    assert!(refused(&["--config", "/no/such.toml", "--", "p"]).contains("/no/such.toml: No such file"));
+    assert!(refused(&["install-unit", "n", "--config", "/no/such.toml", "--", "p"]).contains("/no/such.toml"));
+    assert!(refused(&["install-unit", "n", "--config", "/dev/null"]).contains("PROGRAM"));
 }
 
 #[test]

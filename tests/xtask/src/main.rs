@@ -4,13 +4,14 @@ mod bench;
 mod fuzz;
 mod install;
 mod soak_store;
+mod soak_unit;
 mod vm;
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use ftrun_tests::binaries::{build_ftrun, target_dir, workspace};
+use ftrun_tests::binaries::{FEATURES, build_ftrun, cargo, target_dir};
 use ftrun_tests::load::Load;
 use ftrun_tests::scenarios;
 use ftrun_tests::{Error, error};
@@ -63,7 +64,8 @@ enum Task {
         seed: Option<u64>,
     },
     /// Kill one program many times while clients check every reply; or, as `--program store`, have many units write,
-    /// take checkpoints and collect garbage in one store for --seconds (600 by default)
+    /// take checkpoints and collect garbage in one store for --seconds (600 by default); or, as `--program unit`, send --events
+    /// (10^8 by default, or as many as --seconds give time for) through one unit of durability `node`
     Soak {
         /// Which program; `list` shows them
         #[arg(long, default_value = "redis")]
@@ -74,9 +76,12 @@ enum Task {
         /// How many clients
         #[arg(long, default_value_t = 8)]
         clients: usize,
-        /// How long it lasts at least
+        /// How long it lasts at least; `store`, `unit`: at most
         #[arg(long)]
         seconds: Option<u64>,
+        /// How many events go through `unit`
+        #[arg(long)]
+        events: Option<u64>,
         /// Repeat the run with this seed
         #[arg(long)]
         seed: Option<u64>,
@@ -104,7 +109,8 @@ fn main() -> ExitCode {
         Task::Bench { what } => bench(&what),
         Task::Fuzz { target, seconds, seed } => fuzz::run(target.as_deref(), seconds, seed),
         Task::Vm { backend } => vm::run(&backend),
-        Task::Soak { program, kills, clients, seconds, seed } => soak(&program, kills, clients, seconds, seed),
+        Task::Soak { program, seconds, events, .. } if program == "unit" => soak_unit(events, seconds),
+        Task::Soak { program, kills, clients, seconds, seed, .. } => soak(&program, kills, clients, seconds, seed),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -152,12 +158,19 @@ fn demo(kills: u64, clients: usize) -> Result<(), Error> {
     Ok(())
 }
 
+fn soak_unit(events: Option<u64>, seconds: Option<u64>) -> Result<(), Error> {
+    install::ensure(&["cc"])?;
+    under_release()?;
+    let most = if seconds.is_some() { u64::MAX } else { 100_000_000 };
+    soak_unit::run(events.unwrap_or(most), seconds.map_or(Duration::MAX, Duration::from_secs))
+}
+
 fn soak(program: &str, kills: u64, clients: usize, seconds: Option<u64>, seed: Option<u64>) -> Result<(), Error> {
     if program == "list" {
         for (name, _) in scenarios::ALL {
             println!("{name}");
         }
-        println!("store");
+        println!("store\nunit");
         return Ok(());
     }
     if program == "store" {
@@ -179,14 +192,9 @@ fn soak(program: &str, kills: u64, clients: usize, seconds: Option<u64>, seed: O
 fn test(args: &[String]) -> Result<ExitCode, Error> {
     install::ensure(install::SERVERS)?;
     let ftrun = build_ftrun()?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command.env("FTRUN_NATS_SERVER", install::nats_server()?);
-    command
-        .args(["test", "--workspace", "--features", "ftrun-store/nats", "--no-fail-fast", "--target-dir"])
-        .arg(target_dir()?)
-        .current_dir(workspace());
-    command.env("FTRUN_BIN", ftrun);
+    let mut command = cargo();
+    command.args(["test", "--workspace", "--features", FEATURES, "--no-fail-fast", "--target-dir"]).arg(target_dir()?);
+    command.env("FTRUN_NATS_SERVER", install::nats_server()?).env("FTRUN_BIN", ftrun);
     if args.is_empty() {
         // Each test of a real program keeps about one core busy.
         command.args(["--", "--test-threads=2"]);

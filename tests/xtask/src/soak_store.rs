@@ -102,7 +102,7 @@ fn hog(engine: &Engine, ending: &AtomicBool, figures: &Figures) -> Result<(), Er
 }
 
 /// Bytes that the files of a directory take on the disk.
-fn disk_bytes(dir: &Path) -> Result<u64, Error> {
+pub(crate) fn disk_bytes(dir: &Path) -> Result<u64, Error> {
     use std::os::unix::fs::MetadataExt;
     let mut bytes = 0;
     for file in std::fs::read_dir(dir)? {

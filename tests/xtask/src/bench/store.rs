@@ -9,7 +9,6 @@ mod served;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -118,12 +117,11 @@ struct Figure {
 pub(crate) fn run(options: &Options) -> Result<(), Error> {
     if cfg!(debug_assertions) {
         // What is measured is linked into this program.
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new(cargo);
+        let mut command = ftrun_tests::binaries::cargo();
         command
             .args(["run", "--quiet", "--release", "--package", "xtask", "--features", "engines", "--"])
             .args(std::env::args_os().skip(1));
-        let status = command.current_dir(ftrun_tests::binaries::workspace()).status()?;
+        let status = command.status()?;
         return if status.success() { Ok(()) } else { Err(error!("the release build of xtask failed: {status}")) };
     }
     let given = options.dir.clone().unwrap_or_else(ftrun_tests_dir);

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use ftrun_store::{Client, Location, StableStore};
-use ftrun_tests::binaries::{target_dir, workspace};
+use ftrun_tests::binaries::{cargo, target_dir};
 use ftrun_tests::{Error, error};
 
 /// How long it may take to start.
@@ -23,11 +23,9 @@ pub(super) struct Served {
 fn build() -> Result<(), Error> {
     static BUILT: OnceLock<Result<(), String>> = OnceLock::new();
     let build = || {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new(cargo);
+        let mut command = cargo();
         command.args(["build", "--quiet", "--release", "--package", "ftrun-store", "--bin", "ftstore", "--target-dir"]);
-        let target = target_dir().map_err(|e| e.to_string())?;
-        let status = command.arg(target).current_dir(workspace()).status().map_err(|e| e.to_string())?;
+        let status = command.arg(target_dir().map_err(|e| e.to_string())?).status().map_err(|e| e.to_string())?;
         if status.success() { Ok(()) } else { Err(format!("building ftstore: {status}")) }
     };
     BUILT.get_or_init(build).clone().map_err(|e| error!("{e}"))
