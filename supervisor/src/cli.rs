@@ -68,6 +68,8 @@ pub struct RunOptions {
     pub lossy: bool,
     /// What remains of a unit of this name that was killed with all of ftrun is gone on with.
     pub resume: bool,
+    /// Its descriptors are left with the service manager, so that they outlive all of ftrun.
+    pub hold: bool,
 }
 
 /// Where a unit's events and checkpoints go.
@@ -217,6 +219,10 @@ struct RunArgs {
     /// Go on with the unit of this name, if it was killed with all of ftrun, as `ftrun resume` does; start it otherwise
     #[arg(long)]
     resume: bool,
+    /// Leave the unit's descriptors with the service manager (NOTIFY_SOCKET), if it takes them, so that its connections outlive
+    /// keeper, supervisor and program
+    #[arg(long)]
+    hold_descriptors: bool,
     /// Serve no call inside the program: slower, and as right
     #[arg(long)]
     no_shim: bool,
@@ -546,6 +552,10 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
     if args.store.is_some() && args.durability != Durability::Node {
         return Err(Error::environment("--store is for units that survive their machine", "add --durability node"));
     }
+    if args.hold_descriptors && !args.durability.survives_supervisor() {
+        let what = "--hold-descriptors is for units that survive their supervisor";
+        return Err(Error::environment(what, "add --durability supervisor"));
+    }
     let mut command = args.command.into_iter();
     let program = command.next().ok_or_else(|| Error::bug("clap let an empty command pass"))?;
     let options = RunOptions {
@@ -568,6 +578,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
         log_json: global.log_format == LogFormat::Json,
         lossy: false,
         resume: args.resume,
+        hold: args.hold_descriptors,
     };
     let dir = UnitDir::create(&options.state_dir, &options.unit_name())?;
     let code = crate::run::run(options, dir)?;
@@ -577,6 +588,10 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
 
 fn install_unit(out: &mut impl Write, args: InstallArgs, state_dir: Option<PathBuf>) -> Result<(), Error> {
     let mut options = args.options;
+    if args.run.durability.survives_supervisor() && !args.run.hold_descriptors {
+        // The service that is written may leave them there.
+        options.push("--hold-descriptors".into());
+    }
     if let Some(cwd) = args.run.cwd {
         let mut option = OsString::from("--cwd=");
         option.push(std::path::absolute(&cwd).map_err(Error::state("find", &cwd))?);

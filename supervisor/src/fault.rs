@@ -1,14 +1,14 @@
 //! Fault points: places where tests have the unit killed.
 //!
 //! `FTRUN_FAULT=NAME[:N]` kills the unit with SIGKILL the Nth time (default 1) that point NAME is passed,
-//! and never again; `FTRUN_FAULT=supervisor@NAME[:N]` kills the supervisor there. Several, separated by commas, are
-//! armed together. Without the variable a point costs one comparison.
+//! and never again; `FTRUN_FAULT=supervisor@NAME[:N]` kills the supervisor there, and `all@NAME[:N]` the keeper, too. Several,
+//! separated by commas, are armed together. Without the variable a point costs one comparison.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 23] = [
+pub const POINTS: [&str; 29] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
@@ -32,12 +32,25 @@ pub const POINTS: [&str; 23] = [
     "settle-found",
     "settle-logged",
     "standby-written",
+    "hold-sending",
+    "hold-sent",
+    "hold-noted",
+    "hold-closed",
+    "hold-forgotten",
+    "hold-returned",
 ];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Unit,
+    Supervisor,
+    /// These, and the keeper.
+    All,
+}
 
 struct Armed {
     name: String,
-    /// The supervisor is killed, not the unit.
-    supervisor: bool,
+    victim: Victim,
     left: AtomicI64,
 }
 
@@ -54,8 +67,12 @@ fn armed() -> &'static [Armed] {
         let text = std::env::var("FTRUN_FAULT").ok().filter(|_| !DISARMED.load(Ordering::Relaxed)).unwrap_or_default();
         let arm = |text: &str| {
             let (name, n) = text.split_once(':').map_or((text, 1), |(a, b)| (a, b.parse().unwrap_or(1)));
-            let (supervisor, name) = name.strip_prefix("supervisor@").map_or((false, name), |name| (true, name));
-            POINTS.contains(&name).then(|| Armed { name: name.to_owned(), supervisor, left: AtomicI64::new(n) })
+            let (victim, name) = match name.split_once('@') {
+                Some(("supervisor", name)) => (Victim::Supervisor, name),
+                Some(("all", name)) => (Victim::All, name),
+                _ => (Victim::Unit, name),
+            };
+            POINTS.contains(&name).then(|| Armed { name: name.to_owned(), victim, left: AtomicI64::new(n) })
         };
         text.split(',').filter_map(arm).collect()
     })
@@ -66,7 +83,7 @@ fn armed() -> &'static [Armed] {
 pub fn in_shim() -> u64 {
     armed()
         .iter()
-        .find(|a| a.name == "shim-seam" && !a.supervisor)
+        .find(|a| a.name == "shim-seam" && a.victim == Victim::Unit)
         .map_or(0, |a| a.left.load(Ordering::Relaxed).max(0) as u64)
 }
 
@@ -74,8 +91,23 @@ pub fn in_shim() -> u64 {
 pub fn point(name: &str, pid: i32) {
     for a in armed().iter().filter(|a| a.name == name) {
         if a.left.fetch_sub(1, Ordering::Relaxed) == 1 {
-            // SAFETY: this process, or one of ours, alive or not yet reaped.
-            unsafe { libc::kill(if a.supervisor { libc::getpid() } else { pid }, libc::SIGKILL) };
+            // SAFETY: this process, its parent (the keeper), or one of ours, alive or not yet reaped.
+            unsafe {
+                if a.victim == Victim::All {
+                    libc::kill(libc::getppid(), libc::SIGKILL);
+                }
+                libc::kill(if a.victim == Victim::Unit { pid } else { libc::getpid() }, libc::SIGKILL);
+            }
+        }
+    }
+}
+
+/// The same where the keeper is all there is.
+pub fn keepers_point(name: &str) {
+    for a in armed().iter().filter(|a| a.name == name && a.victim == Victim::All) {
+        if a.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+            // SAFETY: this process.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
         }
     }
 }

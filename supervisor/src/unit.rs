@@ -295,6 +295,8 @@ pub struct Unit {
     pub(crate) desk: Option<&'static crate::desk::Desk>,
     /// What outlives this supervisor, when its death is to be survived.
     pub(crate) standby: Option<crate::standby::Standby>,
+    /// What holds the descriptors, when the death of the keeper is to be survived, too.
+    pub(crate) hold: Option<crate::hold::Hold>,
     /// What brings events to stable storage, when the loss of the machine is to be survived.
     pub(crate) recorder: Option<crate::recorder::Recorder>,
     /// The output that is being made: what comes out if nothing stands in its way, and the last event that it
@@ -390,6 +392,7 @@ impl Unit {
             backend,
             desk: None,
             standby: None,
+            hold: None,
             recorder: None,
             expected: None,
             kept_outside: Vec::new(),
