@@ -23,8 +23,8 @@ use nix::sys::socket::{
 };
 
 use crate::desk::{Desk, HELD_MAX};
-use crate::{fault, fds};
 use crate::marshal::raw_call;
+use crate::{fault, fds};
 
 /// Most descriptors of a message (`SCM_MAX_FD`).
 const MESSAGE_FDS: usize = 253;

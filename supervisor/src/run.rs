@@ -117,7 +117,8 @@ fn go_on(mut dir: UnitDir, lossy: bool, store: Option<StoreOptions>, mut held: V
     };
     let returned = returned.map_err(|why| {
         if !why.is_empty() {
-            let text = format!("ftrun: {}'s descriptors are not as they were: {why}; they are made again\n", dir.name());
+            let text =
+                format!("ftrun: {}'s descriptors are not as they were: {why}; they are made again\n", dir.name());
             crate::logging::line(text.into_bytes());
         }
     });
@@ -156,12 +157,8 @@ fn keep(
         None => (notifier.as_ref().filter(|_| options.hold).and_then(begin_hold), None),
     };
     let raw = |fd: &OwnedFd| fd.as_raw_fd();
-    let kept = Kept {
-        lock: dir.lock_fd(),
-        log: log.as_ref().map(AsRawFd::as_raw_fd),
-        hold: root.as_ref().map(raw),
-        returned,
-    };
+    let kept =
+        Kept { lock: dir.lock_fd(), log: log.as_ref().map(AsRawFd::as_raw_fd), hold: root.as_ref().map(raw), returned };
     let dir = Arc::new(dir);
     let ours = Arc::clone(&dir);
     let run = move |start| supervisor(&options, &ours, &program, start, desk);

@@ -3,6 +3,7 @@
 //! are made again ([`crate::cold`]).
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::Ordering::SeqCst;
@@ -80,8 +81,8 @@ pub fn bring_back(root: &OwnedFd, desk: &'static Desk, log: &File, remains: &Rem
     };
     let mut copies: BTreeMap<u32, OwnedFd> = BTreeMap::new();
     for (number, word) in &held {
-        if !copies.contains_key(&(word >> 1)) {
-            copies.insert(word >> 1, come_back(*word, &format!("descriptor {number}"))?);
+        if let Entry::Vacant(free) = copies.entry(word >> 1) {
+            free.insert(come_back(*word, &format!("descriptor {number}"))?);
         }
     }
     let directory = come_back(desk.directory.load(SeqCst) as u32, &"the directory")?;
@@ -93,8 +94,7 @@ pub fn bring_back(root: &OwnedFd, desk: &'static Desk, log: &File, remains: &Rem
     // Some may have been made for a call that is made again.
     let number = |(number, word): (i32, u32)| Some((number, word & 1 == 1, copies.get(&(word >> 1))?.as_raw_fd()));
     let returned = numbers(desk).filter_map(number).collect();
-    let returned =
-        Returned { numbers: returned, directory: directory.into_raw_fd(), umask: desk.umask.load(SeqCst) };
+    let returned = Returned { numbers: returned, directory: directory.into_raw_fd(), umask: desk.umask.load(SeqCst) };
     // They are the table's from here on.
     let used = returned.copies();
     for copy in copies.into_values().map(IntoRawFd::into_raw_fd).filter(|copy| !used.contains(copy)) {
