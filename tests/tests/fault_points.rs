@@ -20,8 +20,10 @@ fn points() -> Vec<&'static str> {
     list.split('"').skip(1).step_by(2).collect()
 }
 
-/// Which of the groups below walks a point: by its name's first word. Those of cold recovery are walked in `cold.rs`.
-const GROUPS: [&str; 13] = [
+/// Which of the groups below walks a point: by its name's first word. Those of cold recovery are walked in `cold.rs`, and those
+/// of descriptors that are held in `hold.rs`.
+const GROUPS: [&str; 14] = [
+    "hold-",
     "thaw-",
     "call-",
     "hands-",
