@@ -22,6 +22,9 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
 /// The same for what need not wait for output commit.
 pub(crate) fn make(control: &mut Control, call: &Call) -> Option<i64> {
     let [a0, a1, a2, _, a4, _] = call.args;
+    if control.held.load(Relaxed) != 0 && changes_table(call.number, a1 as u32) {
+        return None;
+    }
     match call.number {
         nr::READ => sockets::receive(control, call).or_else(|| files::read(control, call)),
         nr::WRITE => sockets::send(control, call).or_else(|| files::write(control, call)),
@@ -76,6 +79,19 @@ pub(crate) fn make(control: &mut Control, call: &Call) -> Option<i64> {
     }
 }
 
+/// The call makes or closes descriptors, or changes what belongs to a descriptor rather than to what it leads to; of what is
+/// served here.
+fn changes_table(number: u64, command: u32) -> bool {
+    match number {
+        nr::OPEN | nr::OPENAT | nr::SOCKET | nr::ACCEPT | nr::ACCEPT4 | nr::DUP | nr::CLOSE => true,
+        nr::FCNTL => command == F_SETFD,
+        nr::IOCTL => command == FIOCLEX,
+        _ => false,
+    }
+}
+
+const F_SETFD: u32 = 2;
+const FIOCLEX: u32 = 0x5451;
 const EPOLL_CTL_MOD: u64 = 3;
 const SEEK_CUR: u64 = 1;
 const SOL_SOCKET: u64 = 1;
@@ -137,7 +153,6 @@ pub(crate) fn again(control: &Control, call: &Call) -> Option<i64> {
 /// Commands of `fcntl` and `ioctl` that may be given again.
 fn command(control: &mut Control, call: &Call) -> Option<i64> {
     const F_GETFD: u32 = 1;
-    const F_SETFD: u32 = 2;
     const F_GETFL: u32 = 3;
     const F_SETFL: u32 = 4;
     const F_SETLK: u32 = 6;
@@ -145,7 +160,6 @@ fn command(control: &mut Control, call: &Call) -> Option<i64> {
     const TIOCGWINSZ: u32 = 0x5413;
     const FIONREAD: u32 = 0x541b;
     const FIONBIO: u32 = 0x5421;
-    const FIOCLEX: u32 = 0x5451;
     const O_ASYNC: u64 = 0o20000;
     let [fd, command, arg, ..] = call.args;
     let mode = match (call.number, command as u32) {
@@ -155,6 +169,9 @@ fn command(control: &mut Control, call: &Call) -> Option<i64> {
         (nr::IOCTL, FIONBIO) => true,
         _ => return None,
     };
+    if (call.number, command as u32) == (nr::FCNTL, F_SETLK) {
+        control.locked.store(1, Relaxed);
+    }
     if mode {
         if control.duplicated.load(Relaxed) != 0 {
             for known in &mut control.fds {

@@ -260,7 +260,8 @@ impl Unit {
         {
             let limit = [soft, hard.max(soft)];
             let keeper = self.desk.filter(|_| self.standby.is_some()).map(|d| d.keeper.load(SeqCst));
-            for pid in [0].into_iter().chain(keeper) {
+            // Where descriptors are held this process needs more, and makes no calls.
+            for pid in self.hold.is_none().then_some(0).into_iter().chain(keeper) {
                 crate::marshal::raw_call(
                     libc::SYS_prlimit64 as u64,
                     &[pid as u64, u64::from(libc::RLIMIT_NOFILE), limit.as_ptr() as u64, 0, 0, 0],

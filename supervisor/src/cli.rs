@@ -146,6 +146,10 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
     if args.store.is_some() && args.durability != Durability::Node {
         return Err(Error::environment("--store is for units that survive their machine", "add --durability node"));
     }
+    if args.hold_descriptors && !args.durability.survives_supervisor() {
+        let what = "--hold-descriptors is for units that survive their supervisor";
+        return Err(Error::environment(what, "add --durability supervisor"));
+    }
     let mut command = args.command.into_iter();
     let program = command.next().ok_or_else(|| Error::bug("clap let an empty command pass"))?;
     let options = RunOptions {
@@ -168,6 +172,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
         log_json: global.log_format == LogFormat::Json,
         lossy: false,
         resume: args.resume,
+        hold: args.hold_descriptors,
     };
     let dir = UnitDir::create(&options.state_dir, &options.unit_name())?;
     let code = crate::run::run(options, dir)?;
@@ -177,6 +182,10 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
 
 fn install_unit(out: &mut impl Write, args: InstallArgs, state_dir: Option<PathBuf>) -> Result<(), Error> {
     let mut options = args.options;
+    if args.run.durability.survives_supervisor() && !args.run.hold_descriptors {
+        // The service that is written may leave them there.
+        options.push("--hold-descriptors".into());
+    }
     for (option, path) in [("--config=", args.run.config), ("--cwd=", args.run.cwd)] {
         if let Some(path) = path {
             let mut option = OsString::from(option);

@@ -167,9 +167,8 @@ impl Unit {
         self.changed.all = true;
     }
 
-    /// After every process was killed: the operation that the shim had begun is settled, as far as what is left in
-    /// memory tells. Where only the kernel's objects would, it is in doubt.
-    pub(crate) fn settle_cold(&mut self) -> Result<()> {
+    /// A call of the hands was under way when every process was killed, and only the names of files tell what became of it.
+    pub(crate) fn find_doubt(&mut self) {
         if let Some(desk) = self.desk.filter(|desk| desk.in_doubt.load(SeqCst) != 0)
             && desk.order.sii.load(SeqCst) == self.sii
         {
@@ -178,6 +177,12 @@ impl Unit {
             let (vtid, digest) = (order.vtid.load(SeqCst), order.digest.load(SeqCst));
             self.in_doubt = Some(InDoubt { vtid, digest, before, end: None });
         }
+    }
+
+    /// After every process was killed: the operation that the shim had begun is settled, as far as what is left in
+    /// memory tells. Where only the kernel's objects would, it is in doubt.
+    pub(crate) fn settle_cold(&mut self) -> Result<()> {
+        self.find_doubt();
         if !self.shim {
             return Ok(());
         }
@@ -199,7 +204,9 @@ impl Unit {
 
     /// The model as a checkpoint holds it: where replay begins.
     pub(crate) fn begin_cold(&mut self, seen: Option<Seen>) -> Result<()> {
-        if self.desk.is_none_or(|desk| !desk.is_cold()) {
+        // Record locks belonged to the table.
+        let locked = self.desk.is_some_and(|desk| desk.is_returned()) && self.log.control().locked.load(SeqCst) != 0;
+        if !locked && self.desk.is_none_or(|desk| !desk.is_cold()) {
             if let Some(Seen { bytes, .. }) = seen.filter(|_| !self.look.has_begun()) {
                 // What the program was started with another supervisor has known.
                 let objects: Objects = postcard::from_bytes(&bytes).map_err(broken("decoding the descriptors"))?;
@@ -226,6 +233,10 @@ impl Unit {
 
     /// The log has been replayed: the objects are made, and the unit's table is its own again.
     pub(crate) fn thaw(&mut self) -> Result<()> {
+        if self.desk.is_some_and(|desk| desk.is_returned()) {
+            let locks = self.cold.take().map_or(Ok(()), |objects| objects.take_records());
+            return locks.map_err(|e| Halt::Broken(e.to_string()));
+        }
         let (Some(mut objects), Some(desk)) = (self.cold.take(), self.desk) else { return Ok(()) };
         self.follow_debt(&mut objects)?;
         let present = desk.entered_table().unwrap_or_default();

@@ -20,15 +20,21 @@ const HEAD_BYTES: usize = 4096;
 const FDS_MAX: usize = 1 << 20;
 const FD_BYTES: usize = FDS_MAX / 8;
 const FDS_AT: usize = HEAD_BYTES + 2 * OUTSIDE_BYTES;
-const ARENA_AT: usize = FDS_AT + FD_BYTES;
+/// Numbers of descriptors that can be held ([`crate::hold`]), and the bytes of what is noted of them.
+pub const HELD_MAX: usize = 1 << 16;
+const HELD_BYTES: usize = 4 * HELD_MAX;
+const HELD_AT: usize = FDS_AT + FD_BYTES;
+const ARENA_AT: usize = HELD_AT + HELD_BYTES;
 const BYTES: usize = ARENA_AT + ARENA_BYTES;
 /// First word of a desk in a file: changes with the layout.
-const MAGIC: u64 = u64::from_le_bytes(*b"ftdesk 1");
+const MAGIC: u64 = u64::from_le_bytes(*b"ftdesk 2");
 
 /// [`Desk::entered`]: there may be descriptors in the unit's table that are not its own.
 const ENTERED: u32 = 1;
 /// [`Desk::entered`]: the unit's own are not there, since its keeper was killed: they have to be made again.
 const COLD: u32 = 2;
+/// [`Desk::entered`]: the unit's own have come back from the service manager, after its keeper was killed.
+const RETURNED: u32 = 4;
 
 /// [`Desk::hands`]: nothing to do, or the last call's result has been taken.
 pub const IDLE: u32 = 0;
@@ -63,7 +69,20 @@ pub struct Order {
     pub before: AtomicU64,
     /// Where the arena was for who gave the order.
     pub arena: AtomicU64,
+    /// Orders so far.
+    pub count: AtomicU32,
+    /// What [`Order::counted`] counts, if anything: [`RECEIVED`], [`SENT`] or [`POSITION`].
+    pub counts: AtomicU32,
+    /// What the kernel said of the descriptor before the call, from which can be told whether it was made.
+    pub counted: AtomicU64,
 }
+
+/// [`Order::counts`]: bytes taken from a TCP stream.
+pub const RECEIVED: u32 = 1;
+/// [`Order::counts`]: bytes given to it.
+pub const SENT: u32 = 2;
+/// [`Order::counts`]: the position in a file.
+pub const POSITION: u32 = 3;
 
 /// Most supplementary groups of a unit that has changed its credentials.
 pub const GROUPS_MAX: usize = 256;
@@ -144,7 +163,7 @@ pub struct Desk {
     pub incarnation: AtomicU32,
     /// Recoveries so far.
     pub recoveries: AtomicU64,
-    /// [`ENTERED`], [`COLD`].
+    /// [`ENTERED`], [`COLD`], [`RETURNED`].
     entered: AtomicU32,
     /// Signs of life of the supervisor and the unit ([`crate::pulse`]).
     pub beats: AtomicU64,
@@ -159,6 +178,14 @@ pub struct Desk {
     pub raised: AtomicI32,
     /// Not 0: no supervisor has been started yet since the keeper was replaced.
     pub resumed: AtomicU32,
+    /// Not 0: every descriptor of the unit is held for it ([`crate::hold`]), and [`Desk::held`] says where.
+    pub holds: AtomicU32,
+    /// Not 0: they cannot all be held, and none is.
+    pub holds_nothing: AtomicU32,
+    /// The umask, while descriptors are held.
+    pub umask: AtomicU32,
+    /// Where the directory is held, as in [`Desk::held`], and in the upper half the order that has changed it.
+    pub directory: AtomicU64,
     /// Bytes of the arena that have memory.
     room: AtomicU64,
     /// Whose files the calls access.
@@ -208,9 +235,9 @@ impl Desk {
         if desk.magic.load(SeqCst) == MAGIC { Ok(desk) } else { Err(wrong()) }
     }
 
-    /// Begins with a desk whose keeper was killed: the unit's table is gone. What the hands had been told to do and
-    /// had not begun is forgotten; what they had begun and not ended is in doubt.
-    pub fn take_over(&self) {
+    /// Begins with a desk whose keeper was killed: the unit's table is gone, or (`returned`) has been brought back. What the
+    /// hands had been told to do and had not begun is forgotten; what they had begun and not ended is in doubt.
+    pub fn take_over(&self, returned: bool) {
         if self.call_state() == STARTED {
             self.in_doubt.store(1, SeqCst);
         }
@@ -222,7 +249,17 @@ impl Desk {
         self.runs.store(0, SeqCst);
         self.raised.store(0, SeqCst);
         self.resumed.store(1, SeqCst);
-        self.entered.store(COLD, SeqCst);
+        self.holds_nothing.store(0, SeqCst);
+        if !returned {
+            self.holds.store(0, SeqCst);
+        }
+        self.entered.store(if returned { RETURNED } else { COLD }, SeqCst);
+    }
+
+    /// For each number, how its descriptor is held ([`crate::hold`]); 0 for those that are not open.
+    pub fn held(&self) -> &[AtomicU32; HELD_MAX] {
+        // SAFETY: inside the mapping, aligned, and used through atomics.
+        unsafe { &*self.at(HELD_AT).cast() }
     }
 
     fn at_file(file: Option<&File>) -> io::Result<&'static Self> {
@@ -285,6 +322,17 @@ impl Desk {
     /// None of the unit's descriptors is in the table: they have to be made again.
     pub fn is_cold(&self) -> bool {
         self.entered.load(SeqCst) & COLD != 0
+    }
+
+    /// The unit's descriptors have come back, and it has not gone on since.
+    pub fn is_returned(&self) -> bool {
+        self.entered.load(SeqCst) & RETURNED != 0
+    }
+
+    /// What remains of the unit is of no use any more, once its run is over: it has gone on since its keeper was killed,
+    /// or that never was.
+    pub fn can_be_forgotten(&self) -> bool {
+        self.entered.load(SeqCst) & (COLD | RETURNED) == 0
     }
 
     /// Every descriptor in the table is the unit's again, and all of its descriptors are there.

@@ -264,6 +264,16 @@ impl EventLog {
         true
     }
 
+    /// The number of the last event, that of the newest checkpoint being `sii`.
+    pub fn last_sii(&self, sii: u64) -> u64 {
+        let (mut position, mut last) = (self.begin, sii);
+        while let Some((record, next)) = self.read_at(position) {
+            last = Record::parse(record).map_or(last, |(r, _)| r.header.sii);
+            position = next;
+        }
+        last
+    }
+
     /// Adds a record.
     ///
     /// # Errors

@@ -285,6 +285,7 @@ impl Unit {
         }
         match i64::from(row.nr) {
             // It may become something else than a plain stream.
+            _ if row.effect == table::Effect::Lock => self.log.control().locked.store(1, SeqCst),
             libc::SYS_setsockopt => self.log.forget_fds(Some(args[0] as usize), ALL - FD_COUNTED - FD_PRIVATE),
             // Others may get descriptors with a message, or take them.
             libc::SYS_sendmsg if !ancillary => {}

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 30] = [
+pub const POINTS: [&str; 36] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
@@ -39,6 +39,12 @@ pub const POINTS: [&str; 30] = [
     "record-put",
     "retrieve-opened",
     "retrieve-laid",
+    "hold-sending",
+    "hold-sent",
+    "hold-noted",
+    "hold-closed",
+    "hold-forgotten",
+    "hold-returned",
 ];
 
 struct Armed {
@@ -110,6 +116,16 @@ pub fn point(name: &str, pid: i32) {
                 // SAFETY: this process, or one of ours, alive or not yet reaped.
                 unsafe { libc::kill(*victim, libc::SIGKILL) };
             }
+        }
+    }
+}
+
+/// The same where the keeper is all there is.
+pub fn keepers_point(name: &str) {
+    for a in armed().iter().filter(|a| a.name == name && a.victim == Victim::All) {
+        if a.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+            // SAFETY: this process.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
         }
     }
 }

@@ -13,9 +13,30 @@ use crate::marshal::raw_call;
 pub fn take(fd: i32) -> io::Result<OwnedFd> {
     // SAFETY: no arguments.
     let pid = unsafe { libc::getpid() };
-    let process = owned(raw_call(libc::SYS_pidfd_open as u64, &[pid as u64, 0, 0, 0, 0, 0]))?;
-    let args = [process.as_raw_fd() as u64, fd as u64, 0, 0, 0, 0];
-    owned(raw_call(libc::SYS_pidfd_getfd as u64, &args))
+    take_from(&process(pid)?, fd)
+}
+
+/// A descriptor of a process (pidfd_open(2)).
+///
+/// # Errors
+/// There is none, or no room for another descriptor.
+pub fn process(pid: i32) -> io::Result<OwnedFd> {
+    owned(raw_call(libc::SYS_pidfd_open as u64, &[pid as u64, 0, 0, 0, 0, 0]))
+}
+
+/// Whether that process has ended, or does within so many milliseconds.
+pub fn has_ended(process: &OwnedFd, within: i32) -> bool {
+    let mut poll = libc::pollfd { fd: process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one structure that outlives the call.
+    unsafe { libc::poll(&raw mut poll, 1, within) == 1 }
+}
+
+/// A copy, in the calling thread's table, of a descriptor in the table of a process's first thread.
+///
+/// # Errors
+/// There is no such descriptor, or no room for another one.
+pub fn take_from(process: &OwnedFd, fd: i32) -> io::Result<OwnedFd> {
+    owned(raw_call(libc::SYS_pidfd_getfd as u64, &[process.as_raw_fd() as u64, fd as u64, 0, 0, 0, 0]))
 }
 
 /// The descriptor that a call has returned.

@@ -8,8 +8,11 @@
 use std::cell::RefCell;
 use std::sync::atomic::Ordering::SeqCst;
 
-use crate::desk::{ARENA_BYTES, CALL, DONE, Desk, SPAWN, STARTED};
-use crate::marshal::steady_call;
+use ftrun_abi::stream::{self, Counts};
+use ftrun_abi::table::{self, Effect};
+
+use crate::desk::{ARENA_BYTES, CALL, DONE, Desk, Order, POSITION, RECEIVED, SENT, SPAWN, STARTED};
+use crate::marshal::{raw_call, steady_call};
 
 /// Memory that a call reads or writes.
 #[derive(Debug)]
@@ -220,6 +223,10 @@ impl Hired {
         order.digest.store(digest, SeqCst);
         order.sii.store(self.sii, SeqCst);
         order.before.store(self.before, SeqCst);
+        order.count.fetch_add(1, SeqCst);
+        if self.desk.holds.load(SeqCst) != 0 {
+            note_counts(order, nr, args);
+        }
         order.used.store(used as u64, SeqCst);
         order.arena.store(self.desk.arena() as u64, SeqCst);
         crate::fault::point("hands-ordered", self.desk.pid.load(SeqCst));
@@ -260,6 +267,26 @@ impl Hired {
         // SAFETY: no arguments.
         unsafe { libc::getppid() != self.desk.keeper.load(SeqCst) }
     }
+}
+
+/// Notes what will tell whether data have been taken or given, where the descriptor outlives whoever makes the call.
+fn note_counts(order: &Order, nr: u64, args: &[u64; 6]) {
+    let fd = args[0];
+    let taken = match table::lookup(nr, args).effect {
+        Effect::Take => true,
+        Effect::Give | Effect::Rewrite => false,
+        _ => return order.counts.store(0, SeqCst),
+    };
+    let counts = stream::counts(|nr, args: [u64; 6]| raw_call(nr, &args), fd);
+    let position = || raw_call(libc::SYS_lseek as u64, &[fd, 0, libc::SEEK_CUR as u64, 0, 0, 0]);
+    let (what, count) = match counts {
+        Some(counts) if !taken => (SENT, counts.sent),
+        Some(Counts { received: Some(received), .. }) => (RECEIVED, received),
+        Some(_) => (0, 0),
+        None => u64::try_from(position()).map_or((0, 0), |at| (POSITION, at)),
+    };
+    order.counts.store(what, SeqCst);
+    order.counted.store(count, SeqCst);
 }
 
 /// What the hands do: makes the call on the desk. `owner` is the change of credentials that they last followed.

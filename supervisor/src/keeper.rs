@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, IntoRawFd};
 use std::sync::atomic::Ordering::SeqCst;
 
 use crate::desk::{CALL, Desk, SPAWN, STARTED};
+use crate::hold::returned::Returned;
 use crate::marshal::raw_call;
 use crate::report::Error;
 use crate::systemd::Notifier;
@@ -30,19 +31,33 @@ pub struct Start {
     pub lock: Option<i32>,
     /// The file of its event log.
     pub log: Option<i32>,
+    /// The root of what holds its descriptors ([`crate::hold`]).
+    pub hold: Option<i32>,
+}
+
+/// What a keeper keeps, beside its desk: descriptors of the process.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// The unit's lock.
+    pub lock: Option<i32>,
+    /// The file of its event log: with it another supervisor takes over when one is killed.
+    pub log: Option<i32>,
+    /// The root of what holds the unit's descriptors.
+    pub hold: Option<i32>,
+    /// What was held, and has come back: the unit has it instead of what this process was started with.
+    pub returned: Option<Returned>,
 }
 
 /// Keeps a unit. `supervisor` is the life of a supervisor, in a process of its own: it returns that process's
-/// exit status. With a file for the event log (a descriptor, as the lock) another one takes over when it is killed.
-/// The `notifier` tells the service manager, if there is one.
+/// exit status. The `notifier` tells the service manager, if there is one.
 pub fn keep(
     desk: &'static Desk,
-    lock: Option<i32>,
-    log: Option<i32>,
-    notifier: Option<Notifier>,
+    kept: Kept,
+    notifier: Option<&mut Notifier>,
     supervisor: impl Fn(Start) -> i32 + Send + 'static,
 ) -> Result<i32, Error> {
     let os = |what: &'static str| move |e: io::Error| Error::bug(format!("{what}: {e}"));
+    let Kept { lock, log, hold, returned } = kept;
     let unit_fds = inherited().map_err(os("the descriptors"))?;
     let stderr = crate::logging::stderr_fd();
     // SAFETY: attributes of this process. Whoever a supervisor leaves behind is ours to bury.
@@ -52,11 +67,15 @@ pub fn keep(
     }
     let (parted, wait) = std::sync::mpsc::channel();
     let inherited = unit_fds.clone();
+    let copies = returned.as_ref().map(Returned::copies).unwrap_or_default();
     let builder = std::thread::Builder::new().name("ftrun-hands".into()).stack_size(8 << 20);
     let started = builder.spawn(move || {
         if wait.recv().is_ok() {
-            keep_only(&unit_fds);
-            work(desk, [stderr, lock, log], &supervisor);
+            match returned {
+                Some(returned) => returned.put_back(),
+                None => keep_only(&unit_fds),
+            }
+            work(desk, [stderr, lock, log, hold], &supervisor);
         }
     });
     started.map_err(os("the keeper's hands"))?;
@@ -75,12 +94,15 @@ pub fn keep(
                 libc::close(fd);
             }
         }
+        for fd in copies {
+            libc::close(fd);
+        }
     }
     if parted.send(()).is_err() {
         return Err(Error::bug("the keeper's hands have ended"));
     }
     start(desk)?;
-    let mut tell = notifier.map(|mut notifier| move || notifier.tell(desk));
+    let mut tell = notifier.map(|notifier| move || notifier.tell(desk));
     let code = watch(desk, log.is_some(), || tell.as_mut().is_some_and(|tell| tell()));
     // The last words.
     tell.map(|mut tell| tell());
@@ -202,7 +224,7 @@ fn bury_one(pid: i32, options: i32) -> Option<i32> {
 }
 
 /// The life of the hands.
-fn work(desk: &'static Desk, ours: [Option<i32>; 3], supervisor: &impl Fn(Start) -> i32) {
+fn work(desk: &'static Desk, ours: [Option<i32>; 4], supervisor: &impl Fn(Start) -> i32) {
     let mut owner = 0;
     loop {
         let now = desk.hands.load(SeqCst);
@@ -218,13 +240,13 @@ fn work(desk: &'static Desk, ours: [Option<i32>; 3], supervisor: &impl Fn(Start)
                     continue;
                 }
             };
-            let [stderr, lock, log] = ours.map(|fd| from_keeper(fd?));
+            let [stderr, lock, log, hold] = ours.map(|fd| from_keeper(fd?));
             desk.generation.fetch_add(1, SeqCst);
             match fork_sharing() {
                 0 => {
                     // SAFETY: names this process as its threads and its child expect it.
                     unsafe { libc::prctl(libc::PR_SET_NAME, c"ftrun".as_ptr(), 0, 0, 0) };
-                    let code = supervisor(Start { unit_fds, stderr, lock, log });
+                    let code = supervisor(Start { unit_fds, stderr, lock, log, hold });
                     crate::logging::flush();
                     // SAFETY: ends the supervisor without running the keeper's destructors a second time.
                     unsafe { libc::_exit(code) }

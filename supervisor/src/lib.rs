@@ -19,6 +19,7 @@ pub mod fault;
 pub mod fds;
 pub mod futex;
 pub mod hands;
+pub mod hold;
 pub mod hot;
 pub mod journal;
 pub mod keeper;

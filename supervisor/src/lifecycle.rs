@@ -68,6 +68,7 @@ impl Unit {
                 Halt::Ended(status) => return Ok(End::Ended(status)),
                 Halt::Exec(pid) => {
                     close_on_exec();
+                    self.hold_executed();
                     self.note_all_changed();
                     self.begin_record(Kind::Exec);
                     self.model.credentials.get_or_insert_with(Default::default);
@@ -173,6 +174,7 @@ impl Unit {
             self.settle_cold()?;
         } else {
             self.close_aside();
+            self.find_doubt();
             self.settle()?;
         }
         self.log.forget_fds(None, 0);
@@ -213,6 +215,7 @@ impl Unit {
             return h;
         }
         self.begin_outputs();
+        self.begin_hold();
         let replayed = now();
         if events >= 1000 {
             self.replay_ns = (replayed - restored) / events;

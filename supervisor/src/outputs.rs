@@ -80,9 +80,9 @@ impl Unit {
 /// Lets everything leave that may; `None` when somebody else is about that.
 fn let_leave(queue: &mut Queue) -> Option<Passed> {
     let kernel = |nr, args: [u64; 6]| {
-        fault::point("output-leaving", 0);
+        fault::point_beside("output-leaving");
         let result = raw_call(nr, &args);
-        fault::point("output-left", 0);
+        fault::point_beside("output-left");
         result
     };
     let message = queue.message();

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::{RunOptions, StoreOptions};
 use crate::desk::Desk;
+use crate::fds;
 use crate::launch::Program;
 use crate::report::Error;
 use crate::unitdir::UnitDir;
@@ -27,8 +28,10 @@ use crate::unitdir::UnitDir;
 const LOG: &str = "log";
 const DESK: &str = "desk";
 const SPEC: &str = "spec";
+/// How long a process that was killed may take to end.
+const END_WITHIN_MS: i32 = 10_000;
 /// Version of [`Spec`].
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What was run: enough to supervise it again.
 #[derive(Debug, Serialize, Deserialize)]
@@ -125,7 +128,7 @@ impl Remains {
         (there(LOG) && there(SPEC) && started && ended() != Some(true)).then_some(remains)
     }
 
-    /// Takes it over: what was run, the desk, the log. Nothing of the unit's table exists any more.
+    /// What was run, the desk, the log. Whoever goes on says so on the desk ([`Desk::take_over`]).
     ///
     /// # Errors
     /// A file cannot be read, or is not of this version.
@@ -148,8 +151,26 @@ impl Remains {
             desk.generation.store(1, std::sync::atomic::Ordering::SeqCst);
             desk
         };
-        desk.take_over();
         Ok((spec, desk, open(LOG)?))
+    }
+
+    /// The number of events at the newest checkpoint.
+    pub fn newest(&self) -> Option<u64> {
+        Chain::open(&self.dir).ok()?.newest()
+    }
+
+    /// Waits until a process that has the log mapped has ended, if it is one of the unit's: what it was doing in the kernel
+    /// has come to its end then. False when that takes too long.
+    pub fn await_end(&self, pid: i32) -> bool {
+        let log = self.dir.join(LOG);
+        let Some(log) = log.to_str() else { return false };
+        let maps = |task: fs::DirEntry| fs::read_to_string(task.path().join("maps")).unwrap_or_default();
+        let pidfd = fds::process(pid);
+        let mut tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        if pid <= 0 || !tasks.any(|task| maps(task).contains(log)) {
+            return true;
+        }
+        pidfd.is_ok_and(|process| fds::has_ended(&process, END_WITHIN_MS))
     }
 
     /// Why a unit of this name is not started anew.

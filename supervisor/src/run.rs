@@ -5,7 +5,7 @@ use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -19,8 +19,10 @@ use ftrun_ckpt::image::PageSource;
 use crate::cli::{RunOptions, Stable, StoreOptions};
 use crate::desk::Desk;
 use crate::evlog::EventLog;
+use crate::hold::Hold;
+use crate::hold::returned::{self as hold, Returned};
 use crate::journal::{Journal, Stored};
-use crate::keeper::{self, Start, keep_only};
+use crate::keeper::{self, Kept, Start, keep_only};
 use crate::launch::Program;
 use crate::lifecycle::End;
 use crate::recorder::{Place, Recorder, Watch};
@@ -29,8 +31,7 @@ use crate::report::Error;
 use crate::service::Service;
 use crate::standby::Standby;
 use crate::status::{State, Status, Timestamp};
-use crate::systemd::Notifier;
-use crate::systemd::Ready;
+use crate::systemd::{Notifier, Ready, environment};
 use crate::unit::{Shared, Unit};
 use crate::unitdir::UnitDir;
 
@@ -44,24 +45,31 @@ pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Runs a program as a unit; returns the exit status for the user.
 pub fn run(options: RunOptions, mut dir: UnitDir) -> Result<i32, Error> {
+    let mut env: Vec<_> = std::env::vars_os().collect();
+    let held = environment::take_passed(&mut env, std::process::id(), hold::NAME);
     match Remains::of(&dir) {
-        Some(_) if options.resume => return resume(dir, options.lossy, None),
+        Some(_) if options.resume => return go_on(dir, options.lossy, None, held),
         Some(remains) => return Err(remains.refuse(dir.name())),
         None => {}
     }
     let notifier = notifier(&options, &dir);
-    let program = program(&options, notifier.as_ref())?;
+    if let (Some(notifier), false) = (&notifier, held.is_empty()) {
+        // Of a unit that is given up.
+        notifier.take_out(hold::NAME).map_err(|e| Error::bug(format!("the service manager: {e}")))?;
+    }
+    drop(held);
+    let program = program(&options, env, notifier.as_ref())?;
     dir.begin()?;
     let old_mask = take_signals();
     let program = Program { sigmask: mask_word(&old_mask), ..program };
     if !options.durability.survives_supervisor() {
         let desk = Desk::map(None).map_err(|e| Error::bug(format!("the desk: {e}")))?;
-        return keep(options, dir, program, desk, None, notifier);
+        return keep(options, dir, program, desk, None, (notifier, None));
     }
     let memory = dir.memory_dir()?;
     let laid = Remains::lay(&memory, &Spec::new(&options, &program));
     let (desk, log) = laid.inspect_err(|_| dir.forget_memory())?;
-    keep(options, dir, program, desk, Some(log), notifier)
+    keep(options, dir, program, desk, Some(log), (notifier, None))
 }
 
 fn notifier(options: &RunOptions, dir: &UnitDir) -> Option<Notifier> {
@@ -75,7 +83,12 @@ fn notifier(options: &RunOptions, dir: &UnitDir) -> Option<Notifier> {
 ///
 /// `lossy` says that a descriptor which cannot be made again is no reason to give up. What remains is taken from the
 /// memory of this machine; from the store if one is named, or if that memory is gone and there is one in the directory.
-pub fn resume(mut dir: UnitDir, lossy: bool, store: Option<StoreOptions>) -> Result<i32, Error> {
+pub fn resume(dir: UnitDir, lossy: bool, store: Option<StoreOptions>) -> Result<i32, Error> {
+    go_on(dir, lossy, store, Vec::new())
+}
+
+/// The same; `held` is what the service manager has passed that held the unit's descriptors, if it did.
+fn go_on(mut dir: UnitDir, lossy: bool, store: Option<StoreOptions>, mut held: Vec<OwnedFd>) -> Result<i32, Error> {
     let own = || dir.store_dir().is_dir().then_some(StoreOptions { url: None, stable: Stable::Disk });
     let store = store.or_else(|| if Remains::of(&dir).is_none() { own() } else { None });
     if let Some(store) = store {
@@ -94,7 +107,24 @@ pub fn resume(mut dir: UnitDir, lossy: bool, store: Option<StoreOptions>) -> Res
     options.ready = Ready::Started;
     let notifier = notifier(&options, &dir);
     take_signals();
-    keep(options, dir, program, desk, Some(log), notifier)
+    let root = held.pop().filter(|_| held.is_empty());
+    let returned = match &root {
+        Some(root) => hold::bring_back(root, desk, &log, &remains),
+        None if options.hold && desk.holds.load(Ordering::SeqCst) != 0 => {
+            Err("the service manager has not passed what holds them".into())
+        }
+        None => Err(String::new()),
+    };
+    let returned = returned.map_err(|why| {
+        if !why.is_empty() {
+            let text =
+                format!("ftrun: {}'s descriptors are not as they were: {why}; they are made again\n", dir.name());
+            crate::logging::line(text.into_bytes());
+        }
+    });
+    desk.take_over(returned.is_ok());
+    let returned = returned.ok().and_then(|returned| Some((root?, returned)));
+    keep(options, dir, program, desk, Some(log), (notifier, returned))
 }
 
 /// Keeps signals from this process, its only thread, for the keeper to pass on; the mask that was in force.
@@ -119,18 +149,44 @@ fn keep(
     program: Program,
     desk: &'static Desk,
     log: Option<File>,
-    notifier: Option<Notifier>,
+    (mut notifier, returned): (Option<Notifier>, Option<(OwnedFd, Returned)>),
 ) -> Result<i32, Error> {
     let survives = log.is_some();
-    let (lock, log_fd) = (dir.lock_fd(), log.as_ref().map(AsRawFd::as_raw_fd));
+    let (root, returned) = match returned {
+        Some((root, returned)) => (Some(root), Some(returned)),
+        None => (notifier.as_ref().filter(|_| options.hold).and_then(begin_hold), None),
+    };
+    let raw = |fd: &OwnedFd| fd.as_raw_fd();
+    let kept =
+        Kept { lock: dir.lock_fd(), log: log.as_ref().map(AsRawFd::as_raw_fd), hold: root.as_ref().map(raw), returned };
     let dir = Arc::new(dir);
     let ours = Arc::clone(&dir);
-    let code =
-        keeper::keep(desk, lock, log_fd, notifier, move |start| supervisor(&options, &ours, &program, start, desk))?;
-    if survives && !desk.is_cold() {
+    let run = move |start| supervisor(&options, &ours, &program, start, desk);
+    let code = keeper::keep(desk, kept, notifier.as_mut(), run);
+    if !desk.is_returned()
+        && let (Some(notifier), Some(_)) = (&notifier, root)
+        && let Err(e) = notifier.take_out(hold::NAME)
+    {
+        tracing::warn!("the service manager is not told to give up what holds the unit's descriptors: {e}");
+    }
+    if survives && code.is_ok() && desk.can_be_forgotten() {
         dir.forget_memory();
     }
-    Ok(code)
+    code
+}
+
+/// A root for what holds the unit's descriptors, left with the service manager.
+fn begin_hold(notifier: &Notifier) -> Option<OwnedFd> {
+    let root = crate::hold::root();
+    let left = root.and_then(|root| Ok((notifier.leave(hold::NAME, root.as_fd())?, root)));
+    match left {
+        Ok((true, root)) => return Some(root),
+        Ok((false, _)) => tracing::warn!(
+            "the service manager takes no descriptors (FileDescriptorStoreMax=): the death of the keeper costs connections"
+        ),
+        Err(e) => tracing::warn!("descriptors cannot be left with the service manager: {e}"),
+    }
+    None
 }
 
 /// Room for events beyond those that make a checkpoint due: two of the longest, and what the disk has not
@@ -325,6 +381,11 @@ fn try_supervisor(
     if unit.standby.is_some() {
         crate::hands::hire(desk);
     }
+    if let Some(root) = start.hold.filter(|_| desk.holds_nothing.load(Ordering::SeqCst) == 0) {
+        // SAFETY: of the service thread's table, and owned by nobody else in it.
+        let opened = service.run(|| Hold::open(unsafe { OwnedFd::from_raw_fd(root) }, desk));
+        unit.hold = Some(opened.map_err(|e| os("what holds the descriptors", e))?);
+    }
     let end = unit.supervise(program, last);
     crate::pulse::ending();
     let unit = &mut *unit;
@@ -340,7 +401,7 @@ fn try_supervisor(
         // It was ending already when everything was killed: nothing is made again.
         desk.leave_table();
     }
-    if desk.is_cold() {
+    if !desk.can_be_forgotten() {
         // The unit has not gone on: what remains of it is as it was, and may be tried again.
         let why = match end {
             Ok(End::Failed(why)) => why,
@@ -377,6 +438,7 @@ fn try_supervisor(
     desk.code.store(code, Ordering::SeqCst);
     // The program's end has closed its descriptors; ours of the shared table go with it.
     keep_only(&[]);
+    unit.end_hold();
     unit.serve_children();
     Ok(code)
 }
@@ -461,7 +523,11 @@ pub fn exec_error(program: &str, e: &io::Error) -> Error {
 }
 
 /// Finds the program and refuses what cannot be run.
-fn program(options: &RunOptions, notifier: Option<&Notifier>) -> Result<Program, Error> {
+fn program(
+    options: &RunOptions,
+    mut env: Vec<(std::ffi::OsString, std::ffi::OsString)>,
+    notifier: Option<&Notifier>,
+) -> Result<Program, Error> {
     let path = find(&options.program)?;
     let not = |reason: &str, hint: &str| Error::NotExecutable {
         program: options.program.clone(),
@@ -495,9 +561,8 @@ fn program(options: &RunOptions, notifier: Option<&Notifier>) -> Result<Program,
     for a in &options.args {
         argv.push(c(a)?);
     }
-    let mut env: Vec<(std::ffi::OsString, std::ffi::OsString)> = std::env::vars_os().collect();
     env.retain(|(k, _)| k != "FTRUN_FAULT" && options.env.iter().all(|(o, _)| o != k));
-    crate::systemd::environment::for_program(&mut env, std::process::id(), notifier.map(Notifier::program_socket));
+    environment::for_program(&mut env, std::process::id(), notifier.map(Notifier::program_socket));
     env.extend(options.env.iter().cloned());
     let mut envp = Vec::new();
     for (k, v) in env {

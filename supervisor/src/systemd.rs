@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,9 @@ use clap::ValueEnum;
 
 use crate::desk::Desk;
 use socket::{Inbox, Message, Outbox};
+
+/// How long the service manager may take to hear us.
+const BARRIER: Duration = Duration::from_secs(10);
 
 /// When a unit is ready in the eyes of the service manager.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
@@ -83,6 +87,47 @@ impl Notifier {
         hangs
     }
 
+    /// Leaves a descriptor with the service manager under a name that nothing else has there; false when it does not
+    /// take it.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    pub fn leave(&self, name: &str, fd: BorrowedFd<'_>) -> io::Result<bool> {
+        let store = |name: &str, fd: OwnedFd| {
+            // Not to be thrown out because the other end has hung up.
+            let text = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
+            self.manager.send_now(&Message { text, fds: vec![fd] })
+        };
+        self.take_out(name)?;
+        store(name, fd.try_clone_to_owned()?)?;
+        // What is not taken is closed, which this one shows.
+        let (end, theirs) = std::io::pipe()?;
+        let probe = format!("{name}-probe");
+        store(&probe, theirs.into())?;
+        self.heard()?;
+        let taken = !hung_up(&end, Duration::ZERO)?;
+        self.take_out(&probe)?;
+        if !taken {
+            self.take_out(name)?;
+        }
+        Ok(taken)
+    }
+
+    /// What was left under this name is given up.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    pub fn take_out(&self, name: &str) -> io::Result<()> {
+        self.manager.send_now(&Message::from(format!("FDSTOREREMOVE=1\nFDNAME={name}")))
+    }
+
+    /// Waits until the service manager has heard what was said (sd_notify_barrier(3)).
+    fn heard(&self) -> io::Result<()> {
+        let (end, theirs) = std::io::pipe()?;
+        self.manager.send_now(&Message { text: "BARRIER=1".into(), fds: vec![theirs.into()] })?;
+        if hung_up(&end, BARRIER)? { Ok(()) } else { Err(io::Error::from(io::ErrorKind::TimedOut)) }
+    }
+
     fn send(&mut self) {
         while let Some(message) = self.waiting.front() {
             match self.manager.send(message) {
@@ -93,6 +138,16 @@ impl Notifier {
             }
             self.waiting.pop_front();
         }
+    }
+}
+
+/// Whether a pipe has no writer, or has none before so much time has passed.
+fn hung_up(end: &impl AsRawFd, within: Duration) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd: end.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: one structure that outlives the call.
+    match unsafe { libc::poll(&raw mut poll, 1, within.as_millis() as i32) } {
+        n if n < 0 => Err(io::Error::last_os_error()),
+        _ => Ok(poll.revents & libc::POLLHUP != 0),
     }
 }
 

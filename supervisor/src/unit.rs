@@ -295,6 +295,8 @@ pub struct Unit {
     pub(crate) desk: Option<&'static crate::desk::Desk>,
     /// What outlives this supervisor, when its death is to be survived.
     pub(crate) standby: Option<crate::standby::Standby>,
+    /// What holds the descriptors, when the death of the keeper is to be survived, too.
+    pub(crate) hold: Option<crate::hold::Hold>,
     /// What brings events to stable storage, when the loss of the machine is to be survived.
     pub(crate) recorder: Option<crate::recorder::Recorder>,
     /// The queue of outputs is being emptied.
@@ -392,6 +394,7 @@ impl Unit {
             backend,
             desk: None,
             standby: None,
+            hold: None,
             recorder: None,
             has_outputs: false,
             expected: None,

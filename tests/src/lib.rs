@@ -4,7 +4,7 @@
 //! - [`mod@unit`] starts one unit in a directory of its own, stops it, shows its logs on failure; [`kills`] are its kills.
 //! - [`wire`] is one checked connection; [`clients`] speak the protocols and keep a model of what must be so.
 //! - [`generator`] loads a server as fast as it answers, for benchmarks.
-//! - [`manager`] listens as a service manager does; [`machine`] is a real one, systemd in namespaces of its own.
+//! - [`manager`] listens as a service manager does; [`machine`] is a real one, systemd in namespaces of its own, and [`installed`] a service there.
 //! - [`counting`] are clients that reconnect, and keep what they were told.
 //! - [`load`] drives many clients while a killer strikes, and reports what they saw.
 //! - [`scenarios`] puts these together, one function for each program; tests, demo and soak share them.
@@ -16,6 +16,7 @@ pub mod binaries;
 pub mod clients;
 pub mod counting;
 pub mod generator;
+pub mod installed;
 pub mod kills;
 pub mod load;
 pub mod machine;

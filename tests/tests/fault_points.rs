@@ -21,8 +21,10 @@ fn points() -> Vec<&'static str> {
 }
 
 /// Which of the groups below walks a point: by its name's first word. Those of cold recovery are walked in `cold.rs`, those of
-/// fetching a unit, and of losing it, in `lost_machines.rs`.
-const GROUPS: [&str; 16] = [
+/// fetching a unit, and of losing it, in `lost_machines.rs`, of descriptors that are held in
+/// `hold.rs`.
+const GROUPS: [&str; 17] = [
+    "hold-",
     "thaw-",
     "call-",
     "hands-",

@@ -7,74 +7,18 @@ use std::path::PathBuf;
 
 use ftrun_tests::binaries::{guest, program_source};
 use ftrun_tests::clients::Echo;
+use ftrun_tests::installed::{FTRUN, PORT, Service};
 use ftrun_tests::machine::Machine;
 use ftrun_tests::rng::Rng;
 use ftrun_tests::{Error, error};
-
-const PORT: u16 = 7000;
-const FTRUN: &str = "/mnt/share/ftrun";
-
-/// A service on a machine of its own.
-struct Service {
-    machine: Machine,
-    name: &'static str,
-    unit: String,
-}
-
-impl Service {
-    /// Installs the echo server as a service, with `more` in a drop-in; does not start it.
-    fn install(name: &'static str, options: &[&str], more: &str) -> Result<Option<Self>, Error> {
-        let Some(machine) = Machine::start()? else { return Ok(None) };
-        let program = machine.give(&guest("epoll_echo")?)?;
-        let port = PORT.to_string();
-        let words =
-            [&[FTRUN, "install-unit", name], options, &["--ready", "program", "--", &program, &port, "READY=1"]]
-                .concat();
-        println!("{}", machine.ok(words)?);
-        let unit = format!("ftrun@{name}.service");
-        // What it prints; there is no journal.
-        let text =
-            format!("[Service]\nStandardOutput=append:/mnt/share/out\nStandardError=append:/mnt/share/err\n{more}");
-        std::fs::write(machine.share().join("more.conf"), text)?;
-        machine.ok(["cp", "/mnt/share/more.conf", &format!("/etc/systemd/system/{unit}.d/more.conf")])?;
-        machine.ok(["systemctl", "daemon-reload"])?;
-        machine.enter_network()?;
-        Ok(Some(Self { machine, name, unit }))
-    }
-
-    fn systemctl(&self, verb: &str) -> Result<(), Error> {
-        self.machine.ok(["systemctl", verb, &self.unit]).map(drop)
-    }
-
-    fn get(&self, property: &str) -> Result<String, Error> {
-        self.machine.property(&self.unit, property)
-    }
-
-    /// A process of the unit, as the machine numbers it.
-    fn pid(&self, key: &str) -> Result<String, Error> {
-        let state = self.get("StateDirectory")?;
-        let dir = format!("/var/lib/{state}");
-        let status = self.machine.ok([FTRUN, "status", self.name, "--json", "--state-dir", &dir])?;
-        let status: serde_json::Value = serde_json::from_str(&status).map_err(|e| error!("{e}: {status}"))?;
-        Ok(status[key].as_i64().ok_or_else(|| error!("no {key} in {status}"))?.to_string())
-    }
-
-    fn client(&self) -> Result<Echo, Error> {
-        Ok(Echo::connect(PORT, Rng::new(7), true)?)
-    }
-
-    fn done(self) {
-        self.machine.done();
-    }
-}
 
 fn text(path: PathBuf) -> Result<String, Error> {
     Ok(String::from_utf8_lossy(&std::fs::read(path)?).into_owned())
 }
 
 macro_rules! service {
-    ($($argument:expr),*) => {
-        match Service::install($($argument),*)? {
+    ($name:expr, $options:expr, $more:expr) => {
+        match Service::echo($name, $options, $more)? {
             Some(service) => service,
             None => return Ok(()),
         }

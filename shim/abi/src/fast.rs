@@ -278,6 +278,11 @@ pub struct Control {
     pub alone: AtomicU32,
     /// Not zero: the program ignores `SIGPIPE`.
     pub ignores_pipe: AtomicU32,
+    /// Not zero: descriptors are held for the unit elsewhere, so that calls that make or close one, or change its own flags, are
+    /// the supervisor's.
+    pub held: AtomicU32,
+    /// Not zero: the unit has taken record locks of its process's.
+    pub locked: AtomicU32,
     /// The last event that is in stable storage with all before it.
     pub committed: AtomicU64,
     /// Futex word: changes with [`Control::committed`].

@@ -85,6 +85,10 @@ pub(super) struct RunArgs {
     /// Go on with the unit of this name, if it was killed with all of ftrun, as `ftrun resume` does; start it otherwise
     #[arg(long)]
     pub(super) resume: bool,
+    /// Leave the unit's descriptors with the service manager (NOTIFY_SOCKET), if it takes them, so that its connections outlive
+    /// keeper, supervisor and program
+    #[arg(long)]
+    pub(super) hold_descriptors: bool,
     /// Serve no call inside the program: slower, and as right
     #[arg(long)]
     pub(super) no_shim: bool,

@@ -99,6 +99,22 @@ pub fn build(objects: &Objects, given: BTreeMap<i32, i32>, spare: i32, lossy: bo
 }
 
 impl Objects {
+    /// Takes record locks again that went with the table, in which everything else is.
+    ///
+    /// # Errors
+    /// Somebody else has one now.
+    pub fn take_records(&self) -> Result<()> {
+        for (number, n) in &self.numbers {
+            let Some(Open { kind: Kind::File(file), .. }) = self.open.get(&n.open) else { continue };
+            let records = file.records.iter().filter(|r| !r.of_file).copied().collect();
+            take_locks(*number, &File { lock: 0, records, ..File::default() }).map_err(|source| {
+                let what = format!("descriptor {number}: a lock on {} is somebody else's now", file.path.display());
+                Error::Sys { what, source }
+            })?;
+        }
+        Ok(())
+    }
+
     fn take_locks(&self, lossy: bool, told: &mut Vec<String>) -> Result<()> {
         let mut done = Vec::new();
         for (number, n) in &self.numbers {

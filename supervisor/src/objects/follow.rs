@@ -610,7 +610,7 @@ fn last_entry(mut entries: &[u8]) -> Option<u64> {
 }
 
 /// Descriptors in control messages (cmsg(3)).
-fn received(bytes: &[u8]) -> Vec<i32> {
+pub(crate) fn received(bytes: &[u8]) -> Vec<i32> {
     const HEAD: usize = 16;
     let mut numbers = Vec::new();
     let mut at = 0;

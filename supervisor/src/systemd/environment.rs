@@ -5,12 +5,15 @@
 //! place is left for it, and filled in by [`name_process`] as soon as it is.
 
 use std::ffi::{OsStr, OsString};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
 use ftrun_ckpt::state::MmFields;
 
 use crate::tracee;
 
+/// The first descriptor that is passed (`SD_LISTEN_FDS_START`).
+const LISTEN_FDS_START: i32 = 3;
 /// They hold a process id.
 const FOR_PROCESS: [&str; 3] = ["LISTEN_PID", "WATCHDOG_PID", "SYSTEMD_EXEC_PID"];
 /// Tells by another number that `LISTEN_PID` is meant. It says nothing that the program could not do without.
@@ -19,6 +22,50 @@ const LISTEN_PIDFD: &str = "LISTEN_PIDFDID";
 const PLACE: &str = "0000000000";
 /// Longer environments are not looked through. The kernel takes none beyond 6 MiB (execve(2)).
 const BLOCK_BYTES_MAX: u64 = 8 << 20;
+
+/// What the service manager has passed under a name (sd_listen_fds_with_names(3)) is taken from what process `own`, with
+/// one thread, was given: it is not the program's. The others keep their order.
+pub fn take_passed(env: &mut Vec<(OsString, OsString)>, own: u32, name: &str) -> Vec<OwnedFd> {
+    let get = |key: &str| env.iter().find(|(k, _)| k == key).and_then(|(_, v)| v.to_str());
+    let count = get("LISTEN_FDS").and_then(|n| n.parse().ok()).unwrap_or(0);
+    let names: Vec<_> = get("LISTEN_FDNAMES").unwrap_or_default().split(':').map(str::to_owned).collect();
+    if get("LISTEN_PID") != Some(own.to_string().as_str()) || names.len() != count {
+        return Vec::new();
+    }
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for (fd, passed) in (LISTEN_FDS_START..).zip(names) {
+        // SAFETY: numbers of what we were given, which nothing here owns.
+        unsafe {
+            if passed == name {
+                let copy = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, LISTEN_FDS_START + count as i32);
+                libc::close(fd);
+                if copy >= 0 {
+                    ours.push(OwnedFd::from_raw_fd(copy));
+                }
+                continue;
+            }
+            let to = LISTEN_FDS_START + theirs.len() as i32;
+            if to != fd {
+                libc::dup2(fd, to);
+                libc::close(fd);
+            }
+        }
+        theirs.push(passed);
+    }
+    if theirs.len() < count {
+        if theirs.is_empty() {
+            env.retain(|(k, _)| k != "LISTEN_PID" && k != "LISTEN_FDS" && k != "LISTEN_FDNAMES" && k != LISTEN_PIDFD);
+        }
+        for (key, value) in env.iter_mut() {
+            match key.to_str() {
+                Some("LISTEN_FDS") => *value = theirs.len().to_string().into(),
+                Some("LISTEN_FDNAMES") => *value = theirs.join(":").into(),
+                _ => {}
+            }
+        }
+    }
+    ours
+}
 
 /// Makes the environment that process `own` was given that of its program. `notify` is what `NOTIFY_SOCKET` shall say.
 pub fn for_program(env: &mut Vec<(OsString, OsString)>, own: u32, notify: Option<&OsStr>) {

@@ -73,6 +73,14 @@ impl Outbox {
     }
 }
 
+impl Outbox {
+    /// Sends a message, and waits until there is room for it.
+    pub(super) fn send_now(&self, message: &Message) -> io::Result<()> {
+        let socket = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+        Self { socket, to: self.to }.send(message)
+    }
+}
+
 /// A socket of ours that the program takes for the service manager's.
 ///
 /// It has an abstract name, so that the program reaches it from any root directory and as any user; who may be heard is

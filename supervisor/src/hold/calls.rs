@@ -1,0 +1,227 @@
+//! What the unit's calls change of its table is followed in what is held, before they are logged.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::Ordering::SeqCst;
+
+use ftrun_abi::table::{self, Class, Effect};
+
+use super::Hold;
+use crate::fds;
+use crate::unit::Unit;
+
+/// `execve` closes this number of the unit's table; `None` when it is not open.
+fn on_exec(number: i32) -> Option<bool> {
+    // SAFETY: a query about a descriptor of the table that the unit shares with us.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    (flags >= 0).then_some(flags & libc::FD_CLOEXEC != 0)
+}
+
+/// What a call has changed.
+#[derive(Debug)]
+enum Change {
+    /// These numbers are new, or lead elsewhere.
+    Made(Vec<i32>),
+    /// The first leads where the second does.
+    Same(i32, i32),
+    Closed(i32),
+    ClosedFrom(i32, i32),
+    /// The number's own flags.
+    Flags(Vec<i32>),
+    Directory,
+    Umask(u32),
+    /// Others than before may be open.
+    More,
+    /// Nobody knows.
+    Anything,
+}
+
+impl Change {
+    /// What a call that has succeeded has changed.
+    fn of(nr: u64, args: &[u64; 6], result: i64, outs: &[(u64, Vec<u8>)]) -> Option<Self> {
+        let row = table::lookup(nr, args);
+        let (fd, made) = (args[0] as i32, result as i32);
+        Some(match row.effect {
+            _ if row.class == Class::Unknown => Self::Anything,
+            Effect::Open(_)
+            | Effect::MemoryFile
+            | Effect::Socket
+            | Effect::Accept
+            | Effect::Epoll
+            | Effect::Counter
+            | Effect::Timer => Self::Made(vec![made]),
+            Effect::Signals if fd < 0 => Self::Made(vec![made]),
+            Effect::Duplicate => Self::Same(made, fd),
+            Effect::Onto if made != fd => Self::Same(made, fd),
+            Effect::Pipe | Effect::Pair => {
+                let pairs = outs.iter().map(|o| &o.1).filter(|b| b.len() == 8);
+                let numbers = pairs.flat_map(|pair| pair.chunks_exact(4));
+                Self::Made(numbers.map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+            }
+            Effect::Close => Self::Closed(fd),
+            Effect::CloseRange => {
+                let last = (args[1] as u32).min(i32::MAX as u32) as i32;
+                if args[2] as u32 & libc::CLOSE_RANGE_CLOEXEC != 0 {
+                    Self::Flags((fd..=last.min(crate::desk::HELD_MAX as i32)).collect())
+                } else {
+                    Self::ClosedFrom(fd, last)
+                }
+            }
+            Effect::OnExec | Effect::CloseOnExec(_) => Self::Flags(vec![fd]),
+            Effect::Directory | Effect::DirectoryOf => Self::Directory,
+            Effect::Mask => Self::Umask(args[0] as u32 & 0o777),
+            Effect::Opaque => Self::More,
+            // Control messages have come.
+            Effect::Take if row.nr as i64 == libc::SYS_recvmsg => {
+                let length = outs.iter().find(|(at, _)| *at == args[1] + 40);
+                length.filter(|(_, length)| length.iter().any(|b| *b != 0))?;
+                Self::More
+            }
+            _ => return None,
+        })
+    }
+}
+
+impl Hold {
+    /// Follows a change. `open` has those of the numbers that it is about which are open, and whether `execve` closes
+    /// them; `tracer` is a thread with the unit's table.
+    fn follow(&mut self, change: &Change, open: &BTreeMap<i32, bool>, tracer: i32) -> io::Result<()> {
+        match change {
+            Change::Made(_) => open.iter().try_for_each(|(number, flag)| self.put(*number, *flag)),
+            Change::Same(_, as_number) => {
+                open.iter().try_for_each(|(number, flag)| self.put_same(*number, *as_number, *flag))
+            }
+            Change::Closed(number) => {
+                self.close(*number);
+                Ok(())
+            }
+            Change::ClosedFrom(first, last) => {
+                let within: Vec<_> = self.numbers().filter(|(n, _)| (first..=last).contains(&n)).collect();
+                within.into_iter().for_each(|(n, _)| self.close(n));
+                Ok(())
+            }
+            Change::Flags(_) => {
+                open.iter().for_each(|(number, flag)| self.mark(*number, *flag));
+                Ok(())
+            }
+            Change::Directory => self.put_directory(tracer),
+            Change::Umask(umask) => {
+                self.desk.umask.store(*umask, SeqCst);
+                Ok(())
+            }
+            Change::More => {
+                let new = |hold: &Self, n: i32| hold.at(n).is_none_or(|word| word == 0);
+                open.iter().try_for_each(|(n, flag)| if new(self, *n) { self.put(*n, *flag) } else { Ok(()) })
+            }
+            Change::Anything => {
+                let closed: Vec<_> = self.numbers().filter(|(n, _)| !open.contains_key(n)).collect();
+                closed.into_iter().for_each(|(n, _)| self.close(n));
+                let same = |hold: &Self, n: i32| hold.at(n).is_some_and(|word| word != 0 && hold.is_same(n, word));
+                open.iter().try_for_each(|(n, flag)| {
+                    if same(self, *n) {
+                        self.mark(*n, *flag);
+                        return Ok(());
+                    }
+                    self.put(*n, *flag)
+                })
+            }
+        }
+    }
+}
+
+impl Unit {
+    /// Before the unit goes on: everything that it has open is held, if that is wanted.
+    pub(crate) fn begin_hold(&mut self) {
+        let Some(desk) = self.desk else { return };
+        desk.in_doubt.store(0, SeqCst);
+        if self.hold.is_some() && desk.holds.load(SeqCst) == 0 {
+            // SAFETY: the umask is put back; the hands, who share it, do nothing now.
+            let umask = unsafe { libc::umask(0) };
+            // SAFETY: as above.
+            unsafe { libc::umask(umask) };
+            self.hold_changes(&[Change::Anything, Change::Directory, Change::Umask(umask)]);
+            if self.hold.is_some() {
+                desk.holds.store(1, SeqCst);
+            }
+        }
+        self.log.control().held.store(u32::from(self.hold.is_some()), SeqCst);
+    }
+
+    /// A call has been made, and is about to be logged.
+    pub(crate) fn hold_call(&mut self, nr: u64, args: &[u64; 6], result: i64, outs: &[(u64, Vec<u8>)]) {
+        if self.hold.is_none() || (result < 0 && nr as i64 != libc::SYS_close) || result == -i64::from(libc::EBADF) {
+            return;
+        }
+        if let Some(change) = Change::of(nr, args, result, outs) {
+            self.hold_changes(&[change]);
+        }
+    }
+
+    /// `execve` has closed what it closes.
+    pub(crate) fn hold_executed(&mut self) {
+        if let Some(hold) = &self.hold {
+            let closed: Vec<_> = hold.numbers().filter(|(_, word)| word & 1 == 1).collect();
+            self.hold_changes(&closed.into_iter().map(|(n, _)| Change::Closed(n)).collect::<Vec<_>>());
+        }
+    }
+
+    /// The unit's end closes all of its descriptors.
+    pub(crate) fn end_hold(&mut self) {
+        if let Some(mut hold) = self.hold.take() {
+            self.service.run(|| {
+                hold.end();
+                drop(hold);
+            });
+        }
+    }
+
+    fn hold_changes(&mut self, changes: &[Change]) {
+        let mut raised = false;
+        for change in changes {
+            while let Err(e) = self.hold_change(change) {
+                // What is in flight counts against the limit of who sends it.
+                if !raised && matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ETOOMANYREFS)) {
+                    raised = true;
+                    // The unit keeps its own.
+                    self.follow_limits();
+                    raise_limit();
+                    continue;
+                }
+                tracing::warn!(
+                    "the unit's descriptors cannot all be held: {e}. If the keeper is killed, too, its connections are lost"
+                );
+                if let Some(desk) = self.desk {
+                    desk.holds_nothing.store(1, SeqCst);
+                }
+                self.log.control().held.store(0, SeqCst);
+                self.end_hold();
+            }
+        }
+    }
+
+    fn hold_change(&mut self, change: &Change) -> io::Result<()> {
+        let Some(hold) = &mut self.hold else { return Ok(()) };
+        // SAFETY: no arguments.
+        let tracer = unsafe { libc::gettid() };
+        let numbers = match change {
+            Change::Made(numbers) | Change::Flags(numbers) => numbers.clone(),
+            Change::Same(number, _) => vec![*number],
+            Change::More | Change::Anything => self.service.run(|| fds::list(tracer))?,
+            _ => vec![],
+        };
+        let open = numbers.into_iter().filter_map(|number| Some((number, on_exec(number)?))).collect();
+        self.service.run(|| hold.follow(change, &open, tracer))
+    }
+}
+
+/// Lets this process have, and send, as many descriptors as it may.
+fn raise_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: structures that outlive the calls.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
