@@ -9,7 +9,7 @@
 //! | `spares` | files that are ready to become segments |
 //! | `recover` | what is stored |
 //! | `queue` | what is to be written to the log |
-//! | `commit` | the thread that writes it: group commit |
+//! | `commit` | writing it: group commit |
 //! | `live` | where batches are, and what of them is needed |
 //! | `unit` | the handle of a unit |
 //! | `pages` | pages and tables |
@@ -131,6 +131,8 @@ struct Shared {
     spares: Arc<Spares>,
     log_files: Files,
     queue: Queue,
+    /// Locked by whoever commits.
+    committer: Mutex<Committer>,
     pack: Pack,
     /// Held while segments are given back or checked.
     gc: Mutex<()>,
@@ -180,6 +182,7 @@ impl Engine {
             spares,
             log_files,
             queue,
+            committer: Mutex::new(Committer::new(log, state)),
             pack,
             gc: Mutex::default(),
             gc_wanted: gc::Wanted::default(),
@@ -188,8 +191,8 @@ impl Engine {
         let shared = Arc::new(shared);
         shared.count_references()?;
         let engine = Self { shared: Arc::clone(&shared), threads: Mutex::default() };
-        let committer = Committer::new(Arc::clone(&shared), log, state);
-        engine.spawn("store-commit", move || committer.run()).map_err(io)?;
+        let committer = Arc::clone(&shared);
+        engine.spawn("store-commit", move || committer.commit_in_background()).map_err(io)?;
         if shared.options.background {
             lock(&engine.threads).push(shared.spares.start().map_err(io)?);
             let collector = Arc::clone(&shared);

@@ -63,7 +63,18 @@ pub(super) struct Inner {
     pub(super) group: u64,
     /// Groups below are done.
     pub(super) done: u64,
+    /// Somebody writes and syncs a group.
+    pub(super) committing: bool,
+    /// The thread waits and has not been woken.
     pub(super) idle: bool,
+    /// It will look by itself whether the log is idle.
+    pub(super) timed: bool,
+    /// The end of the log is marked.
+    pub(super) marked: bool,
+    /// How long the last group took.
+    pub(super) took: Duration,
+    /// Buffers for the next group.
+    spare: Group,
     /// Nothing is written any more.
     pub(super) failed: Option<Error>,
     /// The group that is being written found no space.
@@ -141,7 +152,12 @@ impl Queue {
             pending: Group::default(),
             group: 1,
             done: 1,
+            committing: false,
             idle: false,
+            timed: false,
+            marked: true,
+            took: Duration::ZERO,
+            spare: Group::default(),
             failed: None,
             full: false,
             closing: false,
@@ -190,7 +206,7 @@ impl Queue {
         lock(&self.inner)
     }
 
-    fn closed(&self) -> Error {
+    pub(super) fn closed(&self) -> Error {
         Error::Closed { store: self.name.clone() }
     }
 
@@ -275,14 +291,51 @@ impl Queue {
         let bytes = u32::try_from(head.frame_bytes()).expect("as its length");
         inner.pending.sync |= durability == Durability::Disk;
         inner.pending.entries.push(Entry { unit: head.unit, at, bytes, durability, what });
-        if inner.idle {
-            inner.idle = false;
-            self.work.notify_one();
-        }
         inner.group
     }
 
-    /// Queues a batch behind what is queued; the caller has checked everything.
+    /// Has the thread commit what is queued, if nobody does. Whoever commits looks again afterwards.
+    pub(super) fn wake(&self, inner: &mut Inner) {
+        if inner.idle && !inner.committing && !inner.pending.entries.is_empty() {
+            inner.idle = false;
+            self.work.notify_one();
+        }
+    }
+
+    /// Takes what is queued, to commit it.
+    pub(super) fn take(&self, inner: &mut Inner) -> (Group, u64) {
+        let number = inner.group;
+        inner.group += 1;
+        inner.committing = true;
+        if inner.waiting_for_room > 0 {
+            self.room.notify_all();
+        }
+        let spare = std::mem::take(&mut inner.spare);
+        (std::mem::replace(&mut inner.pending, spare), number)
+    }
+
+    /// Whoever has committed does so no more. The thread goes on with what has come meanwhile; if it sleeps for good it is
+    /// told that there is something to be marked.
+    pub(super) fn committed(&self, mut inner: MutexGuard<'_, Inner>) {
+        inner.committing = false;
+        let more = !inner.pending.entries.is_empty() || inner.closing || inner.failed.is_some();
+        if inner.idle && (more || !inner.timed) {
+            inner.idle = false;
+            self.work.notify_one();
+        }
+    }
+
+    /// Keeps the buffers of a group that was committed.
+    pub(super) fn give_back(&self, mut group: Group) {
+        group.entries.clear();
+        group.bytes.clear();
+        group.sync = false;
+        if group.bytes.capacity() <= 2 * self.bytes_max {
+            self.lock().spare = group;
+        }
+    }
+
+    /// Queues a batch behind what is queued; the caller has checked everything, and sees to it that somebody commits it.
     pub(super) fn append(&self, inner: &mut Inner, number: u64, batch: &Batch, crc: u32, durability: Durability) {
         let head = Head {
             unit: number,
@@ -313,6 +366,7 @@ impl Queue {
         (head.flags, head.unit, head.first, head.count) = (MOVED, number, first, batch.count());
         let what = What::Batch { first, next: loc.next, moved: Some(from) };
         self.push(&mut inner, &head, batch.body(), Durability::Cache, what);
+        self.wake(&mut inner);
         Ok(true)
     }
 
@@ -321,6 +375,7 @@ impl Queue {
         let body = postcard::to_stdvec(&control).expect("plain data can be encoded");
         let needless = inner.state.apply(&control);
         let group = self.push(inner, &Head::new(Kind::Control, &body), &body, durability, What::Control(control));
+        self.wake(inner);
         (group, needless)
     }
 
@@ -345,6 +400,7 @@ impl Queue {
             if inner.full {
                 return Err(self.full());
             }
+            self.wake(&mut inner);
             inner = wait(&self.done[(group % 2) as usize], inner);
         }
     }
@@ -367,31 +423,6 @@ impl Queue {
             inner = self.wait_group(inner, group)?;
         }
         Ok(inner)
-    }
-
-    /// Waits until a unit's record of `sii` is acknowledged, or the time is over (`None`).
-    pub(super) fn wait_acknowledged(&self, unit: u64, sii: u64, timeout: Duration) -> Result<Option<()>, Error> {
-        let end = Instant::now().checked_add(timeout);
-        let mut inner = self.lock();
-        loop {
-            let Some(live) = inner.live.get(&unit) else { return Err(self.closed()) };
-            if live.acknowledged > sii {
-                return Ok(Some(()));
-            }
-            if let Some(e) = &inner.failed {
-                return Err(e.clone());
-            }
-            if inner.full {
-                return Err(self.full());
-            }
-            // One that has not been queued may come with any group.
-            let group = live.queued.iter().find(|(next, _)| *next > sii).map_or(inner.group, |(_, group)| *group);
-            let left = end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return Ok(None);
-            }
-            inner = wait_for(&self.done[(group % 2) as usize], inner, left);
-        }
     }
 
     /// Lets the thread end when it has written what is queued.

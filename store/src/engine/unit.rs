@@ -103,6 +103,38 @@ impl Handle {
         unit.map(|u| u.first..u.next).ok_or_else(|| Error::NoUnit { unit: self.name.to_string() })
     }
 
+    /// Queues records. Without `wake` the caller waits for them at once, which sees to it that they are committed.
+    fn queue(&self, batch: &Batch, wake: bool) -> Result<(), Error> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        batch.check_size()?;
+        let crc = frame::body_crc(batch.body());
+        let queue = &self.shared.queue;
+        let mut inner = queue.room(batch.body().len())?;
+        self.writer(&mut inner)?;
+        let log = self.extent(&inner)?;
+        let fits = if log.is_empty() { batch.first() >= log.end } else { batch.first() == log.end };
+        if !fits {
+            return Err(Error::OutOfOrder { unit: self.name.to_string(), expected: log.end, got: batch.first() });
+        }
+        let endless = |l: &&Range<u64>| l.end == u64::MAX;
+        if let Some(lost) = inner.live.get(&self.number).and_then(|l| l.lost.iter().find(endless)) {
+            return Err(self.lost(lost));
+        }
+        let bytes = frame::frame_bytes(batch.body().len()) as u64;
+        inner.within(self.number, &self.name, bytes, self.shared.options.quota_bytes)?;
+        // The last part of a segment is for control records when there is no next one: truncation must be possible.
+        if Queue::left(&inner) < bytes + self.shared.options.segment_bytes_first / 8 && self.shared.spares.is_full() {
+            return Err(queue.full());
+        }
+        queue.append(&mut inner, self.number, batch, crc, self.durability());
+        if wake {
+            queue.wake(&mut inner);
+        }
+        Ok(())
+    }
+
     fn lost(&self, lost: &Range<u64>) -> Error {
         let to = if lost.end == u64::MAX { u64::MAX } else { lost.end - 1 };
         Error::Lost { unit: self.name.to_string(), from: lost.start, to }
@@ -195,31 +227,15 @@ impl UnitStore for Handle {
     }
 
     fn append(&self, batch: Batch) -> Result<(), Error> {
+        self.queue(&batch, true)
+    }
+
+    fn commit(&self, batch: Batch, timeout: Duration) -> Result<(), Error> {
         if batch.is_empty() {
             return Ok(());
         }
-        batch.check_size()?;
-        let crc = frame::body_crc(batch.body());
-        let queue = &self.shared.queue;
-        let mut inner = queue.room(batch.body().len())?;
-        self.writer(&mut inner)?;
-        let log = self.extent(&inner)?;
-        let fits = if log.is_empty() { batch.first() >= log.end } else { batch.first() == log.end };
-        if !fits {
-            return Err(Error::OutOfOrder { unit: self.name.to_string(), expected: log.end, got: batch.first() });
-        }
-        let endless = |l: &&Range<u64>| l.end == u64::MAX;
-        if let Some(lost) = inner.live.get(&self.number).and_then(|l| l.lost.iter().find(endless)) {
-            return Err(self.lost(lost));
-        }
-        let bytes = frame::frame_bytes(batch.body().len()) as u64;
-        inner.within(self.number, &self.name, bytes, self.shared.options.quota_bytes)?;
-        // The last part of a segment is for control records when there is no next one: truncation must be possible.
-        if Queue::left(&inner) < bytes + self.shared.options.segment_bytes_first / 8 && self.shared.spares.is_full() {
-            return Err(queue.full());
-        }
-        queue.append(&mut inner, self.number, &batch, crc, self.durability());
-        Ok(())
+        self.queue(&batch, false)?;
+        self.wait(batch.next() - 1, timeout)
     }
 
     fn acknowledged(&self) -> Result<u64, Error> {
@@ -237,7 +253,7 @@ impl UnitStore for Handle {
     }
 
     fn wait(&self, sii: u64, timeout: Duration) -> Result<(), Error> {
-        let timely = self.shared.queue.wait_acknowledged(self.number, sii, timeout)?;
+        let timely = self.shared.wait_acknowledged(self.number, sii, timeout)?;
         timely.ok_or_else(|| Error::Timeout { unit: self.name.to_string(), sii })
     }
 
