@@ -3,12 +3,12 @@
 //! One at a time commits: a thread that does nothing else, or somebody who queued something when all was idle and waits for it.
 
 use std::collections::BTreeSet;
-use std::sync::Condvar;
+use std::sync::MutexGuard;
 use std::time::{Duration, Instant};
 
-use super::frame::{self, HEAD_BYTES, Head, Kind};
+use super::frame::{self, Head, Kind};
 use super::live::Use;
-use super::queue::{Call, Group, Queue, What, call, wait, wait_for};
+use super::queue::{Call, Group, Inner, What, wait, wait_for};
 use super::stream::{Place, Stream};
 use super::{Failure, Shared, gc, lock};
 use crate::state::State;
@@ -105,47 +105,69 @@ impl Shared {
         inner.done = number + 1;
         inner.took = began.elapsed();
         self.queue.committed(inner);
-        self.queue.done[(number % 2) as usize].notify_all();
-        call(&mut calls);
+        self.queue.finish(number);
+        self.queue.call(&mut calls);
         self.queue.give_back(group);
     }
 
-    /// Waits until a unit's record of `sii` is acknowledged, or the time is over (`None`). One that is queued while nobody commits,
-    /// and which the thread was not woken for, is committed here: that saves waking the thread, and being woken by it.
-    pub(super) fn wait_acknowledged(&self, unit: u64, sii: u64, timeout: Duration) -> Result<Option<()>, Error> {
+    /// Waits until a unit's record of `sii` is acknowledged, or the time is over (false).
+    pub(super) fn wait_acknowledged(&self, unit: u64, sii: u64, end: Option<Instant>) -> Result<bool, Error> {
         let queue = &self.queue;
-        let end = Instant::now().checked_add(timeout);
-        let mut inner = queue.lock();
         loop {
+            let mut inner = queue.lock();
             let Some(live) = inner.live.get(&unit) else { return Err(queue.closed()) };
             if live.acknowledged > sii {
-                return Ok(Some(()));
+                return Ok(true);
             }
-            if let Some(e) = &inner.failed {
-                return Err(e.clone());
+            if let Some((_, group)) = live.queued.iter().find(|(next, _)| *next > sii) {
+                let group = *group;
+                return self.await_group(inner, group, end);
             }
-            if inner.full {
-                return Err(queue.full());
+            queue.not_stopped(&inner)?;
+            if is_over(end) {
+                return Ok(false);
             }
-            let queued = live.queued.iter().find(|(next, _)| *next > sii).map(|(_, group)| *group);
-            let left = end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                queue.wake(&mut inner);
-                return Ok(None);
+            // It may come with any group.
+            queue.wake(&mut inner);
+            let (group, alarms) = (inner.group, inner.alarms);
+            drop(inner);
+            queue.wait_done(group, alarms, end);
+        }
+    }
+
+    /// Waits until a group is done, or the time is over (false). One that is queued while nobody commits, and which the
+    /// thread was not woken for, is committed here: that saves waking the thread, and being woken by it.
+    pub(super) fn await_group<'a>(
+        &'a self,
+        mut inner: MutexGuard<'a, Inner>,
+        group: u64,
+        end: Option<Instant>,
+    ) -> Result<bool, Error> {
+        let queue = &self.queue;
+        loop {
+            if inner.done > group {
+                return Ok(true);
             }
+            queue.not_stopped(&inner)?;
             // A disk that may take longer than we have is for the thread, and so is a new segment.
-            let quick = inner.took < QUICK && Queue::left(&inner) >= HEAD_BYTES as u64;
-            if queued == Some(inner.group) && !inner.committing && inner.idle && quick && !inner.closing {
+            let fits = inner.end.1 + inner.pending.bytes.len() as u64 <= inner.current_size;
+            let free = inner.idle && !inner.committing && !inner.closing;
+            if inner.group == group && free && fits && inner.took < QUICK {
                 let (group, number) = queue.take(&mut inner);
                 drop(inner);
                 self.commit(group, number);
-                inner = queue.lock();
-                continue;
+            } else {
+                queue.wake(&mut inner);
+                let alarms = inner.alarms;
+                drop(inner);
+                if queue.wait_done(group, alarms, end) {
+                    return Ok(true);
+                }
+                if is_over(end) {
+                    return Ok(false);
+                }
             }
-            queue.wake(&mut inner);
-            // One that has not been queued may come with any group.
-            let group = queued.unwrap_or(inner.group);
-            inner = wait_for(&queue.done[(group % 2) as usize], inner, left);
+            inner = queue.lock();
         }
     }
 
@@ -163,6 +185,10 @@ impl Shared {
         self.queue.fail(failure.poison(&self.name));
         self.queue.committed(self.queue.lock());
     }
+}
+
+fn is_over(end: Option<Instant>) -> bool {
+    end.is_some_and(|end| Instant::now() >= end)
 }
 
 impl Committer {
@@ -219,7 +245,7 @@ impl Committer {
             }
         }
         if group.sync {
-            call(calls);
+            queue.call(calls);
             self.stream.sync()?;
         }
         Ok(())
@@ -233,14 +259,14 @@ impl Committer {
                 Err(failure) if failure.full => {
                     let mut inner = queue.lock();
                     inner.full = true;
-                    queue.done.iter().for_each(Condvar::notify_all);
+                    queue.alarm(&mut inner);
                     queue.room.notify_all();
                     let mut calls: Vec<Call> = inner.live.values().filter_map(|l| l.notify.clone()).collect();
                     if inner.closing {
                         return Err(failure);
                     }
                     drop(inner);
-                    call(&mut calls);
+                    queue.call(&mut calls);
                     let inner = queue.lock();
                     drop(wait_for(&queue.work, inner, AGAIN));
                 }

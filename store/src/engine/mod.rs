@@ -48,6 +48,8 @@ use queue::Queue;
 use recover::{CLEAN, CLEAN_NEW, Ends, Loaded, load};
 use spares::Spares;
 use stream::{Bodies, Files, Stream, Which};
+#[cfg(feature = "service")]
+pub(crate) use unit::Handle;
 
 /// How an engine works.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -374,9 +376,25 @@ impl Engine {
         self.shared.queue.has_room(bytes)
     }
 
+    /// Opens a unit for writing.
+    pub(crate) fn writer(&self, unit: &UnitName, options: &OpenOptions) -> Result<Handle, Error> {
+        Handle::open(&self.shared, unit, options)
+    }
+
+    /// Opens a unit for reading.
+    pub(crate) fn reader(&self, unit: &UnitName) -> Result<Handle, Error> {
+        Handle::view(&self.shared, unit)
+    }
+
     /// Another handle of the writer with this epoch.
-    pub(crate) fn join(&self, unit: &UnitName, epoch: u64, options: &OpenOptions) -> Result<Arc<dyn UnitStore>, Error> {
-        Ok(Arc::new(unit::Handle::join(&self.shared, unit, epoch, options)?))
+    pub(crate) fn join(&self, unit: &UnitName, epoch: u64, options: &OpenOptions) -> Result<Handle, Error> {
+        Handle::join(&self.shared, unit, epoch, options)
+    }
+
+    /// Has `call` called after those that [`UnitStore::notify`] asked for, once for all of them. The first one counts.
+    pub(crate) fn call_behind(&self, call: Box<dyn Fn() + Send + Sync>) {
+        // A second one is not wanted.
+        let _ = self.shared.queue.behind.set(call);
     }
 
     /// Number of units.

@@ -4,7 +4,8 @@
 //! order in which frames are queued is their order in the log.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::frame::{self, Head, Kind, MOVED};
@@ -71,6 +72,8 @@ pub(super) struct Inner {
     pub(super) timed: bool,
     /// The end of the log is marked.
     pub(super) marked: bool,
+    /// Times that something happened which those who wait for a group must look at.
+    pub(super) alarms: u64,
     /// How long the last group took.
     pub(super) took: Duration,
     /// Buffers for the next group.
@@ -91,16 +94,32 @@ pub(super) struct Inner {
 }
 
 /// The queue.
-#[derive(Debug)]
 pub(super) struct Queue {
     name: String,
     pub(super) bytes_max: usize,
     inner: Mutex<Inner>,
     /// There is something to write.
     pub(super) work: Condvar,
-    /// A group of even or of odd number is done.
-    pub(super) done: [Condvar; 2],
     pub(super) room: Condvar,
+    /// Called after the calls of a group.
+    pub(super) behind: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// For those who wait for a group: they need not all take the other lock when it is done.
+    finished: Mutex<Finished>,
+    /// A group of even or of odd number is done.
+    done: [Condvar; 2],
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Queue({})", self.name)
+    }
+}
+
+#[derive(Debug)]
+struct Finished {
+    /// As in [`Inner`].
+    done: u64,
+    alarms: u64,
 }
 
 pub(super) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
@@ -156,6 +175,7 @@ impl Queue {
             idle: false,
             timed: false,
             marked: true,
+            alarms: 0,
             took: Duration::ZERO,
             spare: Group::default(),
             failed: None,
@@ -197,8 +217,10 @@ impl Queue {
             bytes_max: options.queue_bytes_max,
             inner: Mutex::new(inner),
             work: Condvar::new(),
-            done: [Condvar::new(), Condvar::new()],
             room: Condvar::new(),
+            behind: OnceLock::new(),
+            finished: Mutex::new(Finished { done: 1, alarms: 0 }),
+            done: [Condvar::new(), Condvar::new()],
         }
     }
 
@@ -335,8 +357,16 @@ impl Queue {
         }
     }
 
-    /// Queues a batch behind what is queued; the caller has checked everything, and sees to it that somebody commits it.
-    pub(super) fn append(&self, inner: &mut Inner, number: u64, batch: &Batch, crc: u32, durability: Durability) {
+    /// Queues a batch behind what is queued, and says in which group; the caller has checked everything, and sees to it that
+    /// somebody commits it.
+    pub(super) fn append(
+        &self,
+        inner: &mut Inner,
+        number: u64,
+        batch: &Batch,
+        crc: u32,
+        durability: Durability,
+    ) -> u64 {
         let head = Head {
             unit: number,
             first: batch.first(),
@@ -354,6 +384,7 @@ impl Queue {
                 live.acknowledged = next;
             }
         }
+        group
     }
 
     /// Queues a batch that is at `from` to be written again, if it is still there.
@@ -384,6 +415,15 @@ impl Queue {
         inner.clip(unit);
     }
 
+    /// Refuses to wait for what is queued when nothing is written any more, or for now.
+    pub(super) fn not_stopped(&self, inner: &Inner) -> Result<(), Error> {
+        match &inner.failed {
+            Some(e) => Err(e.clone()),
+            None if inner.full => Err(self.full()),
+            None => Ok(()),
+        }
+    }
+
     /// Waits until a group has been written, and synced if it was to be.
     pub(super) fn wait_group<'a>(
         &'a self,
@@ -394,15 +434,45 @@ impl Queue {
             if inner.done > group {
                 return Ok(inner);
             }
-            if let Some(e) = &inner.failed {
-                return Err(e.clone());
-            }
-            if inner.full {
-                return Err(self.full());
-            }
+            self.not_stopped(&inner)?;
             self.wake(&mut inner);
-            inner = wait(&self.done[(group % 2) as usize], inner);
+            let alarms = inner.alarms;
+            drop(inner);
+            self.wait_done(group, alarms, None);
+            inner = self.lock();
         }
+    }
+
+    /// Waits until a group is done (true), there are more alarms, or the time is over.
+    pub(super) fn wait_done(&self, group: u64, alarms: u64, end: Option<Instant>) -> bool {
+        let condvar = &self.done[(group % 2) as usize];
+        let mut finished = lock(&self.finished);
+        loop {
+            if finished.done > group {
+                return true;
+            }
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            if finished.alarms != alarms || left.is_some_and(|left| left.is_zero()) {
+                return false;
+            }
+            finished = match left {
+                None => wait(condvar, finished),
+                Some(left) => wait_for(condvar, finished, left),
+            };
+        }
+    }
+
+    /// Wakes those who wait for a group that is done.
+    pub(super) fn finish(&self, group: u64) {
+        lock(&self.finished).done = group + 1;
+        self.done[(group % 2) as usize].notify_all();
+    }
+
+    /// Has all who wait for a group look at what has happened.
+    pub(super) fn alarm(&self, inner: &mut Inner) {
+        inner.alarms += 1;
+        lock(&self.finished).alarms = inner.alarms;
+        self.done.iter().for_each(Condvar::notify_all);
     }
 
     /// Waits until all that is queued has been written, or synced.
@@ -454,23 +524,28 @@ impl Queue {
     }
 }
 
-pub(super) fn call(calls: &mut Vec<Call>) {
-    for call in calls.drain(..) {
-        call();
-    }
-}
-
 impl Queue {
+    /// Calls those who want to know of acknowledgements.
+    pub(super) fn call(&self, calls: &mut Vec<Call>) {
+        if calls.is_empty() {
+            return;
+        }
+        calls.drain(..).for_each(|call| call());
+        if let Some(behind) = self.behind.get() {
+            behind();
+        }
+    }
+
     /// Nothing is written any more.
     pub(super) fn fail(&self, error: Error) {
         let mut inner = self.lock();
         inner.failed.get_or_insert(error);
         let mut calls: Vec<Call> = inner.live.values().filter_map(|l| l.notify.clone()).collect();
+        self.alarm(&mut inner);
         drop(inner);
-        self.done.iter().for_each(Condvar::notify_all);
         self.room.notify_all();
         self.work.notify_all();
-        call(&mut calls);
+        self.call(&mut calls);
     }
 }
 
