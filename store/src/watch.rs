@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+#[cfg(feature = "nats")]
 use std::time::{Duration, Instant};
 
 use crate::{Batch, Error, UnitName};
