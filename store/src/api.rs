@@ -285,6 +285,17 @@ pub trait UnitStore: Send + Sync + fmt::Debug {
     /// and appending goes on at the end of [`UnitStore::log`].
     fn append(&self, batch: Batch) -> Result<(), Error>;
 
+    /// Appends records and waits until the last of them is acknowledged, which costs less than doing the one after the
+    /// other. A store in this process may write them on the caller's thread, and is then not held to the timeout.
+    ///
+    /// # Errors
+    /// Those of [`UnitStore::append`] and [`UnitStore::wait`]; after those of the latter the records are queued.
+    fn commit(&self, batch: Batch, timeout: Duration) -> Result<(), Error> {
+        let Some(last) = batch.next().checked_sub(1).filter(|_| !batch.is_empty()) else { return Ok(()) };
+        self.append(batch)?;
+        self.wait(last, timeout)
+    }
+
     /// The SII below which every record has been acknowledged at the durability of this handle.
     ///
     /// # Errors
@@ -297,7 +308,7 @@ pub trait UnitStore: Send + Sync + fmt::Debug {
     /// [`Error::Timeout`], and those of [`UnitStore::acknowledged`].
     fn wait(&self, sii: u64, timeout: Duration) -> Result<(), Error>;
 
-    /// Has `call` called, from a thread of the store, whenever [`UnitStore::acknowledged`] may have something new to
+    /// Has `call` called, from any thread, whenever [`UnitStore::acknowledged`] may have something new to
     /// say. It replaces what was set before, and must not wait; writing to an eventfd is what it is meant for.
     fn notify(&self, call: Box<dyn Fn() + Send + Sync>);
 

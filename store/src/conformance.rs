@@ -22,10 +22,11 @@ type Case = fn(&dyn StableStore);
 /// # Panics
 /// The backend does not do what the trait says.
 pub fn run(fresh: &mut dyn FnMut() -> Box<dyn StableStore>) {
-    let cases: [(&str, Case); 13] = [
+    let cases: [(&str, Case); 14] = [
         ("records come back", records_come_back),
         ("the order is kept", the_order_is_kept),
         ("acknowledgements arrive", acknowledgements_arrive),
+        ("what is committed is acknowledged", what_is_committed_is_acknowledged),
         ("prefixes and suffixes go", prefixes_and_suffixes_go),
         ("a stale writer is refused", a_stale_writer_is_refused),
         ("leases are exclusive", leases_are_exclusive),
@@ -143,6 +144,34 @@ fn acknowledgements_arrive(store: &dyn StableStore) {
         while unit.acknowledged().unwrap() < 101 {
             receiver.recv_timeout(LONG).expect("called");
         }
+    }
+}
+
+/// One waits for each of its records, beside others who do so, and who do not. Break it: have whoever commits not look for what has
+/// come meanwhile (`Queue::committed`), or a wait for a group that is queued wake nobody.
+fn what_is_committed_is_acknowledged(store: &dyn StableStore) {
+    for durability in LEVELS {
+        let units: Vec<_> = (0..6).map(|n| open(store, &format!("unit-{durability:?}-{n}"), durability)).collect();
+        std::thread::scope(|scope| {
+            for (n, unit) in units.iter().enumerate() {
+                scope.spawn(move || {
+                    for sii in 0..60 {
+                        if n % 3 == 2 {
+                            unit.append(batch(sii..sii + 1)).unwrap();
+                            continue;
+                        }
+                        unit.commit(batch(sii..sii + 1), LONG).unwrap();
+                        assert_eq!(unit.acknowledged().unwrap(), sii + 1);
+                    }
+                });
+            }
+        });
+        for unit in &units {
+            unit.wait(59, LONG).unwrap();
+            assert_eq!(read(&**unit, 0), 0..60);
+        }
+        assert!(matches!(units[0].commit(batch(70..71), LONG), Err(Error::OutOfOrder { .. })));
+        units[0].commit(batch(60..60), LONG).expect("nothing to wait for");
     }
 }
 

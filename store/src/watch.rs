@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+#[cfg(feature = "nats")]
 use std::time::{Duration, Instant};
 
 use crate::{Batch, Error, UnitName};
@@ -34,6 +35,24 @@ struct State {
     /// Nothing will be acknowledged for now.
     stuck: Option<Error>,
     notify: Option<Call>,
+}
+
+/// What is known of a record.
+#[derive(Debug)]
+pub(crate) enum Look {
+    Acknowledged,
+    /// An append was refused.
+    Failed,
+    /// It will not be acknowledged for now.
+    Stuck(Error),
+    Waiting,
+}
+
+impl State {
+    /// Whether so many bytes more may be under way, or there is something else to say.
+    fn has_room(&self, bytes: u64) -> bool {
+        self.bytes == 0 || self.bytes + bytes <= UNDER_WAY_MAX || self.failed.is_some() || self.stuck.is_some()
+    }
 }
 
 impl fmt::Debug for Watch {
@@ -128,6 +147,27 @@ impl Watch {
         self.lock().next
     }
 
+    /// Whether [`Watch::admit`] would not wait for room.
+    pub(crate) fn has_room(&self, bytes: usize) -> bool {
+        self.lock().has_room(bytes as u64)
+    }
+
+    /// Batches under way.
+    pub(crate) fn batches(&self) -> usize {
+        self.lock().under_way.len()
+    }
+
+    /// What there is to say of the record of `sii`.
+    pub(crate) fn look(&self, sii: u64) -> Look {
+        let state = self.lock();
+        match (&state.failed, &state.stuck) {
+            _ if state.acknowledged > sii => Look::Acknowledged,
+            (Some(_), _) => Look::Failed,
+            (None, Some(e)) => Look::Stuck(e.clone()),
+            (None, None) => Look::Waiting,
+        }
+    }
+
     /// Waits for room and takes note of a batch that is about to be on its way; `log` tells what is stored. One caller at
     /// a time.
     pub(crate) fn admit(
@@ -148,11 +188,11 @@ impl Watch {
             }
             state = self.lock();
         }
-        while state.bytes > 0 && state.bytes + bytes > UNDER_WAY_MAX && state.failed.is_none() {
-            if let Some(e) = &state.stuck {
-                return Err(e.clone());
-            }
+        while !state.has_room(bytes) {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if let (Some(e), true) = (&state.stuck, state.bytes > 0 && state.bytes + bytes > UNDER_WAY_MAX) {
+            return Err(e.clone());
         }
         state.next = batch.next();
         state.bytes += bytes;
@@ -174,6 +214,7 @@ impl Watch {
         Ok(acknowledged)
     }
 
+    #[cfg(feature = "nats")]
     pub(crate) fn wait(&self, unit: &UnitName, sii: u64, timeout: Duration, tell: Tell<'_>) -> Result<(), Error> {
         let end = Instant::now().checked_add(timeout);
         let mut state = self.lock();

@@ -46,10 +46,15 @@ fn writer() {
                 let mut parent = unit.checkpoints().unwrap().last().map(|c| c.sii);
                 loop {
                     let next = at + 1 + at % 5;
-                    unit.append(Batch::of(at, (at..next).map(|sii| record(n, sii)))).unwrap();
+                    let batch = Batch::of(at, (at..next).map(|sii| record(n, sii)));
                     at = next;
-                    if at.is_multiple_of(3) {
-                        unit.wait(at - 1, LONG).unwrap();
+                    let told = at.is_multiple_of(3);
+                    if told {
+                        unit.commit(batch, LONG).unwrap()
+                    } else {
+                        unit.append(batch).unwrap()
+                    }
+                    if told {
                         println!("acknowledged {n} {}", at - 1);
                     }
                     if at.is_multiple_of(50) {

@@ -2,11 +2,14 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, send};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
@@ -45,6 +48,15 @@ impl Socket {
     }
 }
 
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(s) => s.as_fd(),
+            Self::Tcp(s) => s.as_fd(),
+        }
+    }
+}
+
 impl Read for &Socket {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
@@ -75,10 +87,33 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Sends all of `bytes`. Only one thread may be in here.
-    pub(super) fn send(&self, bytes: &[u8]) -> io::Result<()> {
-        let mut socket = &self.socket;
-        let Some(tls) = &self.tls else { return socket.write_all(bytes) };
+    /// Waits until there is something to read, or room to write; says what.
+    pub(super) fn ready(&self, what: PollFlags, time: PollTimeout) -> io::Result<PollFlags> {
+        let mut fds = [PollFd::new(self.socket.as_fd(), what)];
+        match poll(&mut fds, time) {
+            Ok(_) => Ok(fds[0].revents().unwrap_or(PollFlags::empty())),
+            Err(nix::Error::EINTR) => Ok(PollFlags::empty()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Sends all of `bytes`; calls `blocked` when there is no room. Only one thread may be in here.
+    fn send_plain(&self, mut bytes: &[u8], blocked: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        while !bytes.is_empty() {
+            match send(self.socket.as_fd().as_raw_fd(), bytes, flags) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(nix::Error::EAGAIN) => blocked()?,
+                Err(nix::Error::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends all of `bytes`; calls `blocked` when there is no room. Only one thread may be in here.
+    pub(super) fn send(&self, bytes: &[u8], blocked: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
+        let Some(tls) = &self.tls else { return self.send_plain(bytes, blocked) };
         let mut sealed = Vec::with_capacity(bytes.len() + bytes.len() / 64 + 64);
         {
             let mut tls = tls.lock().unwrap_or_else(PoisonError::into_inner);
@@ -87,7 +122,7 @@ impl Link {
                 tls.write_tls(&mut sealed)?;
             }
         }
-        socket.write_all(&sealed)
+        self.send_plain(&sealed, blocked)
     }
 
     /// Reads something; nothing at the end. The flag says that something has to be sent, if only by TLS itself.
@@ -256,7 +291,9 @@ fn greet(link: &Link, location: &Location, client: String, key: Option<&[u8]>) -
 fn say(link: &Link, location: &Location, message: &impl serde::Serialize) -> Result<(), Error> {
     let mut out = Vec::new();
     encode(&mut out, message, &[]);
-    link.send(&out).map_err(lost(location))
+    // Nothing else is under way, so there is room.
+    let blocked = || link.ready(PollFlags::POLLOUT, PollTimeout::NONE).map(drop);
+    link.send(&out, &blocked).map_err(lost(location))
 }
 
 fn hear<M: serde::de::DeserializeOwned>(link: &Link, location: &Location, incoming: &mut Incoming) -> Result<M, Error> {

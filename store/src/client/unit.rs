@@ -6,11 +6,11 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::{ForPages, Shared, lock};
+use super::{ForPages, Need, Shared, UNREAD_MAX, lock};
 use crate::net::{Answer, Op, Request};
-use crate::watch::Watch;
+use crate::watch::{Look, Watch};
 use crate::{
     Batch, CheckpointInfo, Collected, EachPage, Error, NewCheckpoint, OpenOptions, PAGE_BYTES, Page, UnitName,
     UnitStore,
@@ -133,6 +133,12 @@ impl UnitStore for Remote {
         }
         batch.check_size()?;
         let _sending = lock(&self.sending);
+        if self.watch.batches() >= UNREAD_MAX {
+            self.shared.drain();
+        }
+        if !self.watch.has_room(batch.body().len()) {
+            self.shared.wait_for(&Need::Room(Arc::clone(&self.watch), batch.body().len()), None);
+        }
         self.tell()?;
         self.watch.admit(&self.name, &batch, &|| self.log())?;
         let op = Op::Append { handle: self.handle, first: batch.first(), count: batch.count() };
@@ -141,15 +147,33 @@ impl UnitStore for Remote {
     }
 
     fn acknowledged(&self) -> Result<u64, Error> {
+        self.shared.drain();
         self.watch.acknowledged(&|| self.tell())
     }
 
     fn wait(&self, sii: u64, timeout: Duration) -> Result<(), Error> {
-        self.watch.wait(&self.name, sii, timeout, &|| self.tell())
+        let end = Instant::now().checked_add(timeout);
+        loop {
+            match self.watch.look(sii) {
+                Look::Acknowledged => return Ok(()),
+                Look::Failed => self.tell()?,
+                Look::Stuck(e) => return Err(e),
+                Look::Waiting => {
+                    if let Some(e) = self.shared.failure() {
+                        return Err(e);
+                    }
+                    let need = Need::Record(Arc::clone(&self.watch), sii);
+                    if !self.shared.wait_for(&need, end) {
+                        return Err(Error::Timeout { unit: self.name.to_string(), sii });
+                    }
+                }
+            }
+        }
     }
 
     fn notify(&self, call: Box<dyn Fn() + Send + Sync>) {
         self.watch.notify(call);
+        self.shared.listen();
     }
 
     fn read(&self, from: u64, bytes_max: usize) -> Result<Vec<Batch>, Error> {
@@ -191,12 +215,12 @@ impl UnitStore for Remote {
         self.log()?;
         let (connection, handle) = self.for_pages()?;
         let id = connection.id();
-        let reply = connection.expect(id)?;
+        connection.expect(id)?;
         let op = Op::Put { handle, sii: new.sii, parent: new.parent, gone: new.gone.to_vec() };
         connection.send(&Request { id, op }, new.manifest)?;
         let sent = Self::send_pages(&connection, id, new);
         connection.send(&Request { id, op: Op::PutEnd { whole: sent.is_ok() } }, &[])?;
-        let reply = connection.wait(&reply);
+        let reply = connection.reply(id);
         sent?;
         match reply? {
             (Answer::Done, _) => Ok(()),

@@ -1,100 +1,203 @@
-//! The thread that writes the log: what has been queued while one group was written and synced is the next one.
+//! Writing the log: what has been queued while one group was written and synced is the next one.
+//!
+//! One at a time commits: a thread that does nothing else, or somebody who queued something when all was idle and waits for it.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Condvar};
-use std::time::Duration;
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
 
 use super::frame::{self, Head, Kind};
 use super::live::Use;
-use super::queue::{Call, Group, What, call, wait, wait_for};
+use super::queue::{Call, Group, Inner, What, wait, wait_for};
 use super::stream::{Place, Stream};
-use super::{Failure, Shared, gc};
-use crate::Durability;
+use super::{Failure, Shared, gc, lock};
 use crate::state::State;
+use crate::{Durability, Error};
 
 /// How often a group that found no space is tried again.
 const AGAIN: Duration = Duration::from_millis(50);
+/// Who waits for a record does not commit it after a group that took longer.
+const QUICK: Duration = Duration::from_millis(20);
 
-/// The thread that writes the log.
+/// What whoever commits works with.
 #[derive(Debug)]
 pub(super) struct Committer {
-    shared: Arc<Shared>,
     stream: Stream,
     /// The control state at the end of what is written.
     state: State,
     /// Units with batches since the segment began.
     touched: BTreeSet<u64>,
-    marked: bool,
-    spare: Group,
+}
+
+/// What there is to do for the thread.
+enum Work {
+    Group(Group, u64),
+    /// The log is idle.
+    Mark,
+    End,
+}
+
+impl Shared {
+    /// Commits what nobody commits who waits for it, and marks an idle log, until the end.
+    pub(super) fn commit_in_background(&self) {
+        loop {
+            match self.next() {
+                Work::Group(group, number) => self.commit(group, number),
+                Work::Mark => self.mark(),
+                Work::End => break,
+            }
+        }
+        let mut committer = lock(&self.committer);
+        // A clean close says that all there is was synced, marks included.
+        let closing = self.queue.lock().failed.is_none();
+        if closing
+            && !committer.stream.is_durable()
+            && let Err(failure) = committer.stream.sync()
+        {
+            self.queue.fail(failure.poison(&self.name));
+        }
+        self.queue.lock().end = (committer.stream.number(), committer.stream.end());
+    }
+
+    /// Waits for work, and takes over the commit.
+    fn next(&self) -> Work {
+        let queue = &self.queue;
+        let mut inner = queue.lock();
+        loop {
+            if !inner.committing {
+                if inner.failed.is_some() {
+                    return Work::End;
+                }
+                if !inner.pending.entries.is_empty() {
+                    inner.idle = false;
+                    let (group, number) = queue.take(&mut inner);
+                    return Work::Group(group, number);
+                }
+                if inner.closing {
+                    return Work::End;
+                }
+            }
+            (inner.idle, inner.timed) = (true, !inner.marked);
+            if inner.marked {
+                inner = wait(&queue.work, inner);
+                continue;
+            }
+            let group = inner.group;
+            inner = wait_for(&queue.work, inner, self.options.idle);
+            let quiet = inner.group == group && inner.pending.entries.is_empty() && !inner.committing;
+            if quiet && inner.idle && !inner.closing && inner.failed.is_none() {
+                (inner.committing, inner.marked) = (true, true);
+                return Work::Mark;
+            }
+        }
+    }
+
+    /// Writes and syncs a group that was taken from the queue, and says so to all who wait.
+    fn commit(&self, mut group: Group, number: u64) {
+        let mut calls = Vec::new();
+        let began = Instant::now();
+        let written = lock(&self.committer).write(self, &mut group, &mut calls);
+        if let Err(failure) = written {
+            return self.failed(&failure);
+        }
+        let mut inner = self.queue.lock();
+        inner.acknowledge(&group.entries, |_| true, &mut calls);
+        inner.done = number + 1;
+        inner.took = began.elapsed();
+        self.queue.committed(inner);
+        self.queue.finish(number);
+        self.queue.call(&mut calls);
+        self.queue.give_back(group);
+    }
+
+    /// Waits until a unit's record of `sii` is acknowledged, or the time is over (false).
+    pub(super) fn wait_acknowledged(&self, unit: u64, sii: u64, end: Option<Instant>) -> Result<bool, Error> {
+        let queue = &self.queue;
+        loop {
+            let mut inner = queue.lock();
+            let Some(live) = inner.live.get(&unit) else { return Err(queue.closed()) };
+            if live.acknowledged > sii {
+                return Ok(true);
+            }
+            if let Some((_, group)) = live.queued.iter().find(|(next, _)| *next > sii) {
+                let group = *group;
+                return self.await_group(inner, group, end);
+            }
+            queue.not_stopped(&inner)?;
+            if is_over(end) {
+                return Ok(false);
+            }
+            // It may come with any group.
+            queue.wake(&mut inner);
+            let (group, alarms) = (inner.group, inner.alarms);
+            drop(inner);
+            queue.wait_done(group, alarms, end);
+        }
+    }
+
+    /// Waits until a group is done, or the time is over (false). One that is queued while nobody commits, and which the
+    /// thread was not woken for, is committed here: that saves waking the thread, and being woken by it.
+    pub(super) fn await_group<'a>(
+        &'a self,
+        mut inner: MutexGuard<'a, Inner>,
+        group: u64,
+        end: Option<Instant>,
+    ) -> Result<bool, Error> {
+        let queue = &self.queue;
+        loop {
+            if inner.done > group {
+                return Ok(true);
+            }
+            queue.not_stopped(&inner)?;
+            // A disk that may take longer than we have is for the thread, and so is a new segment.
+            let fits = inner.end.1 + inner.pending.bytes.len() as u64 <= inner.current_size;
+            let free = inner.idle && !inner.committing && !inner.closing;
+            if inner.group == group && free && fits && inner.took < QUICK {
+                let (group, number) = queue.take(&mut inner);
+                drop(inner);
+                self.commit(group, number);
+            } else {
+                queue.wake(&mut inner);
+                let alarms = inner.alarms;
+                drop(inner);
+                if queue.wait_done(group, alarms, end) {
+                    return Ok(true);
+                }
+                if is_over(end) {
+                    return Ok(false);
+                }
+            }
+            inner = queue.lock();
+        }
+    }
+
+    fn mark(&self) {
+        let mut committer = lock(&self.committer);
+        if let Err(failure) = committer.mark() {
+            return self.failed(&failure);
+        }
+        let mut inner = self.queue.lock();
+        inner.end = (committer.stream.number(), committer.stream.end());
+        self.queue.committed(inner);
+    }
+
+    fn failed(&self, failure: &Failure) {
+        self.queue.fail(failure.poison(&self.name));
+        self.queue.committed(self.queue.lock());
+    }
+}
+
+fn is_over(end: Option<Instant>) -> bool {
+    end.is_some_and(|end| Instant::now() >= end)
 }
 
 impl Committer {
-    pub(super) fn new(shared: Arc<Shared>, stream: Stream, state: State) -> Self {
-        Self { shared, stream, state, touched: BTreeSet::new(), marked: true, spare: Group::default() }
-    }
-
-    pub(super) fn run(mut self) {
-        while let Some((group, number)) = self.next() {
-            match self.commit(group, number) {
-                Ok(()) => {}
-                Err(failure) => {
-                    self.fail(&failure);
-                    break;
-                }
-            }
-        }
-        // A clean close says that all there is was synced, marks included.
-        let closing = self.shared.queue.lock().failed.is_none();
-        if closing
-            && !self.stream.is_durable()
-            && let Err(failure) = self.stream.sync()
-        {
-            self.fail(&failure);
-        }
-        let mut inner = self.shared.queue.lock();
-        inner.end = (self.stream.number(), self.stream.end());
-    }
-
-    /// The next group, when there is one; meanwhile an idle log is marked.
-    fn next(&mut self) -> Option<(Group, u64)> {
-        let shared = Arc::clone(&self.shared);
-        let queue = &shared.queue;
-        let mut inner = queue.lock();
-        loop {
-            if !inner.pending.entries.is_empty() && inner.failed.is_none() {
-                inner.idle = false;
-                let number = inner.group;
-                inner.group += 1;
-                let group = std::mem::replace(&mut inner.pending, std::mem::take(&mut self.spare));
-                if inner.waiting_for_room > 0 {
-                    queue.room.notify_all();
-                }
-                return Some((group, number));
-            }
-            if inner.closing || inner.failed.is_some() {
-                return None;
-            }
-            inner.idle = true;
-            if self.marked {
-                inner = wait(&queue.work, inner);
-            } else {
-                inner = wait_for(&queue.work, inner, shared.options.idle);
-                if inner.idle && inner.pending.entries.is_empty() && !inner.closing {
-                    drop(inner);
-                    if let Err(failure) = self.mark() {
-                        self.fail(&failure);
-                        return None;
-                    }
-                    inner = queue.lock();
-                    inner.end = (self.stream.number(), self.stream.end());
-                }
-            }
-        }
+    pub(super) fn new(stream: Stream, state: State) -> Self {
+        Self { stream, state, touched: BTreeSet::new() }
     }
 
     /// Says that all before is durable, and where the units' logs end.
     fn mark(&mut self) -> Result<(), Failure> {
-        self.marked = true;
         if !self.stream.is_durable() {
             self.stream.sync()?;
         }
@@ -109,14 +212,13 @@ impl Committer {
         Ok(())
     }
 
-    fn commit(&mut self, mut group: Group, number: u64) -> Result<(), Failure> {
-        let shared = Arc::clone(&self.shared);
+    /// Writes a group, and syncs it if that is wanted.
+    fn write(&mut self, shared: &Shared, group: &mut Group, calls: &mut Vec<Call>) -> Result<(), Failure> {
         let queue = &shared.queue;
         if !self.stream.fits(group.bytes.len()) {
-            self.rotate(group.bytes.len())?;
+            self.rotate(shared, group.bytes.len())?;
         }
         self.stream.write(&mut group.bytes)?;
-        self.marked = false;
         let base = self.stream.end() - group.bytes.len() as u64;
         let segment = self.stream.number();
         for entry in &group.entries {
@@ -129,57 +231,42 @@ impl Committer {
                 What::Control(control) => drop(self.state.apply(control)),
             }
         }
-        let mut calls = Vec::new();
         {
             let mut inner = queue.lock();
             for entry in &group.entries {
                 inner.written(entry, Place { segment, at: base + entry.at as u64 });
             }
             inner.end = (segment, self.stream.end());
+            inner.marked = false;
             inner.current_size = self.stream.size();
             inner.written_bytes += group.bytes.len() as u64;
             if group.sync {
-                inner.acknowledge(&group.entries, |d| d != Durability::Disk, &mut calls);
+                inner.acknowledge(&group.entries, |d| d != Durability::Disk, calls);
             }
         }
         if group.sync {
-            call(&mut calls);
+            queue.call(calls);
             self.stream.sync()?;
         }
-        {
-            let mut inner = queue.lock();
-            inner.acknowledge(&group.entries, |_| true, &mut calls);
-            inner.done = number + 1;
-        }
-        queue.done[(number % 2) as usize].notify_all();
-        call(&mut calls);
-        group.entries.clear();
-        group.bytes.clear();
-        if group.bytes.capacity() > 2 * queue.bytes_max {
-            group.bytes = Vec::new();
-        }
-        group.sync = false;
-        self.spare = group;
         Ok(())
     }
 
     /// Begins the next segment; waits for space if there is none.
-    fn rotate(&mut self, bytes: usize) -> Result<(), Failure> {
-        let shared = Arc::clone(&self.shared);
+    fn rotate(&mut self, shared: &Shared, bytes: usize) -> Result<(), Failure> {
         let queue = &shared.queue;
         loop {
             match self.stream.rotate(Some(self.state.clone()), bytes) {
                 Err(failure) if failure.full => {
                     let mut inner = queue.lock();
                     inner.full = true;
-                    queue.done.iter().for_each(Condvar::notify_all);
+                    queue.alarm(&mut inner);
                     queue.room.notify_all();
                     let mut calls: Vec<Call> = inner.live.values().filter_map(|l| l.notify.clone()).collect();
                     if inner.closing {
                         return Err(failure);
                     }
                     drop(inner);
-                    call(&mut calls);
+                    queue.call(&mut calls);
                     let inner = queue.lock();
                     drop(wait_for(&queue.work, inner, AGAIN));
                 }
@@ -200,9 +287,5 @@ impl Committer {
         drop(inner);
         shared.gc_wanted.ask();
         Ok(())
-    }
-
-    fn fail(&mut self, failure: &Failure) {
-        self.shared.queue.fail(failure.poison(&self.shared.name));
     }
 }

@@ -147,6 +147,17 @@ pub(super) fn put(out: &mut Vec<u8>, head: &Head, body: &[u8]) {
     out.resize(at + head.frame_bytes(), 0);
 }
 
+/// Gives the first of `frames`, which was made here, its segment and what is known durable; says how long it is.
+pub(super) fn place(frames: &mut [u8], segment: u64, durable: u64) -> usize {
+    let h = frames.first_chunk_mut::<HEAD_BYTES>().expect("a whole frame");
+    debug_assert_eq!(h[..4], MAGIC, "a frame");
+    h[8..16].copy_from_slice(&segment.to_le_bytes());
+    h[40..48].copy_from_slice(&durable.to_le_bytes());
+    let crc = crc32fast::hash(&h[..60]);
+    h[60..].copy_from_slice(&crc.to_le_bytes());
+    frame_bytes(u32_at(h, 36) as usize)
+}
+
 /// Bytes of a frame with a body of so many.
 pub(super) fn frame_bytes(len: usize) -> usize {
     (HEAD_BYTES + len).next_multiple_of(8)

@@ -9,7 +9,7 @@
 //! | `spares` | files that are ready to become segments |
 //! | `recover` | what is stored |
 //! | `queue` | what is to be written to the log |
-//! | `commit` | the thread that writes it: group commit |
+//! | `commit` | writing it: group commit |
 //! | `live` | where batches are, and what of them is needed |
 //! | `unit` | the handle of a unit |
 //! | `pages` | pages and tables |
@@ -48,6 +48,8 @@ use queue::Queue;
 use recover::{CLEAN, CLEAN_NEW, Ends, Loaded, load};
 use spares::Spares;
 use stream::{Bodies, Files, Stream, Which};
+#[cfg(feature = "service")]
+pub(crate) use unit::Handle;
 
 /// How an engine works.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,6 +133,8 @@ struct Shared {
     spares: Arc<Spares>,
     log_files: Files,
     queue: Queue,
+    /// Locked by whoever commits.
+    committer: Mutex<Committer>,
     pack: Pack,
     /// Held while segments are given back or checked.
     gc: Mutex<()>,
@@ -180,6 +184,7 @@ impl Engine {
             spares,
             log_files,
             queue,
+            committer: Mutex::new(Committer::new(log, state)),
             pack,
             gc: Mutex::default(),
             gc_wanted: gc::Wanted::default(),
@@ -188,8 +193,8 @@ impl Engine {
         let shared = Arc::new(shared);
         shared.count_references()?;
         let engine = Self { shared: Arc::clone(&shared), threads: Mutex::default() };
-        let committer = Committer::new(Arc::clone(&shared), log, state);
-        engine.spawn("store-commit", move || committer.run()).map_err(io)?;
+        let committer = Arc::clone(&shared);
+        engine.spawn("store-commit", move || committer.commit_in_background()).map_err(io)?;
         if shared.options.background {
             lock(&engine.threads).push(shared.spares.start().map_err(io)?);
             let collector = Arc::clone(&shared);
@@ -371,9 +376,25 @@ impl Engine {
         self.shared.queue.has_room(bytes)
     }
 
+    /// Opens a unit for writing.
+    pub(crate) fn writer(&self, unit: &UnitName, options: &OpenOptions) -> Result<Handle, Error> {
+        Handle::open(&self.shared, unit, options)
+    }
+
+    /// Opens a unit for reading.
+    pub(crate) fn reader(&self, unit: &UnitName) -> Result<Handle, Error> {
+        Handle::view(&self.shared, unit)
+    }
+
     /// Another handle of the writer with this epoch.
-    pub(crate) fn join(&self, unit: &UnitName, epoch: u64, options: &OpenOptions) -> Result<Arc<dyn UnitStore>, Error> {
-        Ok(Arc::new(unit::Handle::join(&self.shared, unit, epoch, options)?))
+    pub(crate) fn join(&self, unit: &UnitName, epoch: u64, options: &OpenOptions) -> Result<Handle, Error> {
+        Handle::join(&self.shared, unit, epoch, options)
+    }
+
+    /// Has `call` called after those that [`UnitStore::notify`] asked for, once for all of them. The first one counts.
+    pub(crate) fn call_behind(&self, call: Box<dyn Fn() + Send + Sync>) {
+        // A second one is not wanted.
+        let _ = self.shared.queue.behind.set(call);
     }
 
     /// Number of units.

@@ -4,7 +4,8 @@
 //! order in which frames are queued is their order in the log.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::frame::{self, Head, Kind, MOVED};
@@ -63,7 +64,20 @@ pub(super) struct Inner {
     pub(super) group: u64,
     /// Groups below are done.
     pub(super) done: u64,
+    /// Somebody writes and syncs a group.
+    pub(super) committing: bool,
+    /// The thread waits and has not been woken.
     pub(super) idle: bool,
+    /// It will look by itself whether the log is idle.
+    pub(super) timed: bool,
+    /// The end of the log is marked.
+    pub(super) marked: bool,
+    /// Times that something happened which those who wait for a group must look at.
+    pub(super) alarms: u64,
+    /// How long the last group took.
+    pub(super) took: Duration,
+    /// Buffers for the next group.
+    spare: Group,
     /// Nothing is written any more.
     pub(super) failed: Option<Error>,
     /// The group that is being written found no space.
@@ -80,16 +94,32 @@ pub(super) struct Inner {
 }
 
 /// The queue.
-#[derive(Debug)]
 pub(super) struct Queue {
     name: String,
     pub(super) bytes_max: usize,
     inner: Mutex<Inner>,
     /// There is something to write.
     pub(super) work: Condvar,
-    /// A group of even or of odd number is done.
-    pub(super) done: [Condvar; 2],
     pub(super) room: Condvar,
+    /// Called after the calls of a group.
+    pub(super) behind: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    /// For those who wait for a group: they need not all take the other lock when it is done.
+    finished: Mutex<Finished>,
+    /// A group of even or of odd number is done.
+    done: [Condvar; 2],
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Queue({})", self.name)
+    }
+}
+
+#[derive(Debug)]
+struct Finished {
+    /// As in [`Inner`].
+    done: u64,
+    alarms: u64,
 }
 
 pub(super) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
@@ -141,7 +171,13 @@ impl Queue {
             pending: Group::default(),
             group: 1,
             done: 1,
+            committing: false,
             idle: false,
+            timed: false,
+            marked: true,
+            alarms: 0,
+            took: Duration::ZERO,
+            spare: Group::default(),
             failed: None,
             full: false,
             closing: false,
@@ -181,8 +217,10 @@ impl Queue {
             bytes_max: options.queue_bytes_max,
             inner: Mutex::new(inner),
             work: Condvar::new(),
-            done: [Condvar::new(), Condvar::new()],
             room: Condvar::new(),
+            behind: OnceLock::new(),
+            finished: Mutex::new(Finished { done: 1, alarms: 0 }),
+            done: [Condvar::new(), Condvar::new()],
         }
     }
 
@@ -190,7 +228,7 @@ impl Queue {
         lock(&self.inner)
     }
 
-    fn closed(&self) -> Error {
+    pub(super) fn closed(&self) -> Error {
         Error::Closed { store: self.name.clone() }
     }
 
@@ -275,15 +313,60 @@ impl Queue {
         let bytes = u32::try_from(head.frame_bytes()).expect("as its length");
         inner.pending.sync |= durability == Durability::Disk;
         inner.pending.entries.push(Entry { unit: head.unit, at, bytes, durability, what });
-        if inner.idle {
-            inner.idle = false;
-            self.work.notify_one();
-        }
         inner.group
     }
 
-    /// Queues a batch behind what is queued; the caller has checked everything.
-    pub(super) fn append(&self, inner: &mut Inner, number: u64, batch: &Batch, crc: u32, durability: Durability) {
+    /// Has the thread commit what is queued, if nobody does. Whoever commits looks again afterwards.
+    pub(super) fn wake(&self, inner: &mut Inner) {
+        if inner.idle && !inner.committing && !inner.pending.entries.is_empty() {
+            inner.idle = false;
+            self.work.notify_one();
+        }
+    }
+
+    /// Takes what is queued, to commit it.
+    pub(super) fn take(&self, inner: &mut Inner) -> (Group, u64) {
+        let number = inner.group;
+        inner.group += 1;
+        inner.committing = true;
+        if inner.waiting_for_room > 0 {
+            self.room.notify_all();
+        }
+        let spare = std::mem::take(&mut inner.spare);
+        (std::mem::replace(&mut inner.pending, spare), number)
+    }
+
+    /// Whoever has committed does so no more. The thread goes on with what has come meanwhile; if it sleeps for good it is
+    /// told that there is something to be marked.
+    pub(super) fn committed(&self, mut inner: MutexGuard<'_, Inner>) {
+        inner.committing = false;
+        let more = !inner.pending.entries.is_empty() || inner.closing || inner.failed.is_some();
+        if inner.idle && (more || !inner.timed) {
+            inner.idle = false;
+            self.work.notify_one();
+        }
+    }
+
+    /// Keeps the buffers of a group that was committed.
+    pub(super) fn give_back(&self, mut group: Group) {
+        group.entries.clear();
+        group.bytes.clear();
+        group.sync = false;
+        if group.bytes.capacity() <= 2 * self.bytes_max {
+            self.lock().spare = group;
+        }
+    }
+
+    /// Queues a batch behind what is queued, and says in which group; the caller has checked everything, and sees to it that
+    /// somebody commits it.
+    pub(super) fn append(
+        &self,
+        inner: &mut Inner,
+        number: u64,
+        batch: &Batch,
+        crc: u32,
+        durability: Durability,
+    ) -> u64 {
         let head = Head {
             unit: number,
             first: batch.first(),
@@ -301,6 +384,7 @@ impl Queue {
                 live.acknowledged = next;
             }
         }
+        group
     }
 
     /// Queues a batch that is at `from` to be written again, if it is still there.
@@ -313,6 +397,7 @@ impl Queue {
         (head.flags, head.unit, head.first, head.count) = (MOVED, number, first, batch.count());
         let what = What::Batch { first, next: loc.next, moved: Some(from) };
         self.push(&mut inner, &head, batch.body(), Durability::Cache, what);
+        self.wake(&mut inner);
         Ok(true)
     }
 
@@ -321,12 +406,22 @@ impl Queue {
         let body = postcard::to_stdvec(&control).expect("plain data can be encoded");
         let needless = inner.state.apply(&control);
         let group = self.push(inner, &Head::new(Kind::Control, &body), &body, durability, What::Control(control));
+        self.wake(inner);
         (group, needless)
     }
 
     /// Drops from the index what the control state says is no longer in the log.
     pub(super) fn clip(&self, inner: &mut Inner, unit: u64) {
         inner.clip(unit);
+    }
+
+    /// Refuses to wait for what is queued when nothing is written any more, or for now.
+    pub(super) fn not_stopped(&self, inner: &Inner) -> Result<(), Error> {
+        match &inner.failed {
+            Some(e) => Err(e.clone()),
+            None if inner.full => Err(self.full()),
+            None => Ok(()),
+        }
     }
 
     /// Waits until a group has been written, and synced if it was to be.
@@ -339,14 +434,45 @@ impl Queue {
             if inner.done > group {
                 return Ok(inner);
             }
-            if let Some(e) = &inner.failed {
-                return Err(e.clone());
-            }
-            if inner.full {
-                return Err(self.full());
-            }
-            inner = wait(&self.done[(group % 2) as usize], inner);
+            self.not_stopped(&inner)?;
+            self.wake(&mut inner);
+            let alarms = inner.alarms;
+            drop(inner);
+            self.wait_done(group, alarms, None);
+            inner = self.lock();
         }
+    }
+
+    /// Waits until a group is done (true), there are more alarms, or the time is over.
+    pub(super) fn wait_done(&self, group: u64, alarms: u64, end: Option<Instant>) -> bool {
+        let condvar = &self.done[(group % 2) as usize];
+        let mut finished = lock(&self.finished);
+        loop {
+            if finished.done > group {
+                return true;
+            }
+            let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+            if finished.alarms != alarms || left.is_some_and(|left| left.is_zero()) {
+                return false;
+            }
+            finished = match left {
+                None => wait(condvar, finished),
+                Some(left) => wait_for(condvar, finished, left),
+            };
+        }
+    }
+
+    /// Wakes those who wait for a group that is done.
+    pub(super) fn finish(&self, group: u64) {
+        lock(&self.finished).done = group + 1;
+        self.done[(group % 2) as usize].notify_all();
+    }
+
+    /// Has all who wait for a group look at what has happened.
+    pub(super) fn alarm(&self, inner: &mut Inner) {
+        inner.alarms += 1;
+        lock(&self.finished).alarms = inner.alarms;
+        self.done.iter().for_each(Condvar::notify_all);
     }
 
     /// Waits until all that is queued has been written, or synced.
@@ -367,31 +493,6 @@ impl Queue {
             inner = self.wait_group(inner, group)?;
         }
         Ok(inner)
-    }
-
-    /// Waits until a unit's record of `sii` is acknowledged, or the time is over (`None`).
-    pub(super) fn wait_acknowledged(&self, unit: u64, sii: u64, timeout: Duration) -> Result<Option<()>, Error> {
-        let end = Instant::now().checked_add(timeout);
-        let mut inner = self.lock();
-        loop {
-            let Some(live) = inner.live.get(&unit) else { return Err(self.closed()) };
-            if live.acknowledged > sii {
-                return Ok(Some(()));
-            }
-            if let Some(e) = &inner.failed {
-                return Err(e.clone());
-            }
-            if inner.full {
-                return Err(self.full());
-            }
-            // One that has not been queued may come with any group.
-            let group = live.queued.iter().find(|(next, _)| *next > sii).map_or(inner.group, |(_, group)| *group);
-            let left = end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return Ok(None);
-            }
-            inner = wait_for(&self.done[(group % 2) as usize], inner, left);
-        }
     }
 
     /// Lets the thread end when it has written what is queued.
@@ -423,23 +524,28 @@ impl Queue {
     }
 }
 
-pub(super) fn call(calls: &mut Vec<Call>) {
-    for call in calls.drain(..) {
-        call();
-    }
-}
-
 impl Queue {
+    /// Calls those who want to know of acknowledgements.
+    pub(super) fn call(&self, calls: &mut Vec<Call>) {
+        if calls.is_empty() {
+            return;
+        }
+        calls.drain(..).for_each(|call| call());
+        if let Some(behind) = self.behind.get() {
+            behind();
+        }
+    }
+
     /// Nothing is written any more.
     pub(super) fn fail(&self, error: Error) {
         let mut inner = self.lock();
         inner.failed.get_or_insert(error);
         let mut calls: Vec<Call> = inner.live.values().filter_map(|l| l.notify.clone()).collect();
+        self.alarm(&mut inner);
         drop(inner);
-        self.done.iter().for_each(Condvar::notify_all);
         self.room.notify_all();
         self.work.notify_all();
-        call(&mut calls);
+        self.call(&mut calls);
     }
 }
 

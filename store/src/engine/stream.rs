@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use super::frame::{self, HEAD_BYTES, Head, Kind};
 use super::spares::Spares;
 use super::{Failure, lock};
-use crate::bytes::u64_at;
 use crate::disk::{Disk, DiskFile};
 use crate::state::State;
 
@@ -182,12 +181,8 @@ impl Stream {
         let mut places = Vec::new();
         let mut at = 0;
         while at < frames.len() {
-            let segment = u64_at(frames, at + 8);
-            let mut head = Head::decode(&frames[at..], segment).expect("a frame that was made here");
-            (head.segment, head.durable) = (self.number, self.durable);
-            frames[at..at + HEAD_BYTES].copy_from_slice(&head.encode());
             places.push(self.end + at as u64);
-            at += head.frame_bytes();
+            at += frame::place(&mut frames[at..], self.number, self.durable);
         }
         let name = Which::file_name(self.number);
         self.file.write_at(frames, self.end).map_err(fail("write", &name))?;

@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, Instant};
 
 use super::live::Live;
 use super::queue::{Call, Inner, Queue};
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A unit that is open.
-pub(super) struct Handle {
+pub(crate) struct Handle {
     shared: Arc<Shared>,
     name: UnitName,
     number: u64,
@@ -103,6 +103,46 @@ impl Handle {
         unit.map(|u| u.first..u.next).ok_or_else(|| Error::NoUnit { unit: self.name.to_string() })
     }
 
+    fn acknowledged_in(&self, inner: &Inner) -> Result<u64, Error> {
+        let log = self.extent(inner)?;
+        let acknowledged = inner.live.get(&self.number).map_or(log.end, |l| l.acknowledged);
+        if acknowledged < log.end {
+            self.shared.queue.usable_now(inner)?;
+            self.shared.queue.not_stopped(inner)?;
+        }
+        Ok(acknowledged)
+    }
+
+    fn timely(&self, sii: u64, timely: bool) -> Result<(), Error> {
+        if timely { Ok(()) } else { Err(Error::Timeout { unit: self.name.to_string(), sii }) }
+    }
+
+    /// Queues records, and says in which group. The caller sees to it that somebody commits it.
+    fn queue(&self, batch: &Batch) -> Result<(MutexGuard<'_, Inner>, u64), Error> {
+        batch.check_size()?;
+        let crc = frame::body_crc(batch.body());
+        let queue = &self.shared.queue;
+        let mut inner = queue.room(batch.body().len())?;
+        self.writer(&mut inner)?;
+        let log = self.extent(&inner)?;
+        let fits = if log.is_empty() { batch.first() >= log.end } else { batch.first() == log.end };
+        if !fits {
+            return Err(Error::OutOfOrder { unit: self.name.to_string(), expected: log.end, got: batch.first() });
+        }
+        let endless = |l: &&Range<u64>| l.end == u64::MAX;
+        if let Some(lost) = inner.live.get(&self.number).and_then(|l| l.lost.iter().find(endless)) {
+            return Err(self.lost(lost));
+        }
+        let bytes = frame::frame_bytes(batch.body().len()) as u64;
+        inner.within(self.number, &self.name, bytes, self.shared.options.quota_bytes)?;
+        // The last part of a segment is for control records when there is no next one: truncation must be possible.
+        if Queue::left(&inner) < bytes + self.shared.options.segment_bytes_first / 8 && self.shared.spares.is_full() {
+            return Err(queue.full());
+        }
+        let group = queue.append(&mut inner, self.number, batch, crc, self.durability());
+        Ok((inner, group))
+    }
+
     fn lost(&self, lost: &Range<u64>) -> Error {
         let to = if lost.end == u64::MAX { u64::MAX } else { lost.end - 1 };
         Error::Lost { unit: self.name.to_string(), from: lost.start, to }
@@ -185,6 +225,27 @@ impl Shared {
     }
 }
 
+#[cfg(feature = "service")]
+impl Handle {
+    /// Appends records; somebody else will have them committed, see [`Handle::wake`].
+    pub(crate) fn append_for_later(&self, batch: &Batch) -> Result<(), Error> {
+        if batch.is_empty() { Ok(()) } else { self.queue(batch).map(drop) }
+    }
+
+    /// Has what is queued in the store committed.
+    pub(crate) fn wake(&self) {
+        self.shared.queue.wake(&mut self.shared.queue.lock());
+    }
+
+    /// [`UnitStore::acknowledged`] of many units of one store.
+    pub(crate) fn acknowledged_all<'a>(handles: impl IntoIterator<Item = &'a Self>) -> Vec<Result<u64, Error>> {
+        let mut handles = handles.into_iter().peekable();
+        let Some(first) = handles.peek() else { return Vec::new() };
+        let inner = first.shared.queue.lock();
+        handles.map(|handle| handle.acknowledged_in(&inner)).collect()
+    }
+}
+
 impl UnitStore for Handle {
     fn epoch(&self) -> u64 {
         self.epoch
@@ -198,47 +259,29 @@ impl UnitStore for Handle {
         if batch.is_empty() {
             return Ok(());
         }
-        batch.check_size()?;
-        let crc = frame::body_crc(batch.body());
-        let queue = &self.shared.queue;
-        let mut inner = queue.room(batch.body().len())?;
-        self.writer(&mut inner)?;
-        let log = self.extent(&inner)?;
-        let fits = if log.is_empty() { batch.first() >= log.end } else { batch.first() == log.end };
-        if !fits {
-            return Err(Error::OutOfOrder { unit: self.name.to_string(), expected: log.end, got: batch.first() });
+        self.queue(&batch).map(|(mut inner, _)| self.shared.queue.wake(&mut inner))
+    }
+
+    fn commit(&self, batch: Batch, timeout: Duration) -> Result<(), Error> {
+        if batch.is_empty() {
+            return Ok(());
         }
-        let endless = |l: &&Range<u64>| l.end == u64::MAX;
-        if let Some(lost) = inner.live.get(&self.number).and_then(|l| l.lost.iter().find(endless)) {
-            return Err(self.lost(lost));
+        let end = Instant::now().checked_add(timeout);
+        let (mut inner, group) = self.queue(&batch)?;
+        if self.durability() == Durability::Memory {
+            self.shared.queue.wake(&mut inner);
+            return Ok(());
         }
-        let bytes = frame::frame_bytes(batch.body().len()) as u64;
-        inner.within(self.number, &self.name, bytes, self.shared.options.quota_bytes)?;
-        // The last part of a segment is for control records when there is no next one: truncation must be possible.
-        if Queue::left(&inner) < bytes + self.shared.options.segment_bytes_first / 8 && self.shared.spares.is_full() {
-            return Err(queue.full());
-        }
-        queue.append(&mut inner, self.number, &batch, crc, self.durability());
-        Ok(())
+        self.timely(batch.next() - 1, self.shared.await_group(inner, group, end)?)
     }
 
     fn acknowledged(&self) -> Result<u64, Error> {
-        let inner = self.shared.queue.lock();
-        let log = self.extent(&inner)?;
-        let acknowledged = inner.live.get(&self.number).map_or(log.end, |l| l.acknowledged);
-        if acknowledged < log.end {
-            drop(inner);
-            self.shared.queue.check()?;
-            if self.shared.queue.lock().full {
-                return Err(self.shared.queue.full());
-            }
-        }
-        Ok(acknowledged)
+        self.acknowledged_in(&self.shared.queue.lock())
     }
 
     fn wait(&self, sii: u64, timeout: Duration) -> Result<(), Error> {
-        let timely = self.shared.queue.wait_acknowledged(self.number, sii, timeout)?;
-        timely.ok_or_else(|| Error::Timeout { unit: self.name.to_string(), sii })
+        let end = Instant::now().checked_add(timeout);
+        self.timely(sii, self.shared.wait_acknowledged(self.number, sii, end)?)
     }
 
     fn notify(&self, call: Box<dyn Fn() + Send + Sync>) {

@@ -2,21 +2,24 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::sys::socket::{self, MsgFlags};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::time::{Instant, timeout_at};
 
 use super::greet::{Entry, Namespace, Peer};
 use super::{Service, count};
+use crate::engine::Handle;
 use crate::net::{
-    Answer, FRAME_BYTES_MAX, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Op, Proof, Prover, Ready, Request, Response,
+    Answer, FRAME_BYTES_MAX, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Op, Proof, Prover, Request, Response,
     VERSIONS, Welcome, encode, nonce, proof, same,
 };
-use crate::{Batch, Durability, Error, NewCheckpoint, PAGE_BYTES, Page, Pages, StableStore, UnitStore};
+use crate::{Batch, Durability, Error, NewCheckpoint, PAGE_BYTES, Page, Pages, StableStore, UnitStore, net};
 
 /// Requests of one connection that are worked on at a time; reading waits when there are more.
 pub(super) const AT_A_TIME: usize = 8;
@@ -40,7 +43,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// A unit that this connection has open.
 #[derive(Debug)]
 struct Open {
-    store: Arc<dyn UnitStore>,
+    store: Arc<Handle>,
     memory: bool,
     /// An append failed, and the client has not said that it knows.
     failed: AtomicBool,
@@ -48,12 +51,24 @@ struct Open {
     dirty: AtomicBool,
 }
 
-/// What both tasks and the commit thread share.
+/// What both tasks and whoever commits share.
 #[derive(Debug, Default)]
 struct Handles {
     units: Mutex<HashMap<u32, Arc<Open>>>,
     dirty: Mutex<Vec<u32>>,
     wake: Notify,
+    direct: Mutex<Direct>,
+}
+
+/// The way around the task that writes.
+#[derive(Debug, Default)]
+struct Direct {
+    /// The socket, if what is sent is not sealed.
+    socket: Option<OwnedFd>,
+    /// The task writes.
+    busy: bool,
+    /// What the socket has not taken; it goes first.
+    rest: Vec<u8>,
 }
 
 impl Handles {
@@ -62,22 +77,28 @@ impl Handles {
         found.ok_or_else(|| Error::invalid(format!("handle {handle}"), "nothing was opened under it"))
     }
 
-    /// Has acknowledgements sent.
-    fn ask(&self, handle: u32, unit: &Open) {
-        if !unit.dirty.swap(true, Ordering::SeqCst) {
-            lock(&self.dirty).push(handle);
-            self.wake.notify_one();
+    /// Takes note that there are acknowledgements to be sent; true if there were none before.
+    fn ask(&self, handle: u32, unit: &Open) -> bool {
+        if unit.dirty.swap(true, Ordering::SeqCst) {
+            return false;
         }
+        let mut dirty = lock(&self.dirty);
+        dirty.push(handle);
+        dirty.len() == 1
     }
 
     /// Puts what is to be said of acknowledgements into `out`.
     fn acknowledgements(&self, out: &mut Vec<u8>) {
         let handles = std::mem::take(&mut *lock(&self.dirty));
+        let units: Vec<(u32, Arc<Open>)> = {
+            let units = lock(&self.units);
+            handles.iter().filter_map(|handle| Some((*handle, Arc::clone(units.get(handle)?)))).collect()
+        };
+        units.iter().for_each(|(_, unit)| unit.dirty.store(false, Ordering::SeqCst));
         let mut all = Vec::new();
-        for handle in handles {
-            let Ok(unit) = self.get(handle) else { continue };
-            unit.dirty.store(false, Ordering::SeqCst);
-            match unit.store.acknowledged() {
+        let found = Handle::acknowledged_all(units.iter().map(|(_, unit)| &*unit.store));
+        for ((handle, _), acknowledged) in units.into_iter().zip(found) {
+            match acknowledged {
                 Ok(sii) => all.push((handle, sii)),
                 Err(error) if error.is_full() => encode(out, &Response::Stuck { handle, error }, &[]),
                 Err(error) => encode(out, &Response::AppendFailed { handle, error }, &[]),
@@ -86,6 +107,37 @@ impl Handles {
         if !all.is_empty() {
             encode(out, &Response::Acknowledged(all), &[]);
         }
+    }
+
+    /// Sends acknowledgements at once, if nothing is on its way; else the task does. Does not wait.
+    fn acknowledge(&self) {
+        let mut direct = lock(&self.direct);
+        let Direct { socket: Some(socket), busy: false, rest } = &mut *direct else {
+            self.wake.notify_one();
+            return;
+        };
+        if rest.is_empty() {
+            self.acknowledgements(rest);
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            // What is wrong with the connection is found by those who read and write.
+            let sent = if rest.is_empty() { 0 } else { socket::send(socket.as_raw_fd(), rest, flags).unwrap_or(0) };
+            rest.drain(..sent);
+        }
+        if !rest.is_empty() {
+            self.wake.notify_one();
+        }
+    }
+}
+
+/// Connections that have acknowledgements to send.
+#[derive(Debug, Default)]
+pub(super) struct Ready(Mutex<Vec<Arc<Handles>>>);
+
+impl Ready {
+    /// Sends them. Called by whoever commits.
+    pub(super) fn acknowledge(&self) {
+        let all = std::mem::take(&mut *lock(&self.0));
+        all.iter().for_each(|handles| handles.acknowledge());
     }
 }
 
@@ -162,7 +214,7 @@ async fn greet(
     }
     if let Some(Entry::Open(namespace)) = entry {
         say(write, &Welcome::Version { version, prove: false, nonce }).await?;
-        say(write, &Ready::Yes(None)).await?;
+        say(write, &net::Ready::Yes(None)).await?;
         return Ok(Some(namespace));
     }
     // Whether the name is known does not show before the proof.
@@ -178,11 +230,11 @@ async fn greet(
     if let Some(Entry::Prove(key, namespace)) = entry
         && same(&theirs.mac, &proof(key, Prover::Client(&hello.client), nonces, &channel))
     {
-        say(write, &Ready::Yes(Some(proof(key, Prover::Service, nonces, &channel)))).await?;
+        say(write, &net::Ready::Yes(Some(proof(key, Prover::Service, nonces, &channel)))).await?;
         return Ok(Some(namespace));
     }
     count(&service.figures.refused);
-    say(write, &Ready::Refused(refused())).await?;
+    say(write, &net::Ready::Refused(refused())).await?;
     Ok(None)
 }
 
@@ -191,6 +243,7 @@ pub(super) async fn run(
     service: Arc<Service>,
     mut read: impl AsyncRead + Unpin,
     mut write: impl AsyncWrite + Unpin + Send + 'static,
+    direct: Option<OwnedFd>,
     peer: Peer,
 ) {
     let mut incoming = Incoming::default();
@@ -204,6 +257,7 @@ pub(super) async fn run(
         }
     };
     let handles = Arc::new(Handles::default());
+    lock(&handles.direct).socket = direct;
     let time = FRAME_TIMES * Duration::from_secs(service.limits.handshake_seconds);
     let (sender, receiver) = mpsc::channel(REPLIES_WAIT);
     let mut writer = tokio::spawn(send(write, receiver, Arc::clone(&handles), time));
@@ -215,6 +269,7 @@ pub(super) async fn run(
         busy: Arc::new(Semaphore::new(AT_A_TIME)),
         next_handle: Arc::default(),
         puts: HashMap::new(),
+        appended: None,
     };
     let mut ending = service.ending.clone();
     let mut written = None;
@@ -229,11 +284,20 @@ pub(super) async fn run(
             }
             frame = hear::<Request>(&mut read, &mut incoming, FRAME_BYTES_MAX, deadline, time) => frame,
         };
-        let taken = match frame {
+        let mut taken = match frame {
             Ok(Some((request, bytes))) => session.take(request, bytes).await,
             Ok(None) => ControlFlow::Break(None),
             Err(why) => ControlFlow::Break(Some(why)),
         };
+        // What has come with it.
+        while taken.is_continue() {
+            match incoming.next::<Request>(FRAME_BYTES_MAX) {
+                Ok(Some((request, bytes))) => taken = session.take(request, bytes).await,
+                Ok(None) => break,
+                Err(why) => taken = ControlFlow::Break(Some(why)),
+            }
+        }
+        session.commit();
         if let ControlFlow::Break(why) = taken {
             if let Some(why) = why {
                 count(&service.figures.broken);
@@ -274,13 +338,20 @@ async fn send(
 ) {
     let mut out = Vec::new();
     loop {
-        tokio::select! {
+        let first = tokio::select! {
             frame = receiver.recv() => match frame {
-                Some(frame) => out.extend_from_slice(&frame),
+                Some(frame) => Some(frame),
                 None => break,
             },
-            () = handles.wake.notified() => {}
+            () = handles.wake.notified() => None,
+        };
+        {
+            // From here on acknowledgements come this way.
+            let mut direct = lock(&handles.direct);
+            direct.busy = true;
+            out.append(&mut direct.rest);
         }
+        out.extend(first.into_iter().flatten());
         while out.len() < 1 << 20
             && let Ok(frame) = receiver.try_recv()
         {
@@ -290,6 +361,8 @@ async fn send(
         if !write_all(&mut write, &out, time).await {
             return;
         }
+        // Who found it busy has left a wake-up.
+        lock(&handles.direct).busy = false;
         out.clear();
         if out.capacity() > 4 << 20 {
             out = Vec::new();
@@ -309,6 +382,8 @@ struct Session {
     next_handle: Arc<std::sync::atomic::AtomicU32>,
     /// Checkpoints that are coming in, by number of the request.
     puts: HashMap<u64, mpsc::Sender<Part>>,
+    /// A unit that was appended to since somebody was told to commit.
+    appended: Option<Arc<Open>>,
 }
 
 /// A part of a checkpoint.
@@ -389,7 +464,7 @@ impl Session {
         }
     }
 
-    async fn append(&self, handle: u32, first: u64, records: u32, bytes: Vec<u8>) -> ControlFlow<Option<String>> {
+    async fn append(&mut self, handle: u32, first: u64, records: u32, bytes: Vec<u8>) -> ControlFlow<Option<String>> {
         let Ok(unit) = self.handles.get(handle) else { return ControlFlow::Continue(()) };
         if unit.failed.load(Ordering::SeqCst) {
             return ControlFlow::Continue(());
@@ -397,11 +472,20 @@ impl Session {
         count(&self.service.figures.appends);
         self.service.figures.append_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let len = bytes.len();
-        let append = || Batch::parse(first, records, bytes).and_then(|batch| unit.store.append(batch));
-        let appended = if self.service.engine.has_room(len) { append() } else { tokio::task::block_in_place(append) };
+        let append = || Batch::parse(first, records, bytes).and_then(|batch| unit.store.append_for_later(&batch));
+        let appended = if self.service.engine.has_room(len) {
+            append()
+        } else {
+            self.commit();
+            tokio::task::block_in_place(append)
+        };
         match appended {
-            Ok(()) if unit.memory => self.handles.ask(handle, &unit),
-            Ok(()) => {}
+            Ok(()) => {
+                if unit.memory {
+                    self.handles.ask(handle, &unit);
+                }
+                self.appended = Some(unit);
+            }
             Err(error) => {
                 unit.failed.store(true, Ordering::SeqCst);
                 let mut frame = Vec::new();
@@ -412,6 +496,16 @@ impl Session {
             }
         }
         ControlFlow::Continue(())
+    }
+
+    /// Has committed what was appended.
+    fn commit(&mut self) {
+        if let Some(unit) = self.appended.take() {
+            unit.store.wake();
+            if unit.memory {
+                self.handles.acknowledge();
+            }
+        }
     }
 
     /// Answers a request on a thread that may block.
@@ -448,8 +542,9 @@ impl Session {
 type Given = Result<(Answer, Vec<u8>), Error>;
 
 fn opened(
-    store: Arc<dyn UnitStore>,
+    store: Handle,
     memory: bool,
+    ready: &Arc<Ready>,
     handles: &Arc<Handles>,
     next: &std::sync::atomic::AtomicU32,
     acknowledged_here: bool,
@@ -459,14 +554,17 @@ fn opened(
     }
     let handle = next.fetch_add(1, Ordering::SeqCst);
     let (epoch, log) = (store.epoch(), store.log()?);
+    let store = Arc::new(store);
     let unit = Arc::new(Open { store, memory, failed: AtomicBool::new(false), dirty: AtomicBool::new(false) });
     // Whoever is told of it finds it.
     lock(&handles.units).insert(handle, Arc::clone(&unit));
     if acknowledged_here {
-        let (all, weak) = (Arc::downgrade(handles), Arc::downgrade(&unit));
+        let (all, weak, ready) = (Arc::downgrade(handles), Arc::downgrade(&unit), Arc::clone(ready));
         unit.store.notify(Box::new(move || {
-            if let (Some(all), Some(unit)) = (all.upgrade(), weak.upgrade()) {
-                all.ask(handle, &unit);
+            if let (Some(all), Some(unit)) = (all.upgrade(), weak.upgrade())
+                && all.ask(handle, &unit)
+            {
+                lock(&ready.0).push(all);
             }
         }));
     }
@@ -493,16 +591,16 @@ fn answer(
     match op {
         Op::Open { unit, options } => {
             let memory = options.durability == Durability::Memory;
-            let store = engine.open(&namespace.outer(&unit)?, &options)?;
-            plain(opened(store, memory, handles, next_handle, true)?)
+            let store = engine.writer(&namespace.outer(&unit)?, &options)?;
+            plain(opened(store, memory, &service.ready, handles, next_handle, true)?)
         }
         Op::Join { unit, epoch, options } => {
             let store = engine.join(&namespace.outer(&unit)?, epoch, &options)?;
-            plain(opened(store, false, handles, next_handle, false)?)
+            plain(opened(store, false, &service.ready, handles, next_handle, false)?)
         }
         Op::View { unit } => {
-            let store = engine.view(&namespace.outer(&unit)?)?;
-            plain(opened(store, false, handles, next_handle, false)?)
+            let store = engine.reader(&namespace.outer(&unit)?)?;
+            plain(opened(store, false, &service.ready, handles, next_handle, false)?)
         }
         Op::Units => {
             let mut units = engine.units()?;

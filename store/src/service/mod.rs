@@ -1,13 +1,15 @@
 //! `ftstore serve`: a store for many machines.
 //!
 //! Sockets are tokio's; the engine below is synchronous. An append is queued by the task that reads it; all else runs on
-//! threads that may block. The commit thread wakes the tasks that send acknowledgements.
+//! threads that may block. What has come in on a connection is queued as a whole before anybody commits it; whoever commits sends the
+//! acknowledgements, where the socket takes them.
 
 pub mod config;
 mod connection;
 mod greet;
 mod http;
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -32,6 +34,7 @@ struct Service {
     limits: config::Limits,
     door: Door,
     figures: Figures,
+    ready: Arc<connection::Ready>,
     /// True when the service ends.
     ending: watch::Receiver<bool>,
 }
@@ -86,8 +89,11 @@ async fn run(config: &Config) -> Result<(), Error> {
         limits: config.limits.clone(),
         door: Door::new(config)?,
         figures: Figures::default(),
+        ready: Arc::default(),
         ending,
     });
+    let ready = Arc::clone(&service.ready);
+    service.engine.call_behind(Box::new(move || ready.acknowledge()));
     let mut tasks = JoinSet::new();
     if let Some(path) = &config.unix {
         let listener = listen_unix(path).map_err(io(path.display().to_string()))?;
@@ -184,11 +190,12 @@ async fn accept_unix(service: Arc<Service>, listener: UnixListener) {
             Ok((stream, _)) => {
                 let Some(place) = Place::take(&service) else { continue };
                 let uid = stream.peer_cred().ok().map(|c| c.uid());
+                let direct = stream.as_fd().try_clone_to_owned().ok();
                 let (read, write) = stream.into_split();
                 let service = Arc::clone(&service);
                 tasks.spawn(async move {
                     let _place = place;
-                    connection::run(service, read, write, greet::Peer::Unix { uid }).await;
+                    connection::run(service, read, write, direct, greet::Peer::Unix { uid }).await;
                 });
             }
             Err(e) => cannot_accept(&e).await,
@@ -216,16 +223,17 @@ async fn accept_tcp(service: Arc<Service>, listener: TcpListener, tls: Option<Tl
                     // It has gone already when this fails.
                     let _ = crate::net::keep_alive(&stream);
                     let Some(tls) = tls else {
+                        let direct = stream.as_fd().try_clone_to_owned().ok();
                         let (read, write) = stream.into_split();
                         let peer = greet::Peer::Tcp { certificate: None, channel: [0; 32] };
-                        return connection::run(service, read, write, peer).await;
+                        return connection::run(service, read, write, direct, peer).await;
                     };
                     let time = Duration::from_secs(service.limits.handshake_seconds);
                     match tokio::time::timeout(time, tls.accept(stream)).await {
                         Ok(Ok(stream)) => {
                             let peer = greet::Peer::of_tls(stream.get_ref().1);
                             let (read, write) = tokio::io::split(stream);
-                            connection::run(service, read, write, peer).await;
+                            connection::run(service, read, write, None, peer).await;
                         }
                         _ => count(&service.figures.broken),
                     }

@@ -7,7 +7,7 @@ mod engines;
 mod raw;
 mod served;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,7 +40,13 @@ pub(crate) struct Options {
     level: Option<Level>,
     /// Only this many units
     #[arg(long)]
-    units: Option<usize>,
+    units: Vec<usize>,
+    /// Only records of so many bytes
+    #[arg(long)]
+    bytes: Vec<usize>,
+    /// Only writers that wait for each record, or only those that go on
+    #[arg(long)]
+    way: Option<Way>,
     /// Measure instead what storing a checkpoint of so many MiB costs the appends of the same unit
     #[arg(long, value_name = "MIB")]
     checkpoint: Option<u64>,
@@ -87,15 +93,31 @@ impl Level {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Way {
+    /// One record at a time
+    Single,
+    /// 64 records ahead
+    Ahead,
+}
+
 /// Records that a pipelined writer has under way.
 const WINDOW: u64 = 64;
 /// Bytes of records that all units together keep, as if checkpoints let the others go.
 const KEPT_BYTES: u64 = 64 << 20;
+/// How long a record may take.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Somebody who appends records and waits for them.
 trait Writer: Send {
     fn append(&mut self, n: u64, record: &[u8]) -> Result<(), Error>;
     fn wait(&mut self, n: u64) -> Result<(), Error>;
+
+    /// Both.
+    fn commit(&mut self, n: u64, record: &[u8]) -> Result<(), Error> {
+        self.append(n, record)?;
+        self.wait(n)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -194,12 +216,16 @@ fn measure_all(
 ) -> Result<(), Error> {
     let target = Target::open(backend, level, dir)?;
     let mut name = 0;
+    let wanted = |only: &[usize], what| only.is_empty() || only.contains(&what);
     for bytes in [200, 4096] {
         for units in [1, 8, 64] {
-            if options.units.is_some_and(|only| only != units) {
+            if !wanted(&options.units, units) || !wanted(&options.bytes, bytes) {
                 continue;
             }
             for pipelined in [false, true] {
+                if options.way.is_some_and(|way| (way == Way::Ahead) != pipelined) {
+                    continue;
+                }
                 // One INSERT is answered before the next one is sent.
                 if backend == Backend::Postgres && pipelined {
                     continue;
@@ -225,12 +251,14 @@ fn measure(writers: Vec<Box<dyn Writer>>, case: Case, time: Duration) -> Result<
         let (mut n, mut taken) = (0, Vec::new());
         while start.elapsed() < time {
             let began = Instant::now();
-            writer.append(n, &record)?;
             if !case.pipelined {
-                writer.wait(n)?;
+                writer.commit(n, &record)?;
                 taken.push(began.elapsed());
-            } else if n >= WINDOW {
-                writer.wait(n - WINDOW)?;
+            } else {
+                writer.append(n, &record)?;
+                if n >= WINDOW {
+                    writer.wait(n - WINDOW)?;
+                }
             }
             n += 1;
         }
@@ -326,17 +354,29 @@ struct StoreWriter {
     kept: u64,
 }
 
-impl Writer for StoreWriter {
-    fn append(&mut self, n: u64, record: &[u8]) -> Result<(), Error> {
-        // What a unit with checkpoints does as well: old events go.
+impl StoreWriter {
+    /// What a unit with checkpoints does as well: old events go.
+    fn drop_old(&self, n: u64) -> Result<(), Error> {
         if n % self.kept == self.kept - 1 {
             self.unit.truncate_below(n - self.kept / 2).map_err(|e| error!("{e}"))?;
         }
+        Ok(())
+    }
+}
+
+impl Writer for StoreWriter {
+    fn append(&mut self, n: u64, record: &[u8]) -> Result<(), Error> {
+        self.drop_old(n)?;
         self.unit.append(Batch::of(n, [record])).map_err(|e| error!("{e}"))
     }
 
     fn wait(&mut self, n: u64) -> Result<(), Error> {
-        self.unit.wait(n, Duration::from_secs(60)).map_err(|e| error!("{e}"))
+        self.unit.wait(n, PATIENCE).map_err(|e| error!("{e}"))
+    }
+
+    fn commit(&mut self, n: u64, record: &[u8]) -> Result<(), Error> {
+        self.drop_old(n)?;
+        self.unit.commit(Batch::of(n, [record]), PATIENCE).map_err(|e| error!("{e}"))
     }
 }
 
@@ -366,17 +406,12 @@ fn report(
     let of = |case: Case, backend: Backend, what: fn(&Figure) -> f64| {
         figures.get(&(case, backend)).and_then(|all| median(all.iter().map(what)))
     };
-    let cases: Vec<Case> = figures.keys().map(|(case, _)| *case).filter(|case| !case.pipelined).collect();
-    let mut last = None;
+    let cases: BTreeSet<Case> = figures.keys().map(|(case, _)| Case { pipelined: false, ..*case }).collect();
     for case in cases {
-        if last == Some(case) {
-            continue;
-        }
-        last = Some(case);
         let ahead = Case { pipelined: true, ..case };
         for &backend in backends {
             let (rate, fast) = (of(case, backend, |f| f.rate), of(ahead, backend, |f| f.rate));
-            if rate.is_none() {
+            if rate.is_none() && fast.is_none() {
                 continue;
             }
             let (p50, p99) = (of(case, backend, |f| f.p50), of(case, backend, |f| f.p99));
