@@ -50,9 +50,9 @@ fn writer() {
                     at = next;
                     let told = at.is_multiple_of(3);
                     if told {
-                        unit.commit(batch, LONG).unwrap()
+                        unit.commit(batch, LONG).unwrap();
                     } else {
-                        unit.append(batch).unwrap()
+                        unit.append(batch).unwrap();
                     }
                     if told {
                         println!("acknowledged {n} {}", at - 1);

@@ -399,7 +399,7 @@ impl Queue {
     }
 
     /// The message of the output that is leaving: the reader's own.
-    pub(crate) fn message(&self) -> *mut Message {
+    pub(crate) fn leaving_message(&self) -> *mut Message {
         // SAFETY: the control page is at the beginning of the memory.
         unsafe { &raw mut (*self.memory.at.cast::<Control>().as_ptr()).output }
     }

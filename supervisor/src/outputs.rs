@@ -66,7 +66,7 @@ impl Unit {
             return;
         }
         let control = self.log.control();
-        while !self.recorder.as_ref().is_some_and(|r| r.lost().is_some()) {
+        while self.recorder.as_ref().is_none_or(|r| r.lost().is_none()) {
             let word = control.commit_word.load(SeqCst);
             if self.let_leave() {
                 return;
@@ -85,7 +85,7 @@ fn let_leave(queue: &mut Queue) -> Option<Passed> {
         fault::point_beside("output-left");
         result
     };
-    let message = queue.message();
+    let message = queue.leaving_message();
     let (control, ring) = queue.parts();
     // SAFETY: the message of this control page, and the queue behind it.
     let passed = unsafe { pass(kernel, control, message, ring, usize::MAX, BY_SUPERVISOR) };
