@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use ftrun_abi::fast::{
     AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_BYTES_MAX, CONTROL_BASE, CONTROL_BYTES, Control, FD_COUNTED,
-    FD_PRIVATE, RING_BASE, area,
+    FD_PRIVATE, OUTPUTS_BYTES, RING_BASE, area,
 };
 use ftrun_abi::ring::Ring;
 
@@ -96,7 +96,7 @@ fn set_up() {
     const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
     map(CODE_BASE, CODE_BYTES_MAX, RW | libc::PROT_EXEC);
     map(AREAS_BASE, 2 * AREA_BYTES, RW);
-    map(CONTROL_BASE, CONTROL_BYTES + RING_BYTES, RW);
+    map(CONTROL_BASE, CONTROL_BYTES + OUTPUTS_BYTES + RING_BYTES, RW);
     rewind();
     let c = control();
     c.ring_bytes.store(RING_BYTES, SeqCst);

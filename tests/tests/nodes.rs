@@ -145,6 +145,27 @@ fn any_process_is_killed_and_the_store_service_of_redis() -> Result<(), Error> {
     })
 }
 
+/// The unit is killed at each seam of an output that is queued, and of one that leaves; the supervisor, too, where it lets
+/// one leave itself.
+///
+/// Break it: have `outcome` in `settle.rs` say that what was put into the queue was not, or leave out `take_up`.
+#[test]
+fn killed_while_outputs_are_queued_and_leave() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    // The first of these seams are those of the start.
+    for pass in (1..=16).map(|n| 60 + 7 * n) {
+        let service = Service::new()?;
+        let mut launch = echo_launch(&service)?;
+        launch.env("FTRUN_FAULT", &format!("shim-seam:{pass}"));
+        let load = Load { clients: 4, at_least: Duration::from_millis(300), ..load().kills(0) };
+        let report = echo_server(&load, launch)?;
+        assert!(report.recoveries > 0, "seam {pass}: the unit was not killed:\n{report}");
+    }
+    Ok(())
+}
+
 /// The machine is lost: everything is killed and its memory wiped. `ftrun resume` fetches the unit from the store, and all that
 /// had an answer is there.
 ///
