@@ -59,6 +59,8 @@ fn walk(
         "signal-" => guest_launch("timers"),
         "unloggable-" => guest_launch("unlogged"),
         "shim-" => guest_launch("descriptors"),
+        // A thread that waits while another wants the turn leaves what it has sent to the supervisor.
+        "output-" => guest_launch("thread_echo"),
         _ => guest_launch("epoll_echo"),
     };
     walk_on(program, group, passes, kills, run)
@@ -77,7 +79,7 @@ fn walk_on(
     }
     let victims = match group {
         "shim-" => &[""][..],
-        "hands-" | "standby-" | "record-" => &["supervisor@"],
+        "hands-" | "standby-" | "record-" | "output-" => &["supervisor@"],
         _ => &["", "supervisor@"],
     };
     for (point, victim) in of(group).iter().flat_map(|point| victims.iter().map(move |victim| (point, victim))) {
@@ -87,7 +89,7 @@ fn walk_on(
             let mut launch = program()?;
             launch.env("FTRUN_FAULT", &fault).options(["--checkpoint-every", "100ms"]);
             if !victim.is_empty() {
-                let level = if group == "record-" { "node" } else { "supervisor" };
+                let level = if matches!(group, "record-" | "output-") { "node" } else { "supervisor" };
                 launch.options(["--durability", level, "--stable", "cache"]);
             }
             if matches!(group, "call-" | "hands-") {
@@ -257,6 +259,14 @@ fn the_supervisor_is_killed_between_an_image_and_what_it_replaces() -> Result<()
 #[test]
 fn the_supervisor_is_killed_between_the_unit_and_its_store() -> Result<(), Error> {
     walk("record-", &[2, 5], 0, echo)
+}
+
+/// Before and after the kernel takes an output that the supervisor lets leave.
+///
+/// Break it: have the next supervisor not take notice of what was on its way (`take_up`).
+#[test]
+fn the_supervisor_is_killed_while_an_output_leaves() -> Result<(), Error> {
+    walk("output-", &[1, 3, 10], 0, echo)
 }
 
 /// The unit dies in the shim, and its supervisor while it settles what the shim had begun: the next one settles it.
