@@ -22,7 +22,8 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
 /// The same for what need not wait for output commit.
 pub(crate) fn make(control: &mut Control, call: &Call) -> Option<i64> {
     let [a0, a1, a2, _, a4, _] = call.args;
-    if control.held.load(Relaxed) != 0 && changes_table(call.number, a1 as u32) {
+    let held = control.held.load(Relaxed);
+    if held != 0 && (changes_table(call.number, a1 as u32) || (a0 < held.into() && sets_mode(call.number, a1 as u32))) {
         return None;
     }
     match call.number {
@@ -88,6 +89,12 @@ fn changes_table(number: u64, command: u32) -> bool {
         nr::IOCTL => command == FIOCLEX,
         _ => false,
     }
+}
+
+fn sets_mode(number: u64, command: u32) -> bool {
+    const F_SETFL: u32 = 4;
+    const FIONBIO: u32 = 0x5421;
+    matches!((number, command), (nr::FCNTL, F_SETFL) | (nr::IOCTL, FIONBIO))
 }
 
 const F_SETFD: u32 = 2;

@@ -182,6 +182,8 @@ pub struct Desk {
     pub holds: AtomicU32,
     /// Not 0: they cannot all be held, and none is.
     pub holds_nothing: AtomicU32,
+    /// The first number above those that the program was started with.
+    pub given: AtomicU32,
     /// The umask, while descriptors are held.
     pub umask: AtomicU32,
     /// Where the directory is held, as in [`Desk::held`], and in the upper half the order that has changed it.

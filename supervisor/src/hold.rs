@@ -109,13 +109,23 @@ fn numbers(desk: &'static Desk) -> impl Iterator<Item = (i32, u32)> {
     words.filter(|(_, word)| *word != 0)
 }
 
-/// How a descriptor is held, as the desk has it: in which slot, and whether `execve` closes it.
-fn word(slot: usize, on_exec: bool) -> u32 {
-    (slot as u32 + 1) << 1 | u32::from(on_exec)
+/// `execve` closes the number.
+const ON_EXEC: u32 = 1;
+/// What it leads to is in nonblocking mode: kept up to date for numbers below [`Desk::given`] alone.
+const NONBLOCKING: u32 = 2;
+
+/// How a descriptor is held, as the desk has it: in which slot, and with which of these flags.
+fn word(slot: usize, flags: u32) -> u32 {
+    (slot as u32 + 1) << 2 | flags
+}
+
+/// A word without its flags: the same for numbers that lead to the same description.
+fn place(word: u32) -> u32 {
+    word >> 2
 }
 
 fn slot_of(word: u32) -> Option<usize> {
-    (word >> 1).checked_sub(1).map(|slot| slot as usize)
+    place(word).checked_sub(1).map(|slot| slot as usize)
 }
 
 /// What holds the unit's descriptors. It is used by a thread whose table is not the unit's.
@@ -188,21 +198,21 @@ impl Hold {
     }
 
     /// Holds what a number of the unit's table leads to from now on.
-    fn put(&mut self, number: i32, on_exec: bool) -> io::Result<()> {
+    fn put(&mut self, number: i32, flags: u32) -> io::Result<()> {
         fault::point("hold-sending", self.pid());
         let copy = fds::take_from(&self.process, number)?;
         let slot = self.fill(&copy)?;
         fault::point("hold-sent", self.pid());
-        self.note(number, word(slot, on_exec))?;
+        self.note(number, word(slot, flags))?;
         fault::point("hold-noted", self.pid());
         Ok(())
     }
 
     /// A number leads to what another one leads to.
-    fn put_same(&mut self, number: i32, as_number: i32, on_exec: bool) -> io::Result<()> {
+    fn put_same(&mut self, number: i32, as_number: i32, flags: u32) -> io::Result<()> {
         match self.at(as_number).and_then(slot_of) {
-            Some(slot) => self.note(number, word(slot, on_exec)),
-            None => self.put(number, on_exec),
+            Some(slot) => self.note(number, word(slot, flags)),
+            None => self.put(number, flags),
         }
     }
 
@@ -244,12 +254,12 @@ impl Hold {
         let _infallible = self.note(number, 0);
     }
 
-    /// Whether `execve` closes a number.
-    fn mark(&mut self, number: i32, on_exec: bool) {
+    /// A number's flags are these now.
+    fn mark(&mut self, number: i32, flags: u32) {
         if let Some(at) = self.desk.held().get(number as usize)
             && let Some(slot) = slot_of(at.load(SeqCst))
         {
-            at.store(word(slot, on_exec), SeqCst);
+            at.store(word(slot, flags), SeqCst);
         }
     }
 
@@ -267,7 +277,7 @@ impl Hold {
         let slot = self.fill(&directory.into())?;
         self.uses[slot] += 1;
         let order = u64::from(self.desk.order.count.load(SeqCst));
-        let before = self.desk.directory.swap(u64::from(word(slot, false)) | order << 32, SeqCst);
+        let before = self.desk.directory.swap(u64::from(word(slot, 0)) | order << 32, SeqCst);
         self.leave(before as u32);
         Ok(())
     }
@@ -330,8 +340,8 @@ mod tests {
         let (near, mut far) = connection();
         let twin = near.try_clone().unwrap();
         let (a, b) = (near.as_raw_fd(), twin.as_raw_fd());
-        hold.put(a, false).unwrap();
-        hold.put_same(b, a, true).unwrap();
+        hold.put(a, 0).unwrap();
+        hold.put_same(b, a, ON_EXEC).unwrap();
         assert_eq!(desk.held()[a as usize].load(SeqCst) | 1, desk.held()[b as usize].load(SeqCst));
         drop((near, twin));
         far.set_read_timeout(Some(std::time::Duration::from_millis(50))).unwrap();
@@ -349,7 +359,7 @@ mod tests {
         desk.holds.store(1, SeqCst);
         let pairs: Vec<_> = (0..100).map(|_| connection()).collect();
         for (near, _) in &pairs {
-            hold.put(near.as_raw_fd(), false).unwrap();
+            hold.put(near.as_raw_fd(), 0).unwrap();
         }
         assert!(hold.slots.len() > SLOTS_MIN);
         let (root, count) = (hold.root.try_clone().unwrap(), hold.slots.len());

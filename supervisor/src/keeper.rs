@@ -59,6 +59,9 @@ pub fn keep(
     let os = |what: &'static str| move |e: io::Error| Error::bug(format!("{what}: {e}"));
     let Kept { lock, log, hold, returned } = kept;
     let unit_fds = inherited().map_err(os("the descriptors"))?;
+    if returned.is_none() {
+        desk.given.store(unit_fds.iter().max().map_or(0, |last| *last as u32 + 1), SeqCst);
+    }
     let stderr = crate::logging::stderr_fd();
     // SAFETY: attributes of this process. Whoever a supervisor leaves behind is ours to bury.
     unsafe {

@@ -294,12 +294,10 @@ fn a_service_without_a_store_is_recovered_cold() -> Result<(), Error> {
 /// a call made may be gone.
 #[test]
 fn everything_is_killed_at_every_seam() -> Result<(), Error> {
-    // More than are held, or let go, when the unit starts: a start that is killed has failed.
-    const FIRST: u64 = 12;
-    for (point, pass) in
-        [("sending", FIRST), ("sent", FIRST), ("noted", FIRST), ("closed", FIRST), ("forgotten", FIRST)]
-    {
-        let faults = format!("Environment=FTRUN_FAULT=all@hold-{point}:{pass}\n{NO_LIMIT}");
+    // Until it is ready the program passes each point less often than that: a service must not fail to start.
+    const FIRST: u64 = 24;
+    for point in ["sending", "sent", "noted", "closed", "forgotten"] {
+        let faults = format!("Environment=FTRUN_FAULT=all@hold-{point}:{FIRST}\n{NO_LIMIT}");
         let service = service!("shop", OPTIONS, &faults);
         service.systemctl("start")?;
         let mut lasting = service.client()?;

@@ -136,7 +136,7 @@ fn a_service_is_started_by_its_socket() -> Result<(), Error> {
     service.client()?.ask(b"first")?;
     survives(&service)?;
     assert_eq!(text(machine.share().join("out"))?, format!("ready {PORT}\n"));
-    // Who connects while it is started again waits.
+    // Who connects while it is started again waits. (systemd has set the socket to blocking mode meanwhile.)
     machine.ok(["systemctl", "kill", "--signal=KILL", "--kill-whom=all", &service.unit])?;
     service.client()?.ask(b"waited")?;
     service.done();

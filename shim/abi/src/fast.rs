@@ -279,7 +279,7 @@ pub struct Control {
     /// Not zero: the program ignores `SIGPIPE`.
     pub ignores_pipe: AtomicU32,
     /// Not zero: descriptors are held for the unit elsewhere, so that calls that make or close one, or change its own flags, are
-    /// the supervisor's.
+    /// the supervisor's; and so are those that change the mode of what a number below this one leads to.
     pub held: AtomicU32,
     /// Not zero: the unit has taken record locks of its process's.
     pub locked: AtomicU32,

@@ -6,15 +6,17 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::table::{self, Class, Effect};
 
-use super::Hold;
+use super::{Hold, NONBLOCKING, ON_EXEC};
 use crate::fds;
 use crate::unit::Unit;
 
-/// `execve` closes this number of the unit's table; `None` when it is not open.
-fn on_exec(number: i32) -> Option<bool> {
-    // SAFETY: a query about a descriptor of the table that the unit shares with us.
-    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
-    (flags >= 0).then_some(flags & libc::FD_CLOEXEC != 0)
+/// The flags of a number of the unit's table; `None` when it is not open.
+fn flags_of(number: i32) -> Option<u32> {
+    // SAFETY: queries about a descriptor of the table that the unit shares with us.
+    let (own, mode) = unsafe { (libc::fcntl(number, libc::F_GETFD), libc::fcntl(number, libc::F_GETFL)) };
+    let on = |yes: bool, flag: u32| if yes { flag } else { 0 };
+    let nonblocking = mode >= 0 && mode & libc::O_NONBLOCK != 0;
+    (own >= 0).then_some(on(own & libc::FD_CLOEXEC != 0, ON_EXEC) | on(nonblocking, NONBLOCKING))
 }
 
 /// What a call has changed.
@@ -26,7 +28,7 @@ enum Change {
     Same(i32, i32),
     Closed(i32),
     ClosedFrom(i32, i32),
-    /// The number's own flags.
+    /// These have other flags.
     Flags(Vec<i32>),
     Directory,
     Umask(u32),
@@ -67,7 +69,7 @@ impl Change {
                     Self::ClosedFrom(fd, last)
                 }
             }
-            Effect::OnExec | Effect::CloseOnExec(_) => Self::Flags(vec![fd]),
+            Effect::OnExec | Effect::CloseOnExec(_) | Effect::Mode | Effect::NonBlocking => Self::Flags(vec![fd]),
             Effect::Directory | Effect::DirectoryOf => Self::Directory,
             Effect::Mask => Self::Umask(args[0] as u32 & 0o777),
             Effect::Opaque => Self::More,
@@ -83,9 +85,8 @@ impl Change {
 }
 
 impl Hold {
-    /// Follows a change. `open` has those of the numbers that it is about which are open, and whether `execve` closes
-    /// them; `tracer` is a thread with the unit's table.
-    fn follow(&mut self, change: &Change, open: &BTreeMap<i32, bool>, tracer: i32) -> io::Result<()> {
+    /// Follows a change. `open` has those of the numbers that it is about which are open, and their flags; `tracer` is a thread with the unit's table.
+    fn follow(&mut self, change: &Change, open: &BTreeMap<i32, u32>, tracer: i32) -> io::Result<()> {
         match change {
             Change::Made(_) => open.iter().try_for_each(|(number, flag)| self.put(*number, *flag)),
             Change::Same(_, as_number) => {
@@ -144,7 +145,8 @@ impl Unit {
                 desk.holds.store(1, SeqCst);
             }
         }
-        self.log.control().held.store(u32::from(self.hold.is_some()), SeqCst);
+        let first = if self.hold.is_some() { desk.given.load(SeqCst).max(1) } else { 0 };
+        self.log.control().held.store(first, SeqCst);
     }
 
     /// A call has been made, and is about to be logged.
@@ -160,7 +162,7 @@ impl Unit {
     /// `execve` has closed what it closes.
     pub(crate) fn hold_executed(&mut self) {
         if let Some(hold) = &self.hold {
-            let closed: Vec<_> = hold.numbers().filter(|(_, word)| word & 1 == 1).collect();
+            let closed: Vec<_> = hold.numbers().filter(|(_, word)| word & ON_EXEC != 0).collect();
             self.hold_changes(&closed.into_iter().map(|(n, _)| Change::Closed(n)).collect::<Vec<_>>());
         }
     }
@@ -209,7 +211,7 @@ impl Unit {
             Change::More | Change::Anything => self.service.run(|| fds::list(tracer))?,
             _ => vec![],
         };
-        let open = numbers.into_iter().filter_map(|number| Some((number, on_exec(number)?))).collect();
+        let open = numbers.into_iter().filter_map(|number| Some((number, flags_of(number)?))).collect();
         self.service.run(|| hold.follow(change, &open, tracer))
     }
 }

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use ftrun_abi::stream;
 use ftrun_abi::table::{self, Class, Effect, Row};
 
-use super::{numbers, peek, slot_of, slots};
+use super::{NONBLOCKING, ON_EXEC, numbers, peek, place, slot_of, slots};
 use crate::desk::{ARENA_BYTES, DONE, Desk, IDLE, Order, POSITION, RECEIVED, SENT, STARTED};
 use crate::evlog::EventLog;
 use crate::keeper::keep_only;
@@ -25,8 +25,10 @@ pub const NAME: &str = "ftrun-hold";
 /// What has come back: descriptors of this process, out of the way of the unit's numbers.
 #[derive(Debug)]
 pub struct Returned {
-    /// Number, whether `execve` closes it, and what it leads to.
-    numbers: Vec<(i32, bool, i32)>,
+    /// Number, flags, and what it leads to.
+    numbers: Vec<(i32, u32, i32)>,
+    /// The service manager has what lower numbers lead to, too, and sets it to blocking mode for each start.
+    given: i32,
     directory: i32,
     umask: u32,
 }
@@ -42,8 +44,13 @@ impl Returned {
         // SAFETY: descriptors of this table that nothing owns: those of the program's starter, copies of ours that the keeper
         // has of its own by now, and what has come back, which is out of the way of the numbers.
         unsafe {
-            for (number, on_exec, copy) in &self.numbers {
-                libc::dup3(*copy, *number, if *on_exec { libc::O_CLOEXEC } else { 0 });
+            for (number, flags, copy) in &self.numbers {
+                libc::dup3(*copy, *number, if flags & ON_EXEC != 0 { libc::O_CLOEXEC } else { 0 });
+                let mode = libc::fcntl(*copy, libc::F_GETFL);
+                if *number < self.given && mode >= 0 {
+                    let nonblocking = if flags & NONBLOCKING != 0 { libc::O_NONBLOCK } else { 0 };
+                    libc::fcntl(*copy, libc::F_SETFL, mode & !libc::O_NONBLOCK | nonblocking);
+                }
             }
             libc::fchdir(self.directory);
             libc::umask(self.umask);
@@ -81,7 +88,7 @@ pub fn bring_back(root: &OwnedFd, desk: &'static Desk, log: &File, remains: &Rem
     };
     let mut copies: BTreeMap<u32, OwnedFd> = BTreeMap::new();
     for (number, word) in &held {
-        if let Entry::Vacant(free) = copies.entry(word >> 1) {
+        if let Entry::Vacant(free) = copies.entry(place(*word)) {
             free.insert(come_back(*word, &format!("descriptor {number}"))?);
         }
     }
@@ -92,9 +99,10 @@ pub fn bring_back(root: &OwnedFd, desk: &'static Desk, log: &File, remains: &Rem
     let settle = Settle { desk, order: &desk.order, copies: &copies };
     settle.order(events_of(log, remains).ok_or("the log cannot be read")?)?;
     // Some may have been made for a call that is made again.
-    let number = |(number, word): (i32, u32)| Some((number, word & 1 == 1, copies.get(&(word >> 1))?.as_raw_fd()));
+    let number = |(number, word): (i32, u32)| Some((number, word, copies.get(&place(word))?.as_raw_fd()));
     let returned = numbers(desk).filter_map(number).collect();
-    let returned = Returned { numbers: returned, directory: directory.into_raw_fd(), umask: desk.umask.load(SeqCst) };
+    let (given, umask) = (desk.given.load(SeqCst) as i32, desk.umask.load(SeqCst));
+    let returned = Returned { numbers: returned, given, directory: directory.into_raw_fd(), umask };
     // They are the table's from here on.
     let used = returned.copies();
     for copy in copies.into_values().map(IntoRawFd::into_raw_fd).filter(|copy| !used.contains(copy)) {
@@ -161,7 +169,7 @@ impl Settle<'_> {
 
     /// The copy of what a number leads to.
     fn copy(&self, number: i32) -> Result<i32, String> {
-        let found = self.copies.get(&(self.word(number) >> 1));
+        let found = self.copies.get(&place(self.word(number)));
         found.map(AsRawFd::as_raw_fd).ok_or_else(|| format!("descriptor {number} is not open"))
     }
 
@@ -187,7 +195,7 @@ impl Settle<'_> {
             }
             Effect::Open(_) if self.word(made) == 0 => return Ok(Verdict::Names),
             Effect::Signals if fd < 0 => self.word(made) != 0,
-            Effect::Duplicate | Effect::Onto => self.word(made) >> 1 == self.word(fd) >> 1,
+            Effect::Duplicate | Effect::Onto => place(self.word(made)) == place(self.word(fd)),
             Effect::Opaque => self.word(made) != 0,
             Effect::Pipe | Effect::Pair => {
                 let at = if row.effect == Effect::Pipe { args[0] } else { args[3] };
@@ -207,6 +215,7 @@ impl Settle<'_> {
             }
             // It comes out the same.
             Effect::CloseRange | Effect::OnExec | Effect::CloseOnExec(_) | Effect::Lock => false,
+            Effect::Mode | Effect::NonBlocking => false,
             Effect::Take if i64::from(row.nr) == libc::SYS_recvmsg => {
                 if self.received(args[1]).iter().any(|number| self.word(*number) == 0) {
                     return Err("descriptors that came with a message are lost".into());
