@@ -158,7 +158,7 @@ fn killed_while_outputs_are_queued_and_leave() -> Result<(), Error> {
     for pass in (1..=16).map(|n| 60 + 7 * n) {
         let service = Service::new()?;
         let mut launch = echo_launch(&service)?;
-        launch.env("FTRUN_FAULT", &format!("shim-seam:{pass}"));
+        launch.env("FTRUN_FAULT", format!("shim-seam:{pass}"));
         let load = Load { clients: 4, at_least: Duration::from_millis(300), ..load().kills(0) };
         let report = echo_server(&load, launch)?;
         assert!(report.recoveries > 0, "seam {pass}: the unit was not killed:\n{report}");
