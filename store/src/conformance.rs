@@ -22,7 +22,7 @@ type Case = fn(&dyn StableStore);
 /// # Panics
 /// The backend does not do what the trait says.
 pub fn run(fresh: &mut dyn FnMut() -> Box<dyn StableStore>) {
-    let cases: [(&str, Case); 13] = [
+    let cases: [(&str, Case); 14] = [
         ("records come back", records_come_back),
         ("the order is kept", the_order_is_kept),
         ("acknowledgements arrive", acknowledgements_arrive),
