@@ -147,8 +147,8 @@ fn acknowledgements_arrive(store: &dyn StableStore) {
     }
 }
 
-/// One waits for each of its records, beside others who do so, and who do not. Break it: have whoever commits not look for what has
-/// come meanwhile (`Queue::committed`), or a wait for a group that is queued wake nobody.
+/// Some wait for each of their records, beside others who do not. Break it: have `Shared::await_group` not wait for a group that
+/// somebody else commits.
 fn what_is_committed_is_acknowledged(store: &dyn StableStore) {
     for durability in LEVELS {
         let units: Vec<_> = (0..6).map(|n| open(store, &format!("unit-{durability:?}-{n}"), durability)).collect();

@@ -49,11 +49,8 @@ fn writer() {
                     let batch = Batch::of(at, (at..next).map(|sii| record(n, sii)));
                     at = next;
                     let told = at.is_multiple_of(3);
-                    if told {
-                        unit.commit(batch, LONG).unwrap();
-                    } else {
-                        unit.append(batch).unwrap();
-                    }
+                    let stored = if told { unit.commit(batch, LONG) } else { unit.append(batch) };
+                    stored.unwrap();
                     if told {
                         println!("acknowledged {n} {}", at - 1);
                     }
