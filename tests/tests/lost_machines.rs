@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use ftrun_tests::binaries::is_bare;
 use ftrun_tests::counting::{self, Counts, line};
 use ftrun_tests::load::Load;
+use ftrun_tests::process::Process;
 use ftrun_tests::rng::Rng;
 use ftrun_tests::scenarios::{guest_launch, memcached_launch, nginx_launch, redis_launch};
 use ftrun_tests::service::Service;
@@ -112,7 +113,8 @@ fn check_all(
 
 /// Every SET that was acknowledged is there.
 ///
-/// Break it: have the recorder count a group as stable when it has been appended (leave out its wait).
+/// Break it: leave the events behind the newest checkpoint in the store (`retrieve::fetch`). That outputs wait for these is shown in `nodes.rs`,
+/// where the store stands still.
 #[test]
 fn redis_keeps_what_it_acknowledged() -> Result<(), Error> {
     let Some((unit, service)) = started(redis_launch(&["--save", ""]))? else { return Ok(()) };
@@ -136,7 +138,7 @@ fn redis_keeps_what_it_acknowledged() -> Result<(), Error> {
 
 /// Every value that was stored is there, with threads that take turns.
 ///
-/// Break it: leave the events of turns (`Kind::Sched`) unstored when an output follows (`Unit::may_leave`).
+/// Break it: leave the events behind the newest checkpoint in the store (`retrieve::fetch`).
 #[test]
 fn memcached_keeps_what_it_acknowledged() -> Result<(), Error> {
     let Some((unit, service)) = started(memcached_launch("4"))? else { return Ok(()) };
@@ -160,13 +162,13 @@ fn memcached_keeps_what_it_acknowledged() -> Result<(), Error> {
     Ok(())
 }
 
-/// Every request that was answered is in the access log, which nginx writes after the answer.
+/// Every request that was answered is in the access log, of which nginx has the last lines in its memory when the machine is lost.
 ///
-/// Break it: leave the events behind the newest checkpoint in the store (`retrieve::lay`).
+/// Break it: leave the events behind the newest checkpoint in the store (`retrieve::fetch`).
 #[test]
 fn nginx_logs_what_it_answered() -> Result<(), Error> {
     let launch = || {
-        let launch = nginx_launch("access_log access.log;", "")?;
+        let launch = nginx_launch("access_log access.log combined buffer=1m;", "")?;
         std::fs::write(launch.work().join("page"), "0123456789")?;
         Ok(launch)
     };
@@ -184,6 +186,8 @@ fn nginx_logs_what_it_answered() -> Result<(), Error> {
         c.read_exact(&mut body)?;
         Ok(status.starts_with("HTTP/1.1 200 ") && body == *b"0123456789")
     })?;
+    // It writes what it has when it is to open its files anew.
+    Process::open(unit.pid()?)?.signal(libc::SIGUSR1)?;
     let begin = Instant::now();
     loop {
         let log = std::fs::read_to_string(unit.work().join("access.log"))?;
@@ -201,7 +205,7 @@ fn nginx_logs_what_it_answered() -> Result<(), Error> {
 /// Files, pipes and duplicates: every line that was acknowledged is in the file. What was being written when the machine was lost may stand
 /// there twice.
 ///
-/// Break it: have writes to files leave before what led to them is stable (`table::is_seen`), and forget the wait of sends.
+/// Break it: leave the events behind the newest checkpoint in the store (`retrieve::fetch`).
 #[test]
 fn a_ledger_keeps_what_it_acknowledged() -> Result<(), Error> {
     let launch = || {
@@ -252,7 +256,8 @@ fn count(c: &mut Connection) -> std::io::Result<u64> {
 
 /// Everything is killed at each seam between a unit and its store, and the machine is lost.
 ///
-/// Break it: publish what has only been appended (`Common::group`), or collect before the checkpoint is there (`Common::put`).
+/// Break it: leave the events behind the newest checkpoint in the store (`retrieve::fetch`), or collect before the checkpoint is there
+/// (`Common::put`).
 #[test]
 fn lost_at_every_seam_of_the_recorder() -> Result<(), Error> {
     if is_bare() {
@@ -276,6 +281,38 @@ fn lost_at_every_seam_of_the_recorder() -> Result<(), Error> {
         println!("{seam}:{pass}: {answered} answered, {} known", told - 1);
         assert!((answered + 1..=answered + 2).contains(&told), "{seam}:{pass}: {told} after {answered}");
         unit.stop()?;
+    }
+    Ok(())
+}
+
+/// A checkpoint is in the store before events that it stands for, since nobody waits for these, and everything is lost right then.
+///
+/// Break it: read the log from behind the checkpoint on although it does not reach that far (`retrieve::fetch`).
+#[test]
+fn lost_when_the_log_has_not_come_to_the_checkpoint() -> Result<(), Error> {
+    start_all_with(LEVEL);
+    if is_bare() {
+        return Ok(());
+    }
+    // Many events, and nothing that others see.
+    const SCRIPT: &str = "import os\n\
+        print('ready 0', flush=True)\n\
+        n = 0\n\
+        while not os.path.exists('stop'): n += 1\n\
+        print('looked', n > 1000, flush=True)\n";
+    for pass in [3, 4, 5] {
+        let service = Service::new()?;
+        let mut launch = Launch::new("looks")?;
+        launch.run(ftrun_tests::binaries::need("python3")?, ["-c", SCRIPT]).ready(Ready::Line);
+        launch.options(["--store", &service.url(), "--checkpoint-every", "100ms"]);
+        launch.env("FTRUN_FAULT", format!("all@record-put:{pass}"));
+        let unit = launch.start()?;
+        unit.await_nobody()?;
+        unit.wipe_memory()?;
+        resume(&unit, &service)?;
+        std::fs::File::create(unit.work().join("stop"))?;
+        assert!(unit.wait()?.success(), "{}", unit.stderr()?);
+        assert!(unit.stdout()?.ends_with("looked True\n"), "{}", unit.stdout()?);
     }
     Ok(())
 }
