@@ -35,6 +35,8 @@ impl Unit {
         if self.log.control().last_tid.load(SeqCst) != vtid as u64 {
             self.begin_record(Kind::Sched);
             self.append(vtid, 0, 0, 0, 0)?;
+            // The call comes behind that event: who takes over finds it so.
+            hands::serve(vtid, self.sii);
         }
         let control = self.log.control();
         if !await_commit(control, PATIENCE) || !self.let_leave() {

@@ -166,6 +166,28 @@ fn killed_while_outputs_are_queued_and_leave() -> Result<(), Error> {
     Ok(())
 }
 
+/// The supervisor is killed when a call of the unit has been made for it and is not in the log, right behind the event that
+/// says whose turn it is: the call is not made again.
+///
+/// Break it: leave the order with the number of events before that one (`Unit::may_leave`).
+#[test]
+fn the_supervisor_is_killed_behind_a_turn_and_a_call() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    // Behind the calls of the start.
+    for pass in (0..12).map(|n| 200 + 3 * n) {
+        let service = Service::new()?;
+        let mut launch = guest_launch("waits_echo")?;
+        launch.options(["--store", &service.url(), "--no-shim"]);
+        launch.env("FTRUN_FAULT", format!("supervisor@hands-made:{pass}"));
+        let load = Load { clients: 4, at_least: Duration::from_millis(500), ..load().kills(0) };
+        let report = echo_server(&load, launch)?;
+        assert!(report.recoveries > 0, "pass {pass}: the supervisor was not killed:\n{report}");
+    }
+    Ok(())
+}
+
 /// The machine is lost: everything is killed and its memory wiped. `ftrun resume` fetches the unit from the store, and all that
 /// had an answer is there.
 ///
