@@ -21,7 +21,7 @@ use std::time::Instant;
 use nix::poll::{PollFlags, PollTimeout};
 
 use crate::location::Location;
-use crate::net::{Answer, FRAME_BYTES_MAX, Incoming, Op, Request, Response, encode};
+use crate::net::{Answer, FRAME_BYTES_MAX, Incoming, Op, PUTS_MAX, Request, Response, encode};
 use crate::watch::{Look, Watch};
 use crate::{Error, Fsck, OpenOptions, Reclaimed, StableStore, UnitInfo, UnitName, UnitStore};
 #[cfg(feature = "service")]
@@ -52,12 +52,28 @@ struct Connection {
 
 /// The connection for pages, once it is needed.
 #[derive(Default)]
-struct ForPages(Mutex<Option<Connection>>);
+struct ForPages {
+    connection: Mutex<Option<Connection>>,
+    /// Checkpoints that are being sent.
+    putting: Mutex<usize>,
+    /// There are fewer.
+    put: Condvar,
+}
+
+/// The right to send a checkpoint.
+struct Putting<'a>(&'a ForPages);
+
+impl Drop for Putting<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.putting) -= 1;
+        self.0.put.notify_one();
+    }
+}
 
 impl ForPages {
     /// The connection beside `main`; a new one if there is none, or the last one has been lost.
     fn connection(&self, main: &Shared) -> Result<Arc<Shared>, Error> {
-        let mut connection = lock(&self.0);
+        let mut connection = lock(&self.connection);
         if let Some(error) = main.failure() {
             return Err(error);
         }
@@ -66,6 +82,16 @@ impl ForPages {
         }
         let new = Connection::open(&main.location)?;
         Ok(Arc::clone(&connection.insert(new).shared))
+    }
+
+    /// Waits until the service takes another checkpoint.
+    fn putting(&self) -> Putting<'_> {
+        let mut putting = lock(&self.putting);
+        while *putting >= PUTS_MAX {
+            putting = self.put.wait(putting).unwrap_or_else(PoisonError::into_inner);
+        }
+        *putting += 1;
+        Putting(self)
     }
 }
 
@@ -222,7 +248,7 @@ impl Drop for Client {
     fn drop(&mut self) {
         // Lest a handle that is left makes another one.
         self.main.shared.fail(&"this client has ended");
-        drop(lock(&self.pages.0).take());
+        drop(lock(&self.pages.connection).take());
     }
 }
 

@@ -213,6 +213,7 @@ impl UnitStore for Remote {
     fn put_checkpoint(&self, new: &NewCheckpoint<'_>) -> Result<(), Error> {
         // The answer comes when what was appended before has been taken: it is stored before the checkpoint is.
         self.log()?;
+        let _putting = self.pages.putting();
         let (connection, handle) = self.for_pages()?;
         let id = connection.id();
         connection.expect(id)?;

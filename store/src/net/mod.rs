@@ -25,6 +25,8 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"ftstore\n");
 pub const FRAME_BYTES_MAX: usize = crate::BATCH_BYTES_MAX + (1 << 20);
 /// The same before the other side is known.
 pub const HANDSHAKE_BYTES_MAX: usize = 4096;
+/// Checkpoints that may come in at a time on one connection.
+pub const PUTS_MAX: usize = 8;
 /// Bytes before the message.
 const HEAD_BYTES: usize = 12;
 /// Label under which TLS gives out the keys that bind a proof to its connection (RFC 5705).

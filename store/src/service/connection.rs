@@ -16,12 +16,12 @@ use super::greet::{Entry, Namespace, Peer};
 use super::{Service, count};
 use crate::engine::Handle;
 use crate::net::{
-    Answer, FRAME_BYTES_MAX, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Op, Proof, Prover, Request, Response,
-    VERSIONS, Welcome, encode, nonce, proof, same,
+    Answer, FRAME_BYTES_MAX, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Op, PUTS_MAX, Proof, Prover, Request,
+    Response, VERSIONS, Welcome, encode, nonce, proof, same,
 };
 use crate::{Batch, Durability, Error, NewCheckpoint, PAGE_BYTES, Page, Pages, StableStore, UnitStore, net};
 
-/// Requests of one connection that are worked on at a time; reading waits when there are more.
+/// Requests of one connection that are worked on at a time beside checkpoints; reading waits when there are more.
 pub(super) const AT_A_TIME: usize = 8;
 /// Replies of one connection that wait to be sent, beside those that are worked on.
 const REPLIES_WAIT: usize = 1;
@@ -77,7 +77,8 @@ impl Handles {
         found.ok_or_else(|| Error::invalid(format!("handle {handle}"), "nothing was opened under it"))
     }
 
-    /// Takes note that there are acknowledgements to be sent; true if there were none before.
+    /// Takes note that there are acknowledgements to be sent; true if there were none before: then the caller has to see to it
+    /// that they are.
     fn ask(&self, handle: u32, unit: &Open) -> bool {
         if unit.dirty.swap(true, Ordering::SeqCst) {
             return false;
@@ -267,9 +268,11 @@ pub(super) async fn run(
         handles: Arc::clone(&handles),
         sender,
         busy: Arc::new(Semaphore::new(AT_A_TIME)),
+        putting: Arc::new(Semaphore::new(PUTS_MAX)),
         next_handle: Arc::default(),
         puts: HashMap::new(),
         appended: None,
+        stored: Vec::new(),
     };
     let mut ending = service.ending.clone();
     let mut written = None;
@@ -307,9 +310,10 @@ pub(super) async fn run(
         }
     }
     // What is being worked on is answered before the writer ends; acknowledgements that come later are not sent.
-    let busy = Arc::clone(&session.busy);
+    let (busy, putting) = (Arc::clone(&session.busy), Arc::clone(&session.putting));
     drop(session);
-    let _ = busy.acquire_many(u32::try_from(AT_A_TIME).expect("few")).await;
+    let all = |places: usize| u32::try_from(places).expect("few");
+    let _ = tokio::join!(busy.acquire_many(all(AT_A_TIME)), putting.acquire_many(all(PUTS_MAX)));
     lock(&handles.units).clear();
     handles.wake.notify_one();
     // One that does not read is not waited for.
@@ -379,11 +383,16 @@ struct Session {
     handles: Arc<Handles>,
     sender: mpsc::Sender<Vec<u8>>,
     busy: Arc<Semaphore>,
+    /// Places for checkpoints. One that waits for its pages must not take the place of what has to be answered before they
+    /// are sent.
+    putting: Arc<Semaphore>,
     next_handle: Arc<std::sync::atomic::AtomicU32>,
     /// Checkpoints that are coming in, by number of the request.
     puts: HashMap<u64, mpsc::Sender<Part>>,
     /// A unit that was appended to since somebody was told to commit.
     appended: Option<Arc<Open>>,
+    /// Units that were appended to meanwhile and need not be committed to be acknowledged.
+    stored: Vec<(u32, Arc<Open>)>,
 }
 
 /// A part of a checkpoint.
@@ -425,10 +434,11 @@ impl Session {
             }
             Op::Put { handle, sii, parent, gone } => {
                 let (sender, receiver) = mpsc::channel(4);
-                if self.puts.len() >= AT_A_TIME || self.puts.insert(id, sender).is_some() {
+                // One of those that have a place ends by itself, so the next gets one.
+                if self.puts.len() >= PUTS_MAX || self.puts.insert(id, sender).is_some() {
                     return ControlFlow::Break(Some("too many checkpoints at a time".into()));
                 }
-                self.work(id, move |_, _, handles| {
+                self.work(&self.putting, id, move |_, _, handles| {
                     let unit = handles.get(handle)?;
                     let pages = Arriving(Mutex::new(receiver));
                     let new = NewCheckpoint { sii, parent, manifest: &bytes, gone: &gone, pages: &pages };
@@ -457,8 +467,10 @@ impl Session {
             }
             op => {
                 let next_handle = Arc::clone(&self.next_handle);
-                self.work(id, move |service, namespace, handles| answer(op, service, namespace, handles, &next_handle))
-                    .await;
+                let answer = move |service: &_, namespace: &_, handles: &_| {
+                    answer(op, service, namespace, handles, &next_handle)
+                };
+                self.work(&self.busy, id, answer).await;
                 ControlFlow::Continue(())
             }
         }
@@ -482,7 +494,7 @@ impl Session {
         match appended {
             Ok(()) => {
                 if unit.memory {
-                    self.handles.ask(handle, &unit);
+                    self.stored.push((handle, Arc::clone(&unit)));
                 }
                 self.appended = Some(unit);
             }
@@ -500,22 +512,26 @@ impl Session {
 
     /// Has committed what was appended.
     fn commit(&mut self) {
-        if let Some(unit) = self.appended.take() {
-            unit.store.wake();
-            if unit.memory {
-                self.handles.acknowledge();
+        let Some(unit) = self.appended.take() else { return };
+        unit.store.wake();
+        if !self.stored.is_empty() {
+            // Who asks first sees to it that all are sent, so nothing may come between.
+            for (handle, unit) in self.stored.drain(..) {
+                self.handles.ask(handle, &unit);
             }
+            self.handles.acknowledge();
         }
     }
 
     /// Answers a request on a thread that may block.
     async fn work(
         &self,
+        places: &Arc<Semaphore>,
         id: u64,
         work: impl FnOnce(&Service, &Namespace, &Arc<Handles>) -> Result<(Answer, Vec<u8>), Error> + Send + 'static,
     ) {
         // It is never closed.
-        let Ok(place) = Arc::clone(&self.busy).acquire_owned().await else { return };
+        let Ok(place) = Arc::clone(places).acquire_owned().await else { return };
         let (service, namespace, handles) =
             (Arc::clone(&self.service), self.namespace.clone(), Arc::clone(&self.handles));
         let sender = self.sender.clone();

@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
+use crate::net::PUTS_MAX;
 use crate::{Engine, EngineOptions, Error};
 use config::Config;
 use greet::Door;
@@ -64,7 +65,8 @@ fn count(figure: &AtomicU64) {
 /// The store cannot be opened, an address not be listened on, or the disk has failed.
 pub fn serve(config: &Config) -> Result<(), Error> {
     // Each request that waits for the disk has a thread, and so has each append: nobody waits for those of others.
-    let threads = config.limits.connections.saturating_mul(connection::AT_A_TIME + 1).saturating_add(SPARE_THREADS);
+    let threads =
+        config.limits.connections.saturating_mul(connection::AT_A_TIME + PUTS_MAX + 1).saturating_add(SPARE_THREADS);
     let runtime = tokio::runtime::Builder::new_multi_thread().max_blocking_threads(threads).enable_all().build();
     let runtime = runtime.map_err(|e| Error::io("start", "the runtime", &e))?;
     runtime.block_on(run(config))

@@ -317,7 +317,7 @@ fn a_client_that_does_not_read_is_held_back() {
     assert_eq!(unit.read(0, 1).unwrap()[0].count(), 1);
 }
 
-fn asked(requests: impl IntoIterator<Item = (u64, Op)>) -> Vec<u8> {
+pub(super) fn asked(requests: impl IntoIterator<Item = (u64, Op)>) -> Vec<u8> {
     let mut out = Vec::new();
     for (id, op) in requests {
         encode(&mut out, &Request { id, op }, &[]);

@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ftrun_store::net::{
+    Answer, FRAME_BYTES_MAX, Incoming, Op, PUTS_MAX, Ready, Request, Response, VERSIONS, Welcome, encode,
+};
 use ftrun_store::{Batch, Client, Durability, Error, Location, OpenOptions, StableStore, UnitName, conformance};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -405,6 +408,107 @@ fn a_checkpoint_under_way_does_not_hold_up_records() {
         drop((unit, later, client));
         while service.metric("ftstore_connections") > 0 {
             std::thread::yield_now();
+        }
+    }
+}
+
+/// More checkpoints at a time than the service takes on one connection, and pages are read there meanwhile.
+///
+/// Break it: have checkpoints take the places of other requests, or let the client send as many as it likes.
+#[test]
+fn many_checkpoints_at_a_time_wait_for_each_other() {
+    struct Together<'a>(&'a std::sync::Barrier, &'a dyn ftrun_store::UnitStore);
+    impl ftrun_store::Pages for Together<'_> {
+        fn each(&self, put: &mut dyn FnMut(u64, &ftrun_store::Page) -> Result<(), Error>) -> Result<(), Error> {
+            self.0.wait();
+            let mut found = 0;
+            self.1.pages(1, 0..4096, &mut |_, _| {
+                found += 1;
+                Ok(())
+            })?;
+            assert_eq!(found, 1);
+            put(0, &[7; 4096])
+        }
+    }
+    struct One;
+    impl ftrun_store::Pages for One {
+        fn each(&self, put: &mut dyn FnMut(u64, &ftrun_store::Page) -> Result<(), Error>) -> Result<(), Error> {
+            put(0, &[7; 4096])
+        }
+    }
+    let service = Service::start("");
+    let client = Client::connect(&service.unix()).unwrap();
+    let together = std::sync::Barrier::new(PUTS_MAX);
+    fn checkpoint(unit: &dyn ftrun_store::UnitStore, sii: u64, pages: &dyn ftrun_store::Pages) {
+        let new = ftrun_store::NewCheckpoint { sii, parent: None, manifest: b"m", gone: &[], pages };
+        unit.put_checkpoint(&new).unwrap();
+    }
+    std::thread::scope(|scope| {
+        for n in 0..2 * PUTS_MAX {
+            let unit = client.open(&name(&format!("unit-{n}")), &options(Durability::Disk)).unwrap();
+            unit.append(Batch::of(0, ["x"; 3])).unwrap();
+            checkpoint(&*unit, 1, &One);
+            let together = &together;
+            scope.spawn(move || checkpoint(&*unit, 2, &Together(together, &*unit)));
+        }
+    });
+    assert!(client.units().unwrap().iter().all(|unit| unit.checkpoints == [1, 2]));
+}
+
+/// What has come with a batch that has to be synced is acknowledged, too, and so is all that comes later.
+///
+/// Break it: have whoever puts down the first acknowledgement leave the sending to somebody else.
+#[test]
+fn acknowledgements_of_all_levels_come_together() {
+    let service = Service::start("");
+    let mut stream = UnixStream::connect(service.path("socket")).unwrap();
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    bad_input::hello(&mut stream, VERSIONS);
+    let open = |unit: &str, durability| Op::Open { unit: name(unit), options: options(durability) };
+    let opens = [(1, open("memory", Durability::Memory)), (2, open("disk", Durability::Disk))];
+    let (mut incoming, mut handles, mut acknowledged) = (Incoming::default(), [0; 2], [0; 2]);
+    let mut greetings = 2;
+    stream.write_all(&bad_input::asked(opens)).unwrap();
+    let mut heard = |stream: &mut UnixStream| loop {
+        if greetings == 2 && incoming.next::<Welcome>(FRAME_BYTES_MAX).unwrap().is_some() {
+            greetings = 1;
+        }
+        if greetings == 1 && incoming.next::<Ready>(FRAME_BYTES_MAX).unwrap().is_some() {
+            greetings = 0;
+        }
+        if greetings == 0
+            && let Some((response, _)) = incoming.next::<Response>(FRAME_BYTES_MAX).unwrap()
+        {
+            return response;
+        }
+        let mut bytes = [0; 4096];
+        let n = stream.read(&mut bytes).unwrap();
+        assert!(n > 0, "it has hung up");
+        incoming.push(&bytes[..n]);
+    };
+    for _ in 0..2 {
+        match heard(&mut stream) {
+            Response::Reply { id, result: Ok(Answer::Opened { handle, .. }) } => handles[id as usize - 1] = handle,
+            other => panic!("{other:?}"),
+        }
+    }
+    for first in 0..10 {
+        let mut out = Vec::new();
+        for handle in handles {
+            let batch = Batch::of(first, ["x"]);
+            let op = Op::Append { handle, first, count: 1 };
+            encode(&mut out, &Request { id: 0, op }, batch.body());
+        }
+        stream.write_all(&out).unwrap();
+        while acknowledged != [first + 1; 2] {
+            match heard(&mut stream) {
+                Response::Acknowledged(all) => {
+                    for (handle, sii) in all {
+                        acknowledged[handles.iter().position(|h| *h == handle).unwrap()] = sii;
+                    }
+                }
+                other => panic!("{other:?}"),
+            }
         }
     }
 }
