@@ -7,6 +7,7 @@
 use core::sync::atomic::Ordering::Relaxed;
 
 use ftrun_abi::fast::{Control, FD_COUNTED, FD_FILE, FD_FRESH, FD_PRIVATE};
+use ftrun_abi::stream;
 use ftrun_abi::record::HEADER_BYTES;
 use ftrun_abi::table::{Arg, Class};
 
@@ -55,7 +56,7 @@ pub(crate) fn make(control: &mut Control, call: &Call) -> Option<i64> {
             again(control, call)
         }
         nr::FCNTL | nr::IOCTL => command(control, call),
-        nr::SETSOCKOPT if a1 == SOL_SOCKET || (a1 == SOL_TCP && !TCP_OTHER.contains(&a2)) => again(control, call),
+        nr::SETSOCKOPT if stream::stays_plain(a1, a2) => again(control, call),
         nr::SHUTDOWN => sockets::shutdown(control, call),
         // Asking for the error clears it.
         nr::GETSOCKOPT if (a1, a2) != (SOL_SOCKET, SO_ERROR) => again(control, call),
@@ -103,9 +104,6 @@ const EPOLL_CTL_MOD: u64 = 3;
 const SEEK_CUR: u64 = 1;
 const SOL_SOCKET: u64 = 1;
 const SO_ERROR: u64 = 4;
-const SOL_TCP: u64 = 6;
-/// `TCP_REPAIR`, `TCP_REPAIR_QUEUE`, `TCP_QUEUE_SEQ` and `TCP_ULP`: the stream is no plain one any more.
-const TCP_OTHER: [u64; 4] = [19, 20, 21, 31];
 /// The last clock that is not a process's or a thread's: `CLOCK_TAI`.
 const CLOCKS: u64 = 11;
 

@@ -91,6 +91,18 @@ pub(crate) fn fill(
     }
 }
 
+/// Logs that the calling thread has the turn, standing before a call.
+pub(crate) fn turn(control: &Control, call: &Call) -> Option<()> {
+    let mut ring = ring(control)?;
+    let record = ring.reserve(HEADER_BYTES)?;
+    header(record, control, call, 0, 0, 0);
+    // SAFETY: that has written a `Header` there.
+    let header = unsafe { &mut *record.as_mut_ptr().cast::<Header>() };
+    (header.kind, header.nr, header.flags) = (Kind::Sched as u16, 0, 0);
+    commit(control, call, &mut ring);
+    Some(())
+}
+
 /// Makes the reserved record an event.
 pub(crate) fn commit(control: &Control, call: &Call, ring: &mut Ring) {
     compiler_fence(Release);

@@ -148,6 +148,13 @@ pub(crate) fn queue(control: &mut Control, call: &Call) -> Option<i64> {
     settled(control, call, digest, total as i64, &[])
 }
 
+/// An output was made as it is: what the socket's buffer has room for has to be asked for again.
+pub(crate) fn forget_credit(control: &Control, fd: u64) {
+    if let Some(stream) = control.streams.get(fd as usize) {
+        stream.credit.store(0, Relaxed);
+    }
+}
+
 /// The socket's buffer has room for this, and for the bytes that are `queued`: a send that goes wrong for want of room
 /// has to go wrong now.
 fn has_credit(control: &Control, fd: u64, bytes: u64, queued: u64) -> bool {

@@ -15,8 +15,13 @@ use crate::memory::copy;
 pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     // SAFETY: the supervisor maps the ring there; nobody writes to it during replay.
     let ring = unsafe { Ring::attach(RING_BASE as *mut u8, control.ring_bytes.load(Relaxed) as usize) }.ok()?;
-    let (bytes, next) = ring.read_at(control.replay_at.load(Relaxed)).ok()??;
-    let (record, _) = Record::parse(bytes).ok()?;
+    let (mut bytes, mut next) = ring.read_at(control.replay_at.load(Relaxed)).ok()??;
+    let (mut record, _) = Record::parse(bytes).ok()?;
+    if record.kind == Kind::Sched && u64::from(record.header.tid) == call.tid {
+        // Its turn before this call was an event; with it goes what follows.
+        (bytes, next) = ring.read_at(next).ok()??;
+        (record, _) = Record::parse(bytes).ok()?;
+    }
     let h = &record.header;
     if record.kind != Kind::Call
         || h.flags & flag::FAST == 0

@@ -9,6 +9,7 @@ use ftrun_abi::table::is_seen;
 use crate::call::{Call, message_header, piece, syscall};
 use crate::calls::make;
 use crate::clock::monotonic;
+use crate::log::{seam, turn};
 use crate::{nr, outputs};
 use crate::sockets::kind;
 
@@ -31,22 +32,26 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     if !is_seen(call.row()?, &call.args) {
         return make(control, call);
     }
-    // That this thread has the turn has to be known before, too; the supervisor writes that down.
+    // That this thread has the turn has to be known before, too.
     if control.last_tid.load(Relaxed) != call.tid {
-        return None;
+        turn(control, call)?;
+        seam(control);
     }
     let (needed, sii) = (control.needed.load(Relaxed), control.sii.load(Relaxed));
     let expected = expected(control, call);
-    let batch = is_send(call) && in_batch(control, needed);
-    let result = if may_leave(control, call, needed) {
-        make(control, call)?
-    } else if let Some(result) = if is_send(call) && !batch { outputs::queue(control, call) } else { None } {
-        want(control, needed);
-        result
-    } else if waits(control, call, needed) {
-        make(control, call)?
-    } else {
-        return None;
+    let goes_on = is_send(call) && !in_batch(control, needed);
+    let stable = may_leave(control, call, needed);
+    let queued = if goes_on && !stable { outputs::queue(control, call) } else { None };
+    let result = match queued {
+        Some(result) => {
+            want(control, needed);
+            result
+        }
+        None if stable || waits(control, call, needed) => {
+            outputs::forget_credit(control, call.args[0]);
+            make(control, call)?
+        }
+        None => return None,
     };
     if Some(result) == expected && control.sii.load(Relaxed) == sii + 1 {
         // Without this event the call would be made again and come out the same.

@@ -393,6 +393,11 @@ impl Queue {
         self.memory.control()
     }
 
+    /// Bytes of outputs that wait, with what is noted of each.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.ring.end() - self.ring.begin()
+    }
+
     /// The page, and the ring.
     pub(crate) fn parts(&mut self) -> (&Control, &mut Ring) {
         (self.memory.control(), &mut self.ring)

@@ -15,6 +15,7 @@ use ftrun_abi::fast::{
     AREA_BYTES, AREAS_BASE, Area, CODE_BASE, CODE_RANGES, CONTROL_BASE, FD_COUNTED, FD_PRIVATE, HELD, NOTHING, RECORD,
     RUNS, VDSO_BASE, area,
 };
+use ftrun_abi::stream;
 use ftrun_abi::table::{self, Arg, Class};
 use libc::user_regs_struct;
 use serde::{Deserialize, Serialize};
@@ -284,8 +285,8 @@ impl Unit {
             }
         }
         match i64::from(row.nr) {
-            // It may become something else than a plain stream.
             _ if row.effect == table::Effect::Lock => self.log.control().locked.store(1, SeqCst),
+            libc::SYS_setsockopt if stream::stays_plain(args[1], args[2]) => {}
             libc::SYS_setsockopt => self.log.forget_fds(Some(args[0] as usize), ALL - FD_COUNTED - FD_PRIVATE),
             // Others may get descriptors with a message, or take them.
             libc::SYS_sendmsg if !ancillary => {}

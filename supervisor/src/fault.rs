@@ -34,7 +34,7 @@ pub const POINTS: [&str; 36] = [
     "standby-written",
     "output-leaving",
     "output-left",
-    "record-appended",
+    "record-grouped",
     "record-acknowledged",
     "record-put",
     "retrieve-opened",

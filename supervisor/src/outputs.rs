@@ -65,6 +65,7 @@ impl Unit {
         if !self.has_outputs {
             return;
         }
+        self.settle_outputs();
         let control = self.log.control();
         while self.recorder.as_ref().is_none_or(|r| r.lost().is_none()) {
             let word = control.commit_word.load(SeqCst);

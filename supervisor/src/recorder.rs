@@ -303,14 +303,15 @@ impl Recorder {
 pub struct Watch(Arc<Common>);
 
 impl Watch {
-    /// For the status of a unit with so many events.
-    pub fn info(&self, events: u64) -> StoreInfo {
+    /// For the status of a unit with so many events, of whose output so many bytes are queued.
+    pub fn info(&self, events: u64, queued: u64) -> StoreInfo {
         let Common { place, newest, stable, commit_us, error, .. } = &*self.0;
         let committed = stable.load(SeqCst).max(newest.load(SeqCst));
         StoreInfo {
             url: place.url.clone(),
             committed,
             lag: events.saturating_sub(committed),
+            queued,
             commit_us: commit_us.load(SeqCst),
             checkpoint: newest.load(SeqCst),
             error: lock(error).clone(),
@@ -482,7 +483,7 @@ impl Common {
         let begin = Instant::now();
         let mut ahead = tail.ahead();
         let unit = self.link()?.unit;
-        {
+        let last = {
             // No checkpoint lets go of events meanwhile.
             let mut end = lock(&self.end);
             let mut next = match *end {
@@ -505,15 +506,12 @@ impl Common {
                     // An event that the checkpoint stands for is not in the log.
                     unit.truncate_below(batch.first())?;
                 }
-                unit.append(batch)?;
+                crate::fault::point_beside("record-grouped");
+                unit.commit(batch, PATIENCE)?;
             }
             *end = Some(next);
-        }
-        crate::fault::point_beside("record-appended");
-        let last = lock(&self.end).unwrap_or(0).saturating_sub(1);
-        if last > self.newest.load(SeqCst) {
-            unit.wait(last, PATIENCE)?;
-        }
+            next.saturating_sub(1)
+        };
         crate::fault::point_beside("record-acknowledged");
         self.stable.fetch_max(last, SeqCst);
         self.publish(tail.control());

@@ -18,7 +18,7 @@ use ftrun_ckpt::image::PageSource;
 
 use crate::cli::{RunOptions, Stable, StoreOptions};
 use crate::desk::Desk;
-use crate::evlog::EventLog;
+use crate::evlog::{EventLog, Queue};
 use crate::hold::Hold;
 use crate::hold::returned::{self as hold, Returned};
 use crate::journal::{Journal, Stored};
@@ -204,6 +204,7 @@ struct Control {
     shared: Arc<Shared>,
     status: Arc<Mutex<Status>>,
     store: Option<Watch>,
+    outputs: Mutex<Queue>,
     log: File,
 }
 
@@ -212,7 +213,7 @@ impl crate::control::Handler for Control {
         let mut status = lock(&self.status).clone();
         Unit::publish_counters(&self.shared, &mut status);
         status.stored_checkpoint = lock(&self.stored).checkpoint;
-        status.store = self.store.as_ref().map(|s| s.info(status.events));
+        status.store = self.store.as_ref().map(|s| s.info(status.events, lock(&self.outputs).bytes()));
         // stat(2) counts in blocks of 512 bytes, whatever the file system's own are.
         status.log.resident_bytes = self.log.metadata().map_or(0, |m| m.blocks() * 512);
         status.updated_at = Timestamp::now();
@@ -335,7 +336,8 @@ fn try_supervisor(
         let (writer, stored) = journal.progress();
         let store = recorder.as_ref().map(Recorder::watch);
         let (shared, log_file) = (Arc::clone(&shared), log.share().map_err(no_memory)?);
-        let handler = Control { writer, stored, shared, status: Arc::clone(&status), store, log: log_file };
+        let outputs = Mutex::new(log.outputs());
+        let handler = Control { writer, stored, shared, status: Arc::clone(&status), store, outputs, log: log_file };
         let (ours, first) = (Arc::clone(dir), lock(&status).clone());
         let answer = move || -> Result<(), Error> {
             ours.write_status(&first)?;

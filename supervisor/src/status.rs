@@ -204,6 +204,9 @@ pub struct StoreInfo {
     pub committed: u64,
     /// Events behind it.
     pub lag: u64,
+    /// Output that is queued until it may leave, bytes.
+    #[serde(default)]
+    pub queued: u64,
     /// What it takes to commit a group of events, microseconds (a moving mean).
     pub commit_us: u32,
     /// The newest checkpoint there: the state after this many events.
@@ -361,7 +364,11 @@ impl fmt::Display for Status {
         writeln!(f, "  durability   {}", self.durability)?;
         if let Some(s) = &self.store {
             write!(f, "  store        {}: {} events committed, {} behind, ", s.url, s.committed, s.lag)?;
-            writeln!(f, "{} us a group, checkpoint {}", s.commit_us, s.checkpoint)?;
+            writeln!(
+                f,
+                "{} bytes of output queued, {} us a group, checkpoint {}",
+                s.queued, s.commit_us, s.checkpoint
+            )?;
             if let Some(error) = &s.error {
                 writeln!(f, "               {error}")?;
             }

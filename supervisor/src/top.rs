@@ -62,7 +62,7 @@ struct Metric {
     of: fn(&Status) -> Option<f64>,
 }
 
-const METRICS: [Metric; 15] = [
+const METRICS: [Metric; 16] = [
     Metric {
         name: "events",
         kind: Kind::Counter,
@@ -132,6 +132,13 @@ const METRICS: [Metric; 15] = [
         help: "Events that are not in stable storage yet.",
         column: Column::Number("BEHIND", Format::Count),
         of: |s| Some(s.store.as_ref()?.lag as f64),
+    },
+    Metric {
+        name: "queued_output_bytes",
+        kind: Kind::Gauge,
+        help: "Output that waits until it may leave.",
+        column: Column::None,
+        of: |s| Some(s.store.as_ref()?.queued as f64),
     },
     Metric {
         name: "commit_seconds",

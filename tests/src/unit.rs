@@ -304,6 +304,14 @@ impl Unit {
         status[key].as_u64().ok_or_else(|| error!("ftrun status --json: no number {key} in {status}"))
     }
 
+    /// A number of what it tells about its stable storage.
+    pub fn store_number(&self, key: &str) -> Result<u64, Error> {
+        let status = self.status()?;
+        status["store"][key]
+            .as_u64()
+            .ok_or_else(|| error!("ftrun status --json: no number {key} of the store in {status}"))
+    }
+
     /// The unit's state in words.
     pub fn state(&self) -> Result<String, Error> {
         let status = self.status()?;

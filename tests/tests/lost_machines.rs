@@ -265,7 +265,7 @@ fn lost_at_every_seam_of_the_recorder() -> Result<(), Error> {
     }
     // The start itself has three groups and a checkpoint.
     let groups = [7, 31, 150];
-    let seams = ["record-appended", "record-acknowledged"].into_iter().flat_map(|s| groups.map(|n| (s, n)));
+    let seams = ["record-grouped", "record-acknowledged"].into_iter().flat_map(|s| groups.map(|n| (s, n)));
     for (seam, pass) in seams.chain([2, 3, 6].map(|n| ("record-put", n))) {
         let (unit, service) = faulty(&format!("all@{seam}:{pass}"))?;
         let mut c = connect(&unit)?;

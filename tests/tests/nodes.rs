@@ -7,7 +7,7 @@
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ftrun_store::{Location, UnitName, each_record};
 use ftrun_tests::binaries::is_bare;
@@ -143,6 +143,56 @@ fn any_process_is_killed_and_the_store_service_of_redis() -> Result<(), Error> {
         launch.options(["--store", url]);
         redis_with(launch, load)
     })
+}
+
+/// While the store stands still the unit goes on: it takes what other clients say, and answers them all later.
+///
+/// Break it: have `outputs::queue` in the shim queue nothing.
+#[test]
+fn the_unit_goes_on_while_the_store_stands_still() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    const CLIENTS: usize = 8;
+    let service = Service::new()?;
+    let mut launch = echo_launch(&service)?;
+    launch.options(["--checkpoint-every", "1h", "--recover-within", "1h"]);
+    let unit = launch.start()?;
+    let mut talks = (0..CLIENTS).map(|_| Talk::to(unit.port)).collect::<Result<Vec<_>, _>>()?;
+    for n in 0..20 {
+        for talk in &mut talks {
+            talk.say(&format!("before {n}"))?;
+            assert!(talk.hear(LIMIT)?.is_some());
+        }
+    }
+    let queued = || unit.store_number("queued");
+    let wait_for = |what: &dyn Fn(u64) -> bool| -> Result<u64, Error> {
+        let begin = Instant::now();
+        loop {
+            let bytes = queued()?;
+            if what(bytes) || begin.elapsed() > LIMIT {
+                return Ok(bytes);
+            }
+            std::thread::yield_now();
+        }
+    };
+    assert_eq!(wait_for(&|bytes| bytes == 0)?, 0, "all that was heard has left");
+    service.stop()?;
+    for talk in &mut talks {
+        talk.say("meanwhile")?;
+    }
+    let answers = CLIENTS as u64 * "meanwhile".len() as u64;
+    let bytes = wait_for(&|bytes| bytes >= answers)?;
+    let early = talks[0].hear(Duration::from_millis(50))?;
+    service.go_on()?;
+    assert_eq!(early, None, "an answer that the store does not know of");
+    for talk in &mut talks {
+        assert!(talk.hear(LIMIT)?.is_some_and(|a| a.ends_with("meanwhile")));
+    }
+    assert!(bytes >= answers, "{bytes} bytes of answers were queued while the store stood still");
+    assert_eq!(wait_for(&|bytes| bytes == 0)?, 0);
+    unit.stop()?;
+    Ok(())
 }
 
 /// The unit is killed at each seam of an output that is queued, and of one that leaves; the supervisor, too, where it lets

@@ -17,6 +17,21 @@ impl<F: Fn(u64, [u64; 6]) -> i64> Kernel for F {
     }
 }
 
+/// Whether an option (`setsockopt`) leaves a TCP stream what it is, and the counts with it.
+pub fn stays_plain(level: u64, option: u64) -> bool {
+    const SOL_SOCKET: u64 = 1;
+    const SOL_TCP: u64 = 6;
+    const TCP_REPAIR: u64 = 19;
+    const TCP_REPAIR_QUEUE: u64 = 20;
+    const TCP_QUEUE_SEQ: u64 = 21;
+    const TCP_ULP: u64 = 31;
+    match level {
+        SOL_SOCKET => true,
+        SOL_TCP => !matches!(option, TCP_REPAIR | TCP_REPAIR_QUEUE | TCP_QUEUE_SEQ | TCP_ULP),
+        _ => false,
+    }
+}
+
 /// Bytes of a TCP stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counts {
