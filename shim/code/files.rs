@@ -191,19 +191,44 @@ pub(crate) fn reenrol(control: &Control, call: &Call) -> Option<i64> {
     })
 }
 
-/// `sendfile` of a file, from a position of its own, to a socket in nonblocking mode.
+/// What `sendfile` takes: a file, from a position of its own that stands in memory.
+pub(crate) struct FilePiece {
+    file: u64,
+    /// Where the position stands.
+    pub(crate) at: u64,
+    from: u64,
+}
+
+impl FilePiece {
+    /// `None` for what is not served here.
+    pub(crate) fn of(control: &mut Control, call: &Call) -> Option<Self> {
+        let [_, file, at, ..] = call.args;
+        if at == 0 || kind(control, file) != FD_FILE {
+            return None;
+        }
+        // SAFETY: the program's memory; a fault there is the supervisor's to handle.
+        Some(Self { file, at, from: unsafe { (at as *const u64).read_unaligned() } })
+    }
+
+    /// Copies up to so many bytes of it; how many there are, if any, and where it goes on behind them.
+    pub(crate) fn copy_to(&self, to: *mut u8, most: u64) -> Option<(u64, u64)> {
+        let got = u64::try_from(syscall(nr::PREAD64, [self.file, to as u64, most, self.from, 0, 0])).ok()?;
+        (got > 0).then_some((got, self.from + got))
+    }
+}
+
+/// `sendfile` of a file to a socket in nonblocking mode.
 pub(crate) fn transfer(control: &mut Control, call: &Call) -> Option<i64> {
-    let [output, input, at, ..] = call.args;
+    let output = call.args[0];
     let quiet = control.ignores_pipe.load(Relaxed) != 0;
-    if at == 0 || !quiet || kind(control, output) != FD_SOCKET_NONBLOCKING || kind(control, input) != FD_FILE {
+    if !quiet || kind(control, output) != FD_SOCKET_NONBLOCKING {
         return None;
     }
+    let FilePiece { at, from, .. } = FilePiece::of(control, call)?;
     let digest = call.digest()?;
     if !has_room(control, size(8)) {
         return None;
     }
-    // SAFETY: the program's memory; a fault there is the supervisor's to handle.
-    let from = unsafe { (at as *const u64).read_unaligned() };
     control.pending_from.store(from, Relaxed);
     control.offset.store(from, Relaxed);
     let mut own = *call;

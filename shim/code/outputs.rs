@@ -5,16 +5,16 @@ use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::AtomicU64;
 
 use ftrun_abi::fast::{
-    CONTROL_BASE, Control, FD_COUNTED, FD_PRIVATE, OUTPUT_HEADER, OUTPUT_MAX, OUTPUTS_BASE, OUTPUTS_BYTES, QUEUE, STREAMS,
+    CONTROL_BASE, Control, FD_COUNTED, FD_PRIVATE, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING, OUTPUT_HEADER, OUTPUT_MAX, OUTPUTS_BASE, OUTPUTS_BYTES, QUEUE, STREAMS,
 };
 use ftrun_abi::outputs::{BY_SHIM, Output, is_due, is_empty, pass};
-use ftrun_abi::record::HEADER_BYTES;
 use ftrun_abi::ring::Ring;
 
 use crate::call::{Call, syscall};
-use crate::log::{begin, has_room, seam, settled};
+use crate::files::FilePiece;
+use crate::log::{begin, has_room, seam, settled, size};
 use crate::nr;
-use crate::sockets::{Sending, count, is_counted};
+use crate::sockets::{Sending, count, is_counted, kind};
 
 fn ring() -> Option<Ring> {
     // SAFETY: the supervisor maps the queue there; the one running thread is its only producer.
@@ -102,17 +102,35 @@ pub(crate) fn socket_of(control: &Control, call: &Call) -> Option<u64> {
     let fd = call.args[0];
     let alone = matches!(
         call.number,
-        nr::WRITE | nr::WRITEV | nr::SENDTO | nr::SENDMSG | nr::SENDFILE | nr::CLOSE | nr::SHUTDOWN | nr::SETSOCKOPT
+        nr::WRITE | nr::WRITEV | nr::SENDTO | nr::SENDMSG | nr::SENDFILE | nr::CLOSE | nr::SHUTDOWN
     );
     let own = fd < STREAMS as u64 && control.fds[fd as usize] & OWN == OWN;
     (alone && own).then_some(fd)
 }
 
+/// Where what is put into the queue comes from.
+enum Source {
+    Memory(Sending),
+    File(FilePiece),
+}
+
+impl Source {
+    /// The socket that it goes to, and at most how many bytes.
+    fn of(control: &mut Control, call: &Call) -> Option<(u64, u64, Self)> {
+        if call.number != nr::SENDFILE {
+            let sending = Sending::of(control, call)?;
+            return Some((sending.fd, sending.total, Self::Memory(sending)));
+        }
+        let [fd, _, _, most, ..] = call.args;
+        let stream = matches!(kind(control, fd), FD_SOCKET_NONBLOCKING | FD_SOCKET_BLOCKING);
+        Some((fd, most, Self::File(FilePiece::of(control, call).filter(|_| stream)?)))
+    }
+}
+
 /// Puts what a call sends into the queue; `None` when the call has to be made as it is.
 pub(crate) fn queue(control: &mut Control, call: &Call) -> Option<i64> {
-    let sending = Sending::of(control, call)?;
-    let Sending { fd, total, .. } = sending;
-    if !(1..=OUTPUT_MAX).contains(&total) || !is_counted(control, fd) {
+    let (fd, most, source) = Source::of(control, call)?;
+    if !(1..=OUTPUT_MAX).contains(&most) || !is_counted(control, fd) {
         return None;
     }
     if control.take_failed(fd) {
@@ -122,22 +140,35 @@ pub(crate) fn queue(control: &mut Control, call: &Call) -> Option<i64> {
     }
     let mut ring = ring()?;
     let queued = if has_left(control, Some(fd)) { 0 } else { ring.end() - ring.begin() };
-    if !has_credit(control, fd, total, queued) || !has_room(control, HEADER_BYTES) {
+    if !has_credit(control, fd, most, queued) || !has_room(control, size(8)) {
         return None;
     }
     let digest = call.digest()?;
-    let record = ring.reserve(OUTPUT_HEADER + total as usize)?;
+    let record = ring.reserve(OUTPUT_HEADER + most as usize)?;
     let output = Output { fd, needed: control.needed.load(Relaxed), done: AtomicU64::new(0) };
     // SAFETY: records begin at multiples of 8, and this one has room for the header and the data.
-    unsafe {
+    let data = unsafe {
         record.as_mut_ptr().cast::<Output>().write(output);
-        sending.copy_to(record.as_mut_ptr().add(OUTPUT_HEADER));
-    }
+        record.as_mut_ptr().add(OUTPUT_HEADER)
+    };
+    let (total, position_at) = match &source {
+        Source::Memory(sending) => {
+            // SAFETY: as above, room for all of it.
+            unsafe { sending.copy_to(data) };
+            (most, 0)
+        }
+        Source::File(piece) => {
+            let (total, position) = piece.copy_to(data, most)?;
+            ring.shrink(OUTPUT_HEADER + total as usize);
+            control.pending_set.store(position, Relaxed);
+            (total, piece.at)
+        }
+    };
     control.streams[fd as usize].queued.store(ring.reserved_end(), Relaxed);
     control.pending_fd.store(fd, Relaxed);
     control.pending_from.store(total, Relaxed);
     control.offset.store(ring.end(), Relaxed);
-    begin(control, QUEUE, call, digest, 0);
+    begin(control, QUEUE, call, digest, position_at);
     seam(control);
     ring.commit();
     seam(control);
@@ -145,7 +176,12 @@ pub(crate) fn queue(control: &mut Control, call: &Call) -> Option<i64> {
         tell_sweeper(control);
     }
     count(control, fd, |stream| &stream.sent, total as i64);
-    settled(control, call, digest, total as i64, &[])
+    if position_at == 0 {
+        return settled(control, call, digest, total as i64, &[]);
+    }
+    // SAFETY: the program's memory; a fault there is the supervisor's to handle.
+    unsafe { (position_at as *mut u64).write_unaligned(control.pending_set.load(Relaxed)) };
+    settled(control, call, digest, total as i64, &[(position_at, 8)])
 }
 
 /// An output was made as it is: what the socket's buffer has room for has to be asked for again.

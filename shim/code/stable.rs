@@ -3,7 +3,7 @@
 
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 
-use ftrun_abi::fast::{Control, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING};
+use ftrun_abi::fast::{Control, FD_FILE, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING};
 use ftrun_abi::table::is_seen;
 
 use crate::call::{Call, message_header, piece, syscall};
@@ -32,6 +32,10 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     if !is_seen(call.row()?, &call.args) {
         return make(control, call);
     }
+    let closes_file = call.number == nr::CLOSE && closes_file(control, call.args[0]);
+    if closes_file && control.last_tid.load(Relaxed) != call.tid {
+        return make(control, call);
+    }
     // That this thread has the turn has to be known before, too.
     if control.last_tid.load(Relaxed) != call.tid {
         turn(control, call)?;
@@ -40,7 +44,7 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     let (needed, sii) = (control.needed.load(Relaxed), control.sii.load(Relaxed));
     let expected = expected(control, call);
     let goes_on = is_send(call) && !in_batch(control, needed);
-    let stable = may_leave(control, call, needed);
+    let stable = closes_file || may_leave(control, call, needed);
     let queued = if goes_on && !stable { outputs::queue(control, call) } else { None };
     let result = match queued {
         Some(result) => {
@@ -63,8 +67,13 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     Some(result)
 }
 
+/// A descriptor of a file is closed, and no locks end with that: who could see it has seen what was written.
+fn closes_file(control: &mut Control, fd: u64) -> bool {
+    control.locked.load(Relaxed) == 0 && kind(control, fd) == FD_FILE
+}
+
 fn is_send(call: &Call) -> bool {
-    matches!(call.number, nr::WRITE | nr::WRITEV | nr::SENDTO | nr::SENDMSG)
+    matches!(call.number, nr::WRITE | nr::WRITEV | nr::SENDTO | nr::SENDMSG | nr::SENDFILE)
 }
 
 /// Whether the program sends what it has to say in batches, one after the other. Such a program has nothing to do before
@@ -117,6 +126,7 @@ fn expected(control: &mut Control, call: &Call) -> Option<i64> {
         nr::CLOSE | nr::SHUTDOWN => return Some(0),
         nr::WRITE | nr::SENDTO => a2,
         nr::WRITEV => pieces(a1, a2),
+        nr::SENDFILE => call.args[3],
         nr::SENDMSG => {
             let [_, _, at, count, ..] = message_header(a1);
             pieces(at, count)

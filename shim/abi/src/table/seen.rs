@@ -1,6 +1,7 @@
 //! Which calls others can see: what has to wait for output commit (Johnson §2.1.8; DESIGN, invariant 1).
 
 use super::{Class, Row};
+use crate::stream::stays_plain;
 
 const O_CREAT: u64 = 0o100;
 const O_TRUNC: u64 = 0o1000;
@@ -21,6 +22,8 @@ pub fn is_seen(row: &Row, args: &[u64; 6]) -> bool {
             OPEN => args[1] & (O_CREAT | O_TRUNC) != 0,
             OPENAT => args[2] & (O_CREAT | O_TRUNC) != 0,
             FCNTL => FCNTL_SEEN.contains(&args[1]),
+            // What has been sent before has to have left as what it was.
+            SETSOCKOPT => !stays_plain(args[1], args[2]),
             IOCTL => !IOCTL_OWN.contains(&args[1]),
             CLOSE | DUP2 | BIND | LISTEN | FLOCK | CREAT | DUP3 | CLOSE_RANGE | OPENAT2 => true,
             _ => false,
@@ -43,6 +46,7 @@ const DUP2: u16 = 33;
 const PAUSE: u16 = 34;
 const BIND: u16 = 49;
 const LISTEN: u16 = 50;
+const SETSOCKOPT: u16 = 54;
 const CLONE: u16 = 56;
 const EXIT: u16 = 60;
 const WAIT4: u16 = 61;
