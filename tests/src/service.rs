@@ -27,7 +27,10 @@ impl Service {
         // A port that the kernel gives, and nobody else gets in the instant that it is free.
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let (store, socket) = (dir.path().join("store"), dir.path().join("socket"));
-        let config = format!("dir = {store:?}\nunix = {socket:?}\ntcp = \"127.0.0.1:{port}\"\n");
+        let key = dir.path().join("key");
+        std::fs::write(&key, "a key that only this test has, and long enough")?;
+        let client = format!("[[client]]\nname = \"test\"\nnamespace = \"\"\nkey = {key:?}\n");
+        let config = format!("dir = {store:?}\nunix = {socket:?}\ntcp = \"127.0.0.1:{port}\"\n{client}");
         std::fs::write(dir.path().join("config"), config)?;
         let child = Self::serve(dir.path())?;
         Ok(Self { dir, child, port })
@@ -100,7 +103,7 @@ impl Service {
 
     /// Its port, as the URL of a store.
     pub fn tcp_url(&self) -> String {
-        format!("tcp:127.0.0.1:{}", self.port)
+        format!("tcp:127.0.0.1:{}?name=test&key={}", self.port, self.dir.path().join("key").display())
     }
 
     /// Its directory.

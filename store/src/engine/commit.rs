@@ -1,6 +1,7 @@
 //! Writing the log: what has been queued while one group was written and synced is the next one.
 //!
-//! One at a time commits: a thread that does nothing else, or somebody who queued something when all was idle and waits for it.
+//! One at a time commits: a thread that does nothing else, or somebody who queued something when all was idle and waits for it,
+//! or for whom somebody waits.
 
 use std::collections::BTreeSet;
 use std::sync::MutexGuard;
@@ -149,10 +150,7 @@ impl Shared {
                 return Ok(true);
             }
             queue.not_stopped(&inner)?;
-            // A disk that may take longer than we have is for the thread, and so is a new segment.
-            let fits = inner.end.1 + inner.pending.bytes.len() as u64 <= inner.current_size;
-            let free = inner.idle && !inner.committing && !inner.closing;
-            if inner.group == group && free && fits && inner.took < QUICK {
+            if inner.group == group && may_commit_here(&inner) {
                 let (group, number) = queue.take(&mut inner);
                 drop(inner);
                 self.commit(group, number);
@@ -171,6 +169,20 @@ impl Shared {
         }
     }
 
+    /// Has what is queued committed: here, if nobody does and it is quick.
+    #[cfg(feature = "service")]
+    pub(super) fn have_committed(&self) {
+        let queue = &self.queue;
+        let mut inner = queue.lock();
+        if !inner.pending.entries.is_empty() && may_commit_here(&inner) {
+            let (group, number) = queue.take(&mut inner);
+            drop(inner);
+            self.commit(group, number);
+        } else {
+            queue.wake(&mut inner);
+        }
+    }
+
     fn mark(&self) {
         let mut committer = lock(&self.committer);
         if let Err(failure) = committer.mark() {
@@ -185,6 +197,13 @@ impl Shared {
         self.queue.fail(failure.poison(&self.name));
         self.queue.committed(self.queue.lock());
     }
+}
+
+/// Nobody commits, and the thread was not woken for it. A disk that may take longer than the caller has is for the thread, and
+/// so is a new segment.
+fn may_commit_here(inner: &Inner) -> bool {
+    let fits = inner.end.1 + inner.pending.bytes.len() as u64 <= inner.current_size;
+    inner.idle && !inner.committing && !inner.closing && fits && inner.took < QUICK
 }
 
 fn is_over(end: Option<Instant>) -> bool {

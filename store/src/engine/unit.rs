@@ -227,14 +227,14 @@ impl Shared {
 
 #[cfg(feature = "service")]
 impl Handle {
-    /// Appends records; somebody else will have them committed, see [`Handle::wake`].
+    /// Appends records; the caller will have them committed by [`Handle::have_committed`].
     pub(crate) fn append_for_later(&self, batch: &Batch) -> Result<(), Error> {
         if batch.is_empty() { Ok(()) } else { self.queue(batch).map(drop) }
     }
 
-    /// Has what is queued in the store committed.
-    pub(crate) fn wake(&self) {
-        self.shared.queue.wake(&mut self.shared.queue.lock());
+    /// Has what is queued in the store committed, on this thread if nobody else does and the disk is quick.
+    pub(crate) fn have_committed(&self) {
+        self.shared.have_committed();
     }
 
     /// [`UnitStore::acknowledged`] of many units of one store.

@@ -513,7 +513,6 @@ impl Session {
     /// Has committed what was appended.
     fn commit(&mut self) {
         let Some(unit) = self.appended.take() else { return };
-        unit.store.wake();
         if !self.stored.is_empty() {
             // Who asks first sees to it that all are sent, so nothing may come between.
             for (handle, unit) in self.stored.drain(..) {
@@ -521,6 +520,7 @@ impl Session {
             }
             self.handles.acknowledge();
         }
+        unit.store.have_committed();
     }
 
     /// Answers a request on a thread that may block.
