@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::{Answer, workloads};
 use crate::protocols::family;
-use crate::protocols::group::{Primitive, cost};
+use crate::protocols::group::{Broadcasts, Primitive, Routine, broadcasts, cost};
 use crate::protocols::process::Workload;
 use crate::protocols::sender;
 use crate::protocols::sim::recorder_load::{Hardware, Load, OPERATING_POINTS, Utilisation, utilisation};
@@ -330,7 +330,33 @@ fn isis() -> Experiment {
         );
     }
     text.push_str(&throughput(&mut rows));
+    text.push_str(&routines(&mut rows));
     (text, rows)
+}
+
+/// Table I, for what there is of the toolkit.
+fn routines(rows: &mut Vec<Value>) -> String {
+    let mut text = String::from("\nbroadcasts for a routine of the toolkit (table I), counted in a group of 4\n");
+    let _ = writeln!(
+        text,
+        "{:<28} {:>6} {:>6} {:>6} {:>15}   paper",
+        "routine", "CBCAST", "ABCAST", "GBCAST", "state transfers"
+    );
+    for (name, routine, paper) in [
+        ("update, in causal order", Routine::Update(Primitive::Cbcast), "1 CBCAST"),
+        ("update, in one order", Routine::Update(Primitive::Abcast), "1 ABCAST"),
+        ("coord_cohort", Routine::CoordinatorCohort, "1 CBCAST to invoke, 1 to reply"),
+        ("conf_update", Routine::Configuration, "1 GBCAST"),
+        ("pg_leave", Routine::Leave, "1 GBCAST"),
+        ("join_and_xfer", Routine::Join, "1 CBCAST, 1 GBCAST, 1 reply, 1 transfer"),
+    ] {
+        let Broadcasts { cbcasts, abcasts, gbcasts, transfers } = broadcasts(routine, 4);
+        let _ = writeln!(text, "{name:<28} {cbcasts:>6} {abcasts:>6} {gbcasts:>6} {transfers:>15}   {paper}");
+        rows.push(
+            json!({ "routine": name, "cbcasts": cbcasts, "abcasts": abcasts, "gbcasts": gbcasts, "transfers": transfers }),
+        );
+    }
+    text
 }
 
 /// Figure 2, as far as the text tells of it: a sender that waits for each ABCAST is busy for 30 to 35 % of the

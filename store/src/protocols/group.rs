@@ -45,7 +45,7 @@ use super::machine::{Action, Counters, Event, Machine, Phase};
 use super::process::{Process, Workload};
 pub(in crate::protocols) use app::digest_of;
 pub use app::{Entry, Replica};
-pub use cost::{Cost, cost};
+pub use cost::{Broadcasts, Cost, Routine, broadcasts, cost};
 pub use member::Member;
 
 /// Variants of the protocol.
