@@ -53,7 +53,7 @@ pub(super) struct Simulate {
     #[arg(long, value_name = "N")]
     delays: Option<usize>,
     /// With --exhaustive: leave out orders that can't be told from others; for sender, family and group
-    #[arg(long)]
+    #[arg(long, conflicts_with = "delays")]
     reduce: bool,
     /// Checkpoint a unit after so many messages; 0 is never
     #[arg(long, default_value_t = 8)]
