@@ -52,6 +52,9 @@ pub(super) struct Simulate {
     /// With --exhaustive: only the orders in which something is put off at most so many times
     #[arg(long, value_name = "N")]
     delays: Option<usize>,
+    /// With --exhaustive: leave out orders that can't be told from others; for sender, family and group
+    #[arg(long, conflicts_with = "delays")]
+    reduce: bool,
     /// Checkpoint a unit after so many messages; 0 is never
     #[arg(long, default_value_t = 8)]
     checkpoint_every: u64,
@@ -210,9 +213,15 @@ impl Simulate {
 
     fn simulate<M: Subject>(&self, store: bool, choose: impl Fn(&mut Plan<M::Options>)) -> Result<Answer, Error> {
         let workload = self.workload()?;
+        if self.reduce && matches!(self.protocol, Protocol::Local | Protocol::Optimistic) {
+            return Err(Error::invalid(
+                "--reduce",
+                "is not for protocols with a store: its state is compared with outputs",
+            ));
+        }
         if let Some(states) = self.exhaustive {
             let nodes = 3 + usize::from(store);
-            let bounds = Bounds { crashes: self.crashes, nodes, delays: self.delays, states };
+            let bounds = Bounds { crashes: self.crashes, nodes, delays: self.delays, reduce: self.reduce, states };
             // Members of a group make the same broadcasts whatever the workload.
             let systems = if matches!(self.protocol, Protocol::Group) { 1 } else { 2 };
             let systems = [("a chain of messages", small(3, 4)), ("two that race", race())].into_iter().take(systems);

@@ -228,6 +228,10 @@ impl Machine for Node {
         matches!(self, Self::Registrar(_))
     }
 
+    fn only_answers(&self) -> bool {
+        matches!(self, Self::Registrar(_))
+    }
+
     fn phase(&self) -> Phase {
         match self {
             Self::Unit(unit) => unit.phase(),

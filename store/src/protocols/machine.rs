@@ -139,6 +139,11 @@ pub trait Machine: Clone + Debug + Hash {
         false
     }
 
+    /// It sends only to whom it has just heard from.
+    fn only_answers(&self) -> bool {
+        false
+    }
+
     /// The recovery state that the node knows, if it keeps one.
     fn recovery_state(&self) -> Option<Vec<Sii>> {
         None

@@ -23,20 +23,19 @@ fn survives_f_failures() {
     );
 }
 
-/// Three processes, one failure: with two messages every order that there is; with four messages, also where
-/// two of them race, and two failures at a time, those in which little is put off.
+/// Three processes, four messages, one failure, also where two messages race: every order that there is, but for
+/// those that can't be told from others. With two failures at a time: those in which little is put off.
 #[test]
 fn orders_of_a_small_system() {
     for (workload, failures, delays, states) in [
-        (small(3, 2), 1, None, 5_000),
-        (small(3, 4), 1, Some(3), 10_000),
+        (small(3, 4), 1, None, 1_000_000),
         (small(3, 4), 2, Some(2), 40_000),
-        (race(), 1, Some(3), 5_000),
+        (race(), 1, None, 1_000_000),
         (race(), 2, Some(1), 5_000),
     ] {
         let options = Options { checkpoint_every: 0, failures, ..Options::default() };
         let plan = Plan { workload, options, down_at_most: failures, ..plan(0) };
-        let bounds = Bounds { crashes: failures, nodes: 3, delays, states: usize::MAX };
+        let bounds = Bounds { crashes: failures, nodes: 3, delays, reduce: delays.is_none(), states: usize::MAX };
         let explored = explore::<Node>(&plan, bounds).unwrap_or_else(|found| panic!("{found}"));
         assert!(explored.complete && explored.states > states && explored.ends > 0, "{explored:?}");
     }

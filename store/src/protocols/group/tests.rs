@@ -109,7 +109,7 @@ fn keeping_a_priority_that_a_new_member_was_not_asked_for_is_found() {
     let workload = Workload { first: 1, hops: 0, ..small(3, 4) };
     let options = Options { bug: Some(Bug::KeepCutPriority), ..Options::default() };
     let plan = Plan { workload, options, down_at_most: 2, ..plan(0) };
-    let bounds = Bounds { crashes: 2, nodes: 3, delays: Some(1), states: usize::MAX };
+    let bounds = Bounds { crashes: 2, nodes: 3, delays: Some(1), reduce: false, states: usize::MAX };
     let found = explore::<Member>(&plan, bounds).expect_err("it is found");
     assert!(found.violation.to_string().contains("not the same was delivered before"), "{found}");
 }
@@ -169,7 +169,7 @@ fn orders_of_a_small_group() {
     let plan = Plan { workload: small(3, 4), options: Options::default(), down_at_most: 2, ..plan(0) };
     for (first, crashes, delays, states) in [(2, 0, None, 5_000), (1, 1, Some(1), 80_000), (1, 2, Some(0), 700_000)] {
         let workload = Workload { first, hops: u32::from(crashes == 0), ..plan.workload };
-        let bounds = Bounds { crashes, nodes: 3, delays, states: usize::MAX };
+        let bounds = Bounds { crashes, nodes: 3, delays, reduce: false, states: usize::MAX };
         let explored = explore::<Member>(&Plan { workload, ..plan.clone() }, bounds);
         let explored = explored.unwrap_or_else(|found| panic!("{found}"));
         assert!(explored.complete && explored.states > states && explored.ends > 0, "{explored:?}");

@@ -78,8 +78,9 @@ fn runs_are_reproducible() {
 fn every_order_of_a_small_system() {
     for workload in [small(3, 4), race()] {
         let plan = Plan { workload, options: Options { checkpoint_every: 0, bug: None }, ..plan(0) };
-        let explored = explore::<Node>(&plan, Bounds { crashes: 2, nodes: 4, delays: None, states: usize::MAX })
-            .unwrap_or_else(|found| panic!("{found}"));
+        let explored =
+            explore::<Node>(&plan, Bounds { crashes: 2, nodes: 4, delays: None, reduce: false, states: usize::MAX })
+                .unwrap_or_else(|found| panic!("{found}"));
         assert!(explored.complete && explored.states > 70_000 && explored.ends > 0, "{explored:?}");
     }
 }
@@ -89,8 +90,9 @@ fn every_order_of_a_small_system() {
 fn the_search_finds_mistakes() {
     let options = Options { checkpoint_every: 0, bug: Some(Bug::ForwardBeforeStoring) };
     let plan = Plan { workload: small(3, 4), options, ..plan(0) };
-    let found = explore::<Node>(&plan, Bounds { crashes: 1, nodes: 4, delays: None, states: usize::MAX })
-        .expect_err("the mistake is found");
+    let found =
+        explore::<Node>(&plan, Bounds { crashes: 1, nodes: 4, delays: None, reduce: false, states: usize::MAX })
+            .expect_err("the mistake is found");
     assert!(found.timeline.iter().any(|line| line.contains("SHOWS")), "{found}");
 }
 

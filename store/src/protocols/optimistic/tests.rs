@@ -41,7 +41,7 @@ fn orders_of_a_small_system() {
         (race(), 2, Some(0), 10_000),
     ] {
         let plan = Plan { workload, options, ..plan(0) };
-        let bounds = Bounds { crashes, nodes: 4, delays, states: usize::MAX };
+        let bounds = Bounds { crashes, nodes: 4, delays, reduce: false, states: usize::MAX };
         let explored = explore::<Node>(&plan, bounds).unwrap_or_else(|found| panic!("{found}"));
         assert!(explored.complete && explored.states > states && explored.ends > 0, "{explored:?}");
     }

@@ -146,8 +146,11 @@ fn every_order_of_a_small_system() {
         let workload = Workload { outputs: 0, ..one.workload };
         let any = Plan { options, workload, down_at_most: usize::MAX, ..one.clone() };
         for plan in [one, any] {
-            let explored = explore::<Unit>(&plan, Bounds { crashes: 2, nodes: 3, delays: None, states: usize::MAX })
-                .unwrap_or_else(|found| panic!("{found}"));
+            let explored = explore::<Unit>(
+                &plan,
+                Bounds { crashes: 2, nodes: 3, delays: None, reduce: false, states: usize::MAX },
+            )
+            .unwrap_or_else(|found| panic!("{found}"));
             assert!(explored.complete && explored.states > 5_000 && explored.ends > 0, "{explored:?}");
         }
     }

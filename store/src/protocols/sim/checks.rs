@@ -117,11 +117,7 @@ impl Checks {
         up: &[bool],
     ) -> Result<(), Violation> {
         if let Some(state) = machines[node].borrow().recovery_state() {
-            for (unit, (&from, &to)) in self.recovery_state.iter().zip(&state).enumerate() {
-                if to < from {
-                    return Err(Violation::WentBack { unit, from, to });
-                }
-            }
+            went_back(&self.recovery_state, &state)?;
             self.recovery_state = state;
         }
         let Some(process) = live::<M, _>(node, machines, up) else {
@@ -147,18 +143,22 @@ impl Checks {
     /// A process is back: against all that is live, both ways, and against what was shown.
     fn became_live<M: Machine, B: Borrow<M>>(&self, node: usize, machines: &[B], up: &[bool]) -> Result<(), Violation> {
         let process = machines[node].borrow().process().expect("it is live");
-        for output in &self.shown[node] {
-            if process.digest_in(output.made_in) != Some(output.data) {
-                return Err(Violation::ShownUndone(output.clone()));
-            }
-        }
-        self.check_received::<M, _>(node, 0, machines, up)?;
+        self.undone(process)?;
         for other in (0..self.checked.len()).filter(|&other| other != node) {
             if let Some(peer) = live::<M, _>(other, machines, up) {
-                check(other, peer.history.iter().zip(1..).filter(|(interval, _)| interval.from == node), process)?;
+                both_ways(process, peer)?;
             }
         }
         Ok(())
+    }
+
+    /// What was shown of a live process is in its history.
+    pub(super) fn undone(&self, process: &Process) -> Result<(), Violation> {
+        let undone = |output: &&Output| process.digest_in(output.made_in) != Some(output.data);
+        match self.shown[process.id].iter().find(undone) {
+            Some(output) => Err(Violation::ShownUndone(output.clone())),
+            None => Ok(()),
+        }
     }
 
     /// What a live process received after `sii` was sent by its sender, as far as that is live.
@@ -234,6 +234,26 @@ impl Checks {
 fn live<'a, M: Machine + 'a, B: Borrow<M>>(node: usize, machines: &'a [B], up: &[bool]) -> Option<&'a Process> {
     let machine = machines[node].borrow();
     machine.process().filter(|_| up[node] && machine.phase() == Phase::Live)
+}
+
+/// A recovery state is followed by another.
+pub(super) fn went_back(before: &[Sii], now: &[Sii]) -> Result<(), Violation> {
+    match before.iter().zip(now).enumerate().find(|(_, (from, to))| to < from) {
+        Some((unit, (&from, &to))) => Err(Violation::WentBack { unit, from, to }),
+        None => Ok(()),
+    }
+}
+
+/// What two live processes received of each other was sent.
+pub(super) fn both_ways(one: &Process, other: &Process) -> Result<(), Violation> {
+    for (receiver, sender) in [(one, other), (other, one)] {
+        check(
+            receiver.id,
+            receiver.history.iter().zip(1..).filter(|(interval, _)| interval.from == sender.id),
+            sender,
+        )?;
+    }
+    Ok(())
 }
 
 fn check<'a>(

@@ -62,26 +62,19 @@ impl GroupChecks {
             return Ok(());
         }
         self.checked[node] = replica.log.len();
-        let broken = |what: String| Err(Violation::Broken(format!("site {node}: {what}")));
-        if let Err(what) = self.alone(replica) {
-            return broken(what);
-        }
+        self.member(node, replica)?;
         let me = machines[node].borrow().member().expect("it has a replica");
         for other in (0..machines.len()).filter(|&other| other != node && up[other]) {
-            let Some(them) = machines[other].borrow().member() else { continue };
-            let Some(theirs) = them.replica() else { continue };
-            // One that was left behind by a network in two parts does not know yet, and shows nothing.
-            match (me.has_excluded(them.site()), them.has_excluded(me.site())) {
-                (true, true) => {
-                    return broken(format!("site {other} has gone on without it, and it without site {other}"));
-                }
-                (false, false) => {
-                    together(replica, theirs).or_else(|what| broken(format!("against site {other}: {what}")))?;
-                }
-                _ => {}
+            if let Some(them) = machines[other].borrow().member() {
+                members(me, them)?;
             }
         }
         Ok(())
+    }
+
+    /// A member that has the group's state.
+    pub(super) fn member(&self, node: usize, replica: &Replica) -> Result<(), Violation> {
+        self.alone(replica).map_err(|what| Violation::Broken(format!("site {node}: {what}")))
     }
 
     /// One log: nothing twice, causal order, nothing from a site after its failure, and the state that a
@@ -148,6 +141,19 @@ impl GroupChecks {
             first = Some(all);
         }
         None
+    }
+}
+
+/// Two members that are up.
+pub(super) fn members(me: &Member, them: &Member) -> Result<(), Violation> {
+    let (Some(replica), Some(theirs)) = (me.replica(), them.replica()) else { return Ok(()) };
+    let (node, other) = (me.site().node, them.site().node);
+    let broken = |what: String| Err(Violation::Broken(format!("site {node}: {what}")));
+    // One that was left behind by a network in two parts does not know yet, and shows nothing.
+    match (me.has_excluded(them.site()), them.has_excluded(me.site())) {
+        (true, true) => broken(format!("site {other} has gone on without it, and it without site {other}")),
+        (false, false) => together(replica, theirs).or_else(|what| broken(format!("against site {other}: {what}"))),
+        _ => Ok(()),
     }
 }
 
