@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use ftrun_tests::binaries::{Mode, mode, need, own_release};
@@ -27,7 +28,9 @@ fn ip(words: &str) -> Result<(), Error> {
 
 impl Machine {
     fn new(which: &str) -> Result<Self, Error> {
-        let name = format!("ftrun-{which}-{}", std::process::id());
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        // Tests of one process run beside each other.
+        let name = format!("ftrun-{which}-{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
         ip(&format!("netns add {name}"))?;
         let machine = Self { name };
         ip(&format!("-n {} link set lo up", machine.name))?;
