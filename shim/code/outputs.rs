@@ -7,10 +7,10 @@ use core::sync::atomic::AtomicU64;
 use ftrun_abi::fast::{
     CONTROL_BASE, Control, FD_COUNTED, FD_PRIVATE, FD_SOCKET_BLOCKING, FD_SOCKET_NONBLOCKING, OUTPUT_HEADER, OUTPUT_MAX, OUTPUTS_BASE, OUTPUTS_BYTES, QUEUE, STREAMS,
 };
-use ftrun_abi::outputs::{BY_SHIM, Output, is_due, is_empty, pass};
+use ftrun_abi::outputs::{BY_SHIM, OPTION, Output, is_due, is_empty, pass};
 use ftrun_abi::ring::Ring;
 
-use crate::call::{Call, syscall};
+use crate::call::{Call, syscall, word};
 use crate::files::FilePiece;
 use crate::log::{begin, has_room, seam, settled, size};
 use crate::nr;
@@ -98,33 +98,53 @@ fn tell_sweeper(control: &Control) {
 
 /// The socket that a call is about alone, if what others of the unit's have in the queue makes no difference to it.
 pub(crate) fn socket_of(control: &Control, call: &Call) -> Option<u64> {
-    const OWN: u8 = FD_PRIVATE | FD_COUNTED;
     let fd = call.args[0];
     let alone = matches!(
         call.number,
         nr::WRITE | nr::WRITEV | nr::SENDTO | nr::SENDMSG | nr::SENDFILE | nr::CLOSE | nr::SHUTDOWN
     );
-    let own = fd < STREAMS as u64 && control.fds[fd as usize] & OWN == OWN;
-    (alone && own).then_some(fd)
+    (alone && is_own(control, fd)).then_some(fd)
+}
+
+/// What the kernel has counted of this socket is known, and nobody else has it.
+fn is_own(control: &Control, fd: u64) -> bool {
+    const OWN: u8 = FD_PRIVATE | FD_COUNTED;
+    fd < STREAMS as u64 && control.fds[fd as usize] & OWN == OWN
 }
 
 /// Where what is put into the queue comes from.
 enum Source {
     Memory(Sending),
     File(FilePiece),
+    /// An option of the socket: level, name, value.
+    Option([u32; 3]),
 }
 
 impl Source {
     /// The socket that it goes to, and at most how many bytes.
     fn of(control: &mut Control, call: &Call) -> Option<(u64, u64, Self)> {
-        if call.number != nr::SENDFILE {
-            let sending = Sending::of(control, call)?;
-            return Some((sending.fd, sending.total, Self::Memory(sending)));
+        let [fd, a1, a2, a3, ..] = call.args;
+        match call.number {
+            nr::SETSOCKOPT => Some((fd, 12, Self::Option([a1 as u32, a2 as u32, word(a3)]))),
+            nr::SENDFILE => {
+                let stream = matches!(kind(control, fd), FD_SOCKET_NONBLOCKING | FD_SOCKET_BLOCKING);
+                Some((fd, a3, Self::File(FilePiece::of(control, call).filter(|_| stream)?)))
+            }
+            _ => {
+                let sending = Sending::of(control, call)?;
+                Some((sending.fd, sending.total, Self::Memory(sending)))
+            }
         }
-        let [fd, _, _, most, ..] = call.args;
-        let stream = matches!(kind(control, fd), FD_SOCKET_NONBLOCKING | FD_SOCKET_BLOCKING);
-        Some((fd, most, Self::File(FilePiece::of(control, call).filter(|_| stream)?)))
     }
+}
+
+/// An option that decides when data are sent (`TCP_NODELAY`, `TCP_CORK`), of a socket that has data in the queue: it has its
+/// place among them.
+pub(crate) fn is_behind_outputs(control: &Control, call: &Call) -> bool {
+    const SOL_TCP: u64 = 6;
+    let [fd, level, option, value, len, _] = call.args;
+    let orders = level == SOL_TCP && matches!(option, 1 | 3) && value != 0 && len == 4;
+    call.number == nr::SETSOCKOPT && orders && is_own(control, fd) && !has_left(control, Some(fd))
 }
 
 /// Puts what a call sends into the queue; `None` when the call has to be made as it is.
@@ -140,12 +160,13 @@ pub(crate) fn queue(control: &mut Control, call: &Call) -> Option<i64> {
     }
     let mut ring = ring()?;
     let queued = if has_left(control, Some(fd)) { 0 } else { ring.end() - ring.begin() };
-    if !has_credit(control, fd, most, queued) || !has_room(control, size(8)) {
+    if !(matches!(source, Source::Option(_)) || has_credit(control, fd, most, queued)) || !has_room(control, size(8)) {
         return None;
     }
     let digest = call.digest()?;
     let record = ring.reserve(OUTPUT_HEADER + most as usize)?;
-    let output = Output { fd, needed: control.needed.load(Relaxed), done: AtomicU64::new(0) };
+    let what = if matches!(source, Source::Option(_)) { OPTION } else { 0 };
+    let output = Output { fd: fd | what, needed: control.needed.load(Relaxed), done: AtomicU64::new(0) };
     // SAFETY: records begin at multiples of 8, and this one has room for the header and the data.
     let data = unsafe {
         record.as_mut_ptr().cast::<Output>().write(output);
@@ -153,8 +174,7 @@ pub(crate) fn queue(control: &mut Control, call: &Call) -> Option<i64> {
     };
     let (total, position_at) = match &source {
         Source::Memory(sending) => {
-            // SAFETY: as above, room for all of it.
-            unsafe { sending.copy_to(data) };
+            sending.copy_to(data);
             (most, 0)
         }
         Source::File(piece) => {
@@ -162,6 +182,11 @@ pub(crate) fn queue(control: &mut Control, call: &Call) -> Option<i64> {
             ring.shrink(OUTPUT_HEADER + total as usize);
             control.pending_set.store(position, Relaxed);
             (total, piece.at)
+        }
+        Source::Option(words) => {
+            // SAFETY: as above, there is room for these 12 bytes.
+            unsafe { data.cast::<[u32; 3]>().write_unaligned(*words) };
+            (0, 0)
         }
     };
     control.streams[fd as usize].queued.store(ring.reserved_end(), Relaxed);

@@ -29,11 +29,9 @@ const FUTEX_WAKE: u64 = 1;
 /// Makes a call, an output of the unit not before it may leave.
 pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     outputs::let_leave(control, 1);
-    if !is_seen(call.row()?, &call.args) {
-        return make(control, call);
-    }
+    let behind = outputs::is_behind_outputs(control, call);
     let closes_file = call.number == nr::CLOSE && closes_file(control, call.args[0]);
-    if closes_file && control.last_tid.load(Relaxed) != call.tid {
+    if !behind && !closes_file && !is_seen(call.row()?, &call.args) {
         return make(control, call);
     }
     // That this thread has the turn has to be known before, too.
@@ -43,8 +41,8 @@ pub(crate) fn serve(control: &mut Control, call: &Call) -> Option<i64> {
     }
     let (needed, sii) = (control.needed.load(Relaxed), control.sii.load(Relaxed));
     let expected = expected(control, call);
-    let goes_on = is_send(call) && !in_batch(control, needed);
-    let stable = closes_file || may_leave(control, call, needed);
+    let goes_on = behind || is_send(call) && !in_batch(control, needed);
+    let stable = closes_file || !behind && may_leave(control, call, needed);
     let queued = if goes_on && !stable { outputs::queue(control, call) } else { None };
     let result = match queued {
         Some(result) => {
@@ -123,7 +121,7 @@ fn expected(control: &mut Control, call: &Call) -> Option<i64> {
     let [fd, a1, a2, ..] = call.args;
     let pieces = |at: u64, count: u64| (0..count).map(|i| piece(at, i)[1]).sum::<u64>();
     let sent = match call.number {
-        nr::CLOSE | nr::SHUTDOWN => return Some(0),
+        nr::CLOSE | nr::SHUTDOWN | nr::SETSOCKOPT => return Some(0),
         nr::WRITE | nr::SENDTO => a2,
         nr::WRITEV => pieces(a1, a2),
         nr::SENDFILE => call.args[3],

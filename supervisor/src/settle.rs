@@ -138,10 +138,10 @@ impl Unit {
             CLOSE if !is_open(fd) => Some(Done(0, vec![])),
             QUEUE => {
                 // Whether the shim has counted it nobody knows.
-                self.log.forget_fds(Some(fd as usize), u8::MAX - FD_COUNTED);
                 let position = control.pending_set.load(SeqCst).to_le_bytes().to_vec();
+                self.log.forget_fds(Some(fd as usize), u8::MAX - FD_COUNTED);
                 let outs = if at == 0 { vec![] } else { vec![(at, position)] };
-                (self.log.outputs().ring.end() != to).then(|| Done(from as i64, outs))
+                (self.log.outputs().ring.end() != to).then_some(Done(from as i64, outs))
             }
             TRANSFER if to > from => Some(Done((to - from) as i64, vec![(at, to.to_le_bytes().to_vec())])),
             // `offset` is how many bytes there were to write.

@@ -16,12 +16,21 @@ use crate::stream::Kernel;
 #[derive(Debug)]
 #[repr(C)]
 pub struct Output {
-    /// The socket.
+    /// The socket; with [`OPTION`] the data are an option that is set there: level, name and value, 4 bytes each.
     pub fd: u64,
     /// The event that must be in stable storage before.
     pub needed: u64,
     /// Bytes that have left, or need not leave any more.
     pub done: AtomicU64,
+}
+
+/// Added to [`Output::fd`].
+pub const OPTION: u64 = 1 << 63;
+
+impl Output {
+    fn socket(&self) -> u64 {
+        self.fd & !OPTION
+    }
 }
 
 const _: () = assert!(size_of::<Output>() == OUTPUT_HEADER);
@@ -34,6 +43,7 @@ pub const BY_SUPERVISOR: u32 = 2;
 /// Sockets that are passed over in one pass since their buffers are full.
 const FULL_MAX: usize = 16;
 
+const SETSOCKOPT: u64 = 54;
 const SENDMMSG: u64 = 307;
 /// `MSG_DONTWAIT` and `MSG_NOSIGNAL`.
 const FLAGS: u64 = 0x4040;
@@ -97,10 +107,10 @@ pub unsafe fn pass(
         if this.needed > committed || passed.full_count == FULL_MAX {
             break;
         }
-        if !passed.is_full(this.fd) {
+        if !passed.is_full(this.socket()) {
             // SAFETY: by the contract of this function, and nobody else is letting outputs leave.
             if !unsafe { leave(&kernel, control, message, position, this, data) } {
-                passed.full[passed.full_count] = this.fd;
+                passed.full[passed.full_count] = this.socket();
                 passed.full_count += 1;
             } else if left == position {
                 left = next;
@@ -151,6 +161,15 @@ unsafe fn leave(
     this: &Output,
     data: &[u8],
 ) -> bool {
+    if this.fd & OPTION != 0 {
+        if let Some((&[level, name, _], _)) = data.as_chunks::<4>().0.split_first_chunk() {
+            let [level, name] = [level, name].map(|word| u64::from(u32::from_le_bytes(word)));
+            // After a kill it is set once more.
+            kernel.call(SETSOCKOPT, [this.socket(), level, name, data[8..].as_ptr() as u64, 4, 0]);
+        }
+        this.done.store(data.len() as u64, SeqCst);
+        return true;
+    }
     loop {
         let done = this.done.load(SeqCst);
         let Some(rest) = data.get(done as usize..).filter(|rest| !rest.is_empty()) else { return true };

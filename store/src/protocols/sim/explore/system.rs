@@ -169,7 +169,8 @@ impl<'a, M: Subject> System<'a, M> {
             state.has_packets(other, node)
                 || self.node(state, other).machine.only_answers() && !state.has_packets(node, other)
         };
-        !learns && !(restarts && learned_of) && (0..self.nodes).filter(|&other| other != node).all(cannot_add)
+        let misses = learns || restarts && learned_of;
+        !misses && (0..self.nodes).filter(|&other| other != node).all(cannot_add)
     }
 
     pub(super) fn take(&mut self, state: &mut State, step: Step) -> Result<(), Violation> {
