@@ -5,9 +5,11 @@
  * the server has answered in all. `pid` is answered with the process id appended, `crash` is answered by a
  * store through a null pointer, `notify WORD` says WORD to the service manager.
  * Where a listening socket has been handed over, it is used. WORD is said to the service manager when it listens.
+ * With ALPHABET in the environment that file is made of the bytes from 0 to 255, and what is answered is taken from there.
  */
 #include "guest.h"
 #include <sys/epoll.h>
+#include <sys/sendfile.h>
 
 struct connection {
     int fd;
@@ -21,6 +23,26 @@ struct connection {
 
 static unsigned long total;
 static int epoll_fd;
+static int alphabet = -1;
+
+static void make_alphabet(const char *path) {
+    unsigned char bytes[256];
+    for (int i = 0; i < 256; i++) bytes[i] = (unsigned char)i;
+    CHECK((alphabet = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600)) >= 0);
+    CHECK(write(alphabet, bytes, sizeof bytes) == sizeof bytes);
+    CHECK(signal(SIGPIPE, SIG_IGN) != SIG_ERR);
+}
+
+static ssize_t send_byte(int fd, unsigned char byte) {
+    off_t at = byte;
+    ssize_t n = sendfile(fd, alphabet, &at, 1);
+    CHECK(at == byte + (n > 0 ? n : 0));
+    return n;
+}
+
+static void cork(int fd, int on) {
+    if (alphabet >= 0) CHECK(setsockopt(fd, IPPROTO_TCP, TCP_CORK, &on, sizeof on) == 0);
+}
 
 static void append(char **buffer, size_t *length, size_t *room, const char *data, size_t n) {
     if (*length + n > *room) {
@@ -62,13 +84,16 @@ static void end(struct connection *c) {
 /* Sends what is queued. Returns 0 when the connection is gone. */
 static int flush(struct connection *c) {
     size_t sent = 0;
+    cork(c->fd, 1);
     while (sent < c->out_length) {
-        ssize_t n = send(c->fd, c->out + sent, c->out_length - sent, MSG_NOSIGNAL);
+        ssize_t n = alphabet >= 0 ? send_byte(c->fd, (unsigned char)c->out[sent])
+                                  : send(c->fd, c->out + sent, c->out_length - sent, MSG_NOSIGNAL);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0 && errno == EAGAIN) break;
         if (n < 0) return 0;
         sent += (size_t)n;
     }
+    cork(c->fd, 0);
     memmove(c->out, c->out + sent, c->out_length - sent);
     c->out_length -= sent;
     int wait = c->out_length > 0;
@@ -125,6 +150,7 @@ int main(int argc, char **argv) {
     int listener = handed_socket();
     if (listener < 0) listener = listen_tcp(argc > 1 ? atoi(argv[1]) : 0);
     CHECK(fcntl(listener, F_SETFL, O_NONBLOCK) == 0);
+    if (getenv("ALPHABET")) make_alphabet(getenv("ALPHABET"));
     if (argc > 2) notify(argv[2]);
     CHECK((epoll_fd = epoll_create1(EPOLL_CLOEXEC)) >= 0);
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};

@@ -290,6 +290,14 @@ pub fn nginx(load: &Load) -> Result<Report, Error> {
     conclude(&unit, report)
 }
 
+/// nginx that [`nginx_launch`] has prepared: files up to 1 MiB on keep-alive connections.
+pub fn nginx_files(load: &Load, launch: Launch) -> Result<Report, Error> {
+    let files = web_files(&launch.work(), load.seed)?;
+    let unit = launch.start()?;
+    let report = load::run(load, &unit, clients(|n, rng| Http::connect(unit.port, n, rng, &files)));
+    conclude(&unit, report)
+}
+
 /// Starts a server that prints `ready PORT` and answers `pid`, and loads it with echo clients.
 pub fn echo_server(load: &Load, mut launch: Launch) -> Result<Report, Error> {
     launch.ready(Ready::Line);

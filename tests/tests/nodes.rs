@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use ftrun_store::{Location, UnitName, each_record};
 use ftrun_tests::binaries::is_bare;
 use ftrun_tests::load::{Load, Report};
-use ftrun_tests::scenarios::{echo_server, guest_launch, redis_launch, redis_with};
+use ftrun_tests::scenarios::{echo_server, guest_launch, nginx_files, nginx_launch, redis_launch, redis_with};
 use ftrun_tests::service::Service;
 use ftrun_tests::unit::{LIMIT, Launch, Ready, start_all_with};
 use ftrun_tests::{Error, error, survives};
@@ -211,6 +211,35 @@ fn killed_while_outputs_are_queued_and_leave() -> Result<(), Error> {
         launch.env("FTRUN_FAULT", format!("shim-seam:{pass}"));
         let load = Load { clients: 4, at_least: Duration::from_millis(300), ..load().kills(0) };
         let report = echo_server(&load, launch)?;
+        assert!(report.recoveries > 0, "seam {pass}: the unit was not killed:\n{report}");
+    }
+    Ok(())
+}
+
+/// The same with what is taken from files (`sendfile`), and options between (`TCP_CORK`).
+///
+/// Break it: have `outcome` in `settle.rs` tell no position, or `files::FilePiece::copy_to` begin at 0.
+#[test]
+fn killed_while_files_are_queued() -> Result<(), Error> {
+    if is_bare() {
+        return Ok(());
+    }
+    // One seam after the other, behind the start.
+    for pass in 300..330 {
+        let service = Service::new()?;
+        let mut launch = echo_launch(&service)?;
+        let alphabet = launch.work().join("alphabet");
+        launch.env("FTRUN_FAULT", format!("shim-seam:{pass}")).env("ALPHABET", alphabet.display().to_string());
+        let load = Load { clients: 2, at_least: Duration::from_millis(200), ..load().kills(0) };
+        let report = echo_server(&load, launch)?;
+        assert!(report.recoveries > 0, "seam {pass}: the unit was not killed:\n{report}");
+    }
+    for pass in [600, 607, 614, 621] {
+        let service = Service::new()?;
+        let mut launch = nginx_launch("access_log off; sendfile on; tcp_nopush on;", "")?;
+        launch.options(["--store", &service.url()]).env("FTRUN_FAULT", format!("shim-seam:{pass}"));
+        let load = Load { clients: 2, at_least: Duration::from_millis(200), ..load().kills(0) };
+        let report = nginx_files(&load, launch)?;
         assert!(report.recoveries > 0, "seam {pass}: the unit was not killed:\n{report}");
     }
     Ok(())
