@@ -5,7 +5,7 @@
  * the server has answered in all. `pid` is answered with the process id appended, `crash` is answered by a
  * store through a null pointer, `notify WORD` says WORD to the service manager.
  * Where a listening socket has been handed over, it is used. WORD is said to the service manager when it listens.
- * With ALPHABET in the environment that file is made of the bytes from 0 to 255, and what is answered is taken from there.
+ * With ALPHABET in the environment that file is made of the bytes from 0 to 255, and the first byte of an answer is taken from there.
  */
 #include "guest.h"
 #include <sys/epoll.h>
@@ -86,8 +86,8 @@ static int flush(struct connection *c) {
     size_t sent = 0;
     cork(c->fd, 1);
     while (sent < c->out_length) {
-        ssize_t n = alphabet >= 0 ? send_byte(c->fd, (unsigned char)c->out[sent])
-                                  : send(c->fd, c->out + sent, c->out_length - sent, MSG_NOSIGNAL);
+        ssize_t n = alphabet >= 0 && sent == 0 ? send_byte(c->fd, (unsigned char)c->out[0])
+                                               : send(c->fd, c->out + sent, c->out_length - sent, MSG_NOSIGNAL);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0 && errno == EAGAIN) break;
         if (n < 0) return 0;
