@@ -101,7 +101,7 @@ pub fn broadcasts(routine: Routine, sites: usize) -> Broadcasts {
     let (pattern, first) = (Pattern::Random, u32::from(!changes));
     let workload =
         Workload { units: sites, first, hops: 0, forks: 0, outputs, bytes: 100, pattern, computing: 0, seed: 1 };
-    let mut group = Group { members: Member::system(workload, &options), gone: None, transfers: 0 };
+    let mut group = Group { members: Member::system(workload, &options), changes, gone: None, transfers: 0 };
     group.goes_on((0..sites).map(|node| (node, Event::Start)).collect());
     let last = sites - 1;
     if changes {
@@ -127,6 +127,8 @@ pub fn broadcasts(routine: Routine, sites: usize) -> Broadcasts {
 /// A group on a network that is in step.
 struct Group {
     members: Vec<Member>,
+    /// Members come and go, and nothing else is looked at.
+    changes: bool,
     /// Who has failed.
     gone: Option<usize>,
     transfers: usize,
@@ -166,6 +168,8 @@ impl Group {
         let mut counted = Broadcasts { transfers: self.transfers, ..Broadcasts::default() };
         for entry in self.members[0].replica().iter().flat_map(|replica| &replica.log) {
             match entry {
+                // Who is back has something of its own to say.
+                Entry::Cut(Cut::Update(_)) if self.changes => {}
                 Entry::Cut(_) => counted.gbcasts += 1,
                 Entry::Message(message) if message.id.kind == Kind::Causal => counted.cbcasts += 1,
                 Entry::Message(_) => counted.abcasts += 1,
