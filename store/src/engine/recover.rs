@@ -258,6 +258,10 @@ impl Loaded {
         };
         let last = found.segments.keys().next_back().copied();
         let mut doubt = Doubt::default();
+        if last.is_none() && names.iter().any(|n| n == CLEAN) {
+            // A log that was closed had begun.
+            doubt.unknown = Some(finding(found.highest, 0, "the log has no beginning", UNITS.into()));
+        }
         let mut before = Which::Log.first_number() - 2;
         for (number, (file, proven_end)) in &mut found.segments {
             let Some(file) = file else {

@@ -224,7 +224,14 @@ impl Work {
                     .collect();
                 let skip = if made.records.is_empty() { random.below(3) } else { 0 };
                 tracked.unsure.push(Change::Append(made.next() + skip, records.clone()));
-                unit.append(Batch::of(made.next() + skip, records))?;
+                let batch = Batch::of(made.next() + skip, records);
+                if random.below(3) > 0 {
+                    unit.append(batch)?;
+                } else {
+                    let last = batch.next() - 1;
+                    unit.commit(batch, Duration::from_secs(60))?;
+                    tracked.acknowledged_record(last);
+                }
             }
             10..14 if !made.records.is_empty() => {
                 unit.wait(made.next() - 1, Duration::from_secs(60))?;

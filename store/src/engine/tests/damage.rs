@@ -117,6 +117,20 @@ fn a_missing_or_cut_file_is_found() {
     }
 }
 
+/// Break it: take a log of which nothing can be read for one that was never begun.
+#[test]
+fn a_closed_log_that_does_not_begin_is_said() {
+    let disk = stored(1);
+    for (file, _) in parts(&disk) {
+        if file == "clean" || file.starts_with("log") {
+            disk.damage(&file, |bytes| bytes.fill(0xa5));
+        }
+    }
+    let report = Engine::fsck_on(&disk).unwrap();
+    assert!(report.findings.iter().any(|f| f.file.starts_with("log")), "{:?}", report.findings);
+    assert!(!survives(&disk, "nothing of the log is left"));
+}
+
 /// Arbitrary bytes in the place of files.
 #[test]
 fn any_bytes_are_judged() {

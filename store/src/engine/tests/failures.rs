@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::crash::Work;
 use super::small;
 use crate::disk::fault::{FaultDisk, Faults};
-use crate::engine::Engine;
+use crate::engine::{Engine, Options};
 use crate::{Batch, Durability, Error, OpenOptions, StableStore, UnitName, UnitStore, each_record};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -26,6 +26,32 @@ fn count(unit: &dyn UnitStore) -> u64 {
     })
     .unwrap();
     n
+}
+
+/// What is queued while another one commits for itself is written, though nobody waits for it and the log is not idle for
+/// long.
+///
+/// Break it: have `Queue::committed` wake nobody.
+#[test]
+fn what_comes_during_a_commit_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = Engine::open(dir.path(), Options { idle: 60 * LONG, ..Options::default() }).unwrap();
+    let unit = |name: &str| {
+        let options = OpenOptions { holder: "t".into(), ttl: LONG, durability: Durability::Disk };
+        engine.open(&UnitName::new(name).unwrap(), &options).unwrap()
+    };
+    let (one, other) = (unit("one"), unit("other"));
+    let (told, hear) = std::sync::mpsc::channel();
+    other.notify(Box::new(move || told.send(()).unwrap()));
+    for sii in 0..300 {
+        std::thread::scope(|scope| {
+            scope.spawn(|| one.commit(Batch::of(sii, ["x"]), LONG).unwrap());
+            other.append(Batch::of(sii, ["y"])).unwrap();
+        });
+        while other.acknowledged().unwrap() <= sii {
+            hear.recv_timeout(LONG).unwrap();
+        }
+    }
 }
 
 /// Break it: try the sync again, or go on after it.
