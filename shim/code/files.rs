@@ -84,6 +84,13 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
     control.pending_fd.store(fd, Relaxed);
     control.pending_from.store(u64::from(room), Relaxed);
     control.offset.store(len_at, Relaxed);
+    if call.number == nr::DUP {
+        // Before it is so, lest a kill leaves it unsaid.
+        control.duplicated.store(1, Relaxed);
+        if let Some(known) = control.fds.get_mut(call.args[0] as usize) {
+            *known &= !(FD_PRIVATE | FD_COUNTED);
+        }
+    }
     let result = once(control, OPEN, call, digest, to, || own.make());
     if result == EINTR || result == EFAULT {
         end(control);
@@ -100,12 +107,6 @@ pub(crate) fn open(control: &mut Control, call: &Call) -> Option<i64> {
                 nr::SOCKET => FD_UNKNOWN | FD_PRIVATE,
                 _ => FD_UNKNOWN,
             };
-        }
-        if call.number == nr::DUP {
-            control.duplicated.store(1, Relaxed);
-            if let Some(known) = control.fds.get_mut(call.args[0] as usize) {
-                *known &= !(FD_PRIVATE | FD_COUNTED);
-            }
         }
         if to != 0 {
             let len = control.address_len.load(Relaxed);

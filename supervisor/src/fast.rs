@@ -274,9 +274,12 @@ impl Unit {
     }
 
     /// The supervisor is about to make a call that may take from a stream or give to it.
-    /// `ancillary` data goes with it.
+    /// `ancillary` data goes with it. What is no longer sure is forgotten now: the next supervisor finds it so if this one
+    /// is killed behind the call.
     pub(crate) fn before_fd_call(&mut self, row: &table::Row, args: &[u64; 6], ancillary: bool) {
         const ALL: u8 = u8::MAX;
+        /// What a second descriptor for the same socket leaves.
+        const TWIN: u8 = ALL - FD_PRIVATE - FD_COUNTED;
         self.note_changes(row, args);
         self.log.control().free_known.store(0, SeqCst);
         for (arg, value) in row.args.iter().zip(args) {
@@ -287,7 +290,17 @@ impl Unit {
         match i64::from(row.nr) {
             _ if row.effect == table::Effect::Lock => self.log.control().locked.store(1, SeqCst),
             libc::SYS_setsockopt if stream::stays_plain(args[1], args[2]) => {}
-            libc::SYS_setsockopt => self.log.forget_fds(Some(args[0] as usize), ALL - FD_COUNTED - FD_PRIVATE),
+            libc::SYS_setsockopt | libc::SYS_shutdown => self.log.forget_fds(Some(args[0] as usize), TWIN),
+            libc::SYS_close => self.log.forget_fds(Some(args[0] as usize), 0),
+            libc::SYS_close_range => self.log.forget_fds(None, 0),
+            libc::SYS_fcntl if !matches!(args[1] as i32, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) => {}
+            libc::SYS_fcntl | libc::SYS_dup | libc::SYS_dup2 | libc::SYS_dup3 => {
+                self.log.control().duplicated.store(1, SeqCst);
+                self.log.forget_fds(Some(args[0] as usize), TWIN);
+                if matches!(i64::from(row.nr), libc::SYS_dup2 | libc::SYS_dup3) {
+                    self.log.forget_fds(Some(args[1] as usize), 0);
+                }
+            }
             // Others may get descriptors with a message, or take them.
             libc::SYS_sendmsg if !ancillary => {}
             libc::SYS_sendmsg | libc::SYS_sendmmsg | libc::SYS_pidfd_getfd => self.share_fds(),
@@ -305,35 +318,16 @@ impl Unit {
     pub(crate) fn after_fd_call(&mut self, nr: u64, args: &[u64; 6], result: i64) {
         /// What a change of mode leaves.
         const MODE: u8 = FD_PRIVATE | FD_COUNTED;
-        /// What a second descriptor for the same socket leaves.
-        const TWIN: u8 = u8::MAX - MODE;
         let control = self.log.control();
         let duplicated = control.duplicated.load(SeqCst) != 0;
         match nr as i64 {
-            libc::SYS_close => {
-                control.free_fd.fetch_min(args[0], SeqCst);
-                self.log.forget_fds(Some(args[0] as usize), 0);
-            }
-            libc::SYS_close_range => {
-                control.free_fd.store(0, SeqCst);
-                self.log.forget_fds(None, 0);
-            }
-            libc::SYS_fcntl if matches!(args[1] as i32, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) => {
-                control.duplicated.store(1, SeqCst);
-                self.log.forget_fds(Some(args[0] as usize), TWIN);
-            }
-            libc::SYS_dup | libc::SYS_dup2 | libc::SYS_dup3 => {
-                control.duplicated.store(1, SeqCst);
-                self.log.forget_fds(Some(args[0] as usize), TWIN);
-                if nr as i64 != libc::SYS_dup {
-                    self.log.forget_fds(Some(args[1] as usize), 0);
-                }
-            }
+            libc::SYS_close => drop(control.free_fd.fetch_min(args[0], SeqCst)),
+            libc::SYS_close_range => control.free_fd.store(0, SeqCst),
+            libc::SYS_fcntl if matches!(args[1] as i32, libc::F_DUPFD | libc::F_DUPFD_CLOEXEC) => {}
             libc::SYS_fcntl | libc::SYS_ioctl if duplicated => self.log.forget_fds(None, MODE),
             libc::SYS_fcntl | libc::SYS_ioctl => self.log.forget_fds(Some(args[0] as usize), MODE),
             // What is new in an epoll set is fresh no more.
             libc::SYS_epoll_ctl => self.log.forget_fds(Some(args[2] as usize), MODE),
-            libc::SYS_shutdown => self.log.forget_fds(Some(args[0] as usize), TWIN),
             libc::SYS_accept | libc::SYS_accept4 | libc::SYS_socket if result >= 0 => {
                 self.log.note_private(result as usize);
             }

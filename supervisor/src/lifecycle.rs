@@ -19,6 +19,7 @@
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Arc, RwLock};
 
+use ftrun_abi::fast::FD_PRIVATE;
 use ftrun_abi::record::{Kind, flag};
 use ftrun_ckpt::pages::PageStore;
 use ftrun_ckpt::state::Snapshot;
@@ -177,7 +178,9 @@ impl Unit {
             self.find_doubt();
             self.settle()?;
         }
-        self.log.forget_fds(None, 0);
+        // Who has a socket beside the unit is forgotten before calls that change it; what else was known is asked for anew.
+        let cold = self.desk.is_some_and(|desk| desk.is_cold());
+        self.log.forget_fds(None, if cold { 0 } else { FD_PRIVATE });
         hands::take_over(self.sii);
         tracing::info!(sii = self.sii, "the supervisor was killed; recovering");
         Ok(self.outside.fatal)

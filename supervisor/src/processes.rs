@@ -125,6 +125,7 @@ impl Unit {
         let t = self.thread(vtid);
         let (tid, regs) = (t.tid, t.regs);
         let pointers = [request.parent_tid, request.child_tid, request.sp, request.tls];
+        self.share_fds();
         let made = self.clone_and_keep(vtid, tid, &regs, flags, pointers, None)?;
         let child = match made {
             Ok(child) => child,
@@ -134,7 +135,6 @@ impl Unit {
         let tsc = [libc::PR_SET_TSC as u64, libc::PR_TSC_ENABLE as u64, 0, 0, 0, 0];
         launch::gate_call(child, &regs, libc::SYS_prctl as u64, tsc, &mut |_| {})?;
         self.release_child(vtid, child);
-        self.share_fds();
         self.outside.children.insert(child, Child { ended: None, reported: false });
         let mut outs = Vec::new();
         if request.flags & libc::CLONE_PARENT_SETTID as u64 != 0 {
