@@ -256,7 +256,9 @@ impl Talk {
     /// would be taken.
     fn say(&mut self, seen: &Seen, now: Instant) -> ([String; 2], bool) {
         let (mut ready, mut lines) = (String::new(), String::new());
-        if seen.has_run && !self.is_ready && (self.ready == Ready::Started || self.program_ready) {
+        // One that is brought back after all was killed has run before, and is reached by nobody yet.
+        let has_come = seen.runs || seen.ending;
+        if has_come && seen.has_run && !self.is_ready && (self.ready == Ready::Started || self.program_ready) {
             self.is_ready = true;
             let _infallible = write!(ready, "READY=1\nMAINPID={}\n", std::process::id());
         }
@@ -339,6 +341,10 @@ mod tests {
         assert_eq!(said(&mut talk, Seen::default(), now), ["STATUS=starting"]);
         assert_eq!(said(&mut talk, RUNS, now), ["READY=1", &main, "STATUS=running"]);
         assert_eq!(said(&mut talk, RUNS, now), [""; 0]);
+
+        let mut talk = Talk::new(Ready::Started, None, now);
+        assert_eq!(said(&mut talk, Seen { runs: false, ..RUNS }, now), ["STATUS=recovering"]);
+        assert_eq!(said(&mut talk, RUNS, now), ["READY=1", &main, "STATUS=running"]);
 
         let mut talk = Talk::new(Ready::Program, None, now);
         assert_eq!(said(&mut talk, RUNS, now), ["STATUS=running"]);
