@@ -377,6 +377,12 @@ impl Common {
         self.allowed.fetch_max(snapshot.sii, SeqCst);
         // Everything up to here can be recovered: that is the recovery state of a unit alone.
         let mut end = lock(&self.end);
+        let inside = end.is_some_and(|end| snapshot.sii < end);
+        if inside {
+            // Events are stored meanwhile: the log's end stays where it is.
+            drop(end);
+            return unit.collect(snapshot.sii, 0).map(drop);
+        }
         *end = None;
         unit.collect(snapshot.sii, 0).map(drop)
     }
@@ -484,7 +490,7 @@ impl Common {
         let mut ahead = tail.ahead();
         let unit = self.link()?.unit;
         let last = {
-            // No checkpoint lets go of events meanwhile.
+            // No checkpoint behind the log's end moves that meanwhile.
             let mut end = lock(&self.end);
             let mut next = match *end {
                 Some(end) => end,
