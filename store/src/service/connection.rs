@@ -1,19 +1,20 @@
-//! One connection: a task that reads and one that writes.
+//! One connection: a task that reads and one that writes. (Who commits may write in the place of the latter:
+//! [`super::acknowledge`].)
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nix::sys::socket::{self, MsgFlags};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, timeout_at};
 
+use super::acknowledge::{Handles, Open, Ready};
 use super::greet::{Entry, Namespace, Peer};
-use super::{Service, count};
+use super::{Service, count, lock};
 use crate::engine::Handle;
 use crate::net::{
     Answer, FRAME_BYTES_MAX, HANDSHAKE_BYTES_MAX, Hello, Incoming, MAGIC, Op, PUTS_MAX, Proof, Prover, Request,
@@ -35,112 +36,6 @@ const READ_BYTES: usize = 128 << 10;
 const READ_PAGES: usize = 1024;
 /// A frame, and whatever else a client must go on with, may take so many times as long as the handshake.
 const FRAME_TIMES: u32 = 6;
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A unit that this connection has open.
-#[derive(Debug)]
-struct Open {
-    store: Arc<Handle>,
-    memory: bool,
-    /// An append failed, and the client has not said that it knows.
-    failed: AtomicBool,
-    /// It is among those whose acknowledgements are to be sent.
-    dirty: AtomicBool,
-}
-
-/// What both tasks and whoever commits share.
-#[derive(Debug, Default)]
-struct Handles {
-    units: Mutex<HashMap<u32, Arc<Open>>>,
-    dirty: Mutex<Vec<u32>>,
-    wake: Notify,
-    direct: Mutex<Direct>,
-}
-
-/// The way around the task that writes.
-#[derive(Debug, Default)]
-struct Direct {
-    /// The socket, if what is sent is not sealed.
-    socket: Option<OwnedFd>,
-    /// The task writes.
-    busy: bool,
-    /// What the socket has not taken; it goes first.
-    rest: Vec<u8>,
-}
-
-impl Handles {
-    fn get(&self, handle: u32) -> Result<Arc<Open>, Error> {
-        let found = lock(&self.units).get(&handle).cloned();
-        found.ok_or_else(|| Error::invalid(format!("handle {handle}"), "nothing was opened under it"))
-    }
-
-    /// Takes note that there are acknowledgements to be sent; true if there were none before: then the caller has to see to it
-    /// that they are.
-    fn ask(&self, handle: u32, unit: &Open) -> bool {
-        if unit.dirty.swap(true, Ordering::SeqCst) {
-            return false;
-        }
-        let mut dirty = lock(&self.dirty);
-        dirty.push(handle);
-        dirty.len() == 1
-    }
-
-    /// Puts what is to be said of acknowledgements into `out`.
-    fn acknowledgements(&self, out: &mut Vec<u8>) {
-        let handles = std::mem::take(&mut *lock(&self.dirty));
-        let units: Vec<(u32, Arc<Open>)> = {
-            let units = lock(&self.units);
-            handles.iter().filter_map(|handle| Some((*handle, Arc::clone(units.get(handle)?)))).collect()
-        };
-        units.iter().for_each(|(_, unit)| unit.dirty.store(false, Ordering::SeqCst));
-        let mut all = Vec::new();
-        let found = Handle::acknowledged_all(units.iter().map(|(_, unit)| &*unit.store));
-        for ((handle, _), acknowledged) in units.into_iter().zip(found) {
-            match acknowledged {
-                Ok(sii) => all.push((handle, sii)),
-                Err(error) if error.is_full() => encode(out, &Response::Stuck { handle, error }, &[]),
-                Err(error) => encode(out, &Response::AppendFailed { handle, error }, &[]),
-            }
-        }
-        if !all.is_empty() {
-            encode(out, &Response::Acknowledged(all), &[]);
-        }
-    }
-
-    /// Sends acknowledgements at once, if nothing is on its way; else the task does. Does not wait.
-    fn acknowledge(&self) {
-        let mut direct = lock(&self.direct);
-        let Direct { socket: Some(socket), busy: false, rest } = &mut *direct else {
-            self.wake.notify_one();
-            return;
-        };
-        if rest.is_empty() {
-            self.acknowledgements(rest);
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            // What is wrong with the connection is found by those who read and write.
-            let sent = if rest.is_empty() { 0 } else { socket::send(socket.as_raw_fd(), rest, flags).unwrap_or(0) };
-            rest.drain(..sent);
-        }
-        if !rest.is_empty() {
-            self.wake.notify_one();
-        }
-    }
-}
-
-/// Connections that have acknowledgements to send.
-#[derive(Debug, Default)]
-pub(super) struct Ready(Mutex<Vec<Arc<Handles>>>);
-
-impl Ready {
-    /// Sends them. Called by whoever commits.
-    pub(super) fn acknowledge(&self) {
-        let all = std::mem::take(&mut *lock(&self.0));
-        all.iter().for_each(|handles| handles.acknowledge());
-    }
-}
 
 /// Reads the next frame; `None` when the other side has ended between frames. Whatever else happens ends the connection.
 async fn hear<M: serde::de::DeserializeOwned>(
@@ -571,7 +466,7 @@ fn opened(
     let handle = next.fetch_add(1, Ordering::SeqCst);
     let (epoch, log) = (store.epoch(), store.log()?);
     let store = Arc::new(store);
-    let unit = Arc::new(Open { store, memory, failed: AtomicBool::new(false), dirty: AtomicBool::new(false) });
+    let unit = Arc::new(Open::new(store, memory));
     // Whoever is told of it finds it.
     lock(&handles.units).insert(handle, Arc::clone(&unit));
     if acknowledged_here {
@@ -580,7 +475,7 @@ fn opened(
             if let (Some(all), Some(unit)) = (all.upgrade(), weak.upgrade())
                 && all.ask(handle, &unit)
             {
-                lock(&ready.0).push(all);
+                ready.add(all);
             }
         }));
     }

@@ -4,6 +4,7 @@
 //! threads that may block. What has come in on a connection is queued as a whole before anybody commits it; whoever commits sends the
 //! acknowledgements, where the socket takes them.
 
+mod acknowledge;
 pub mod config;
 mod connection;
 mod greet;
@@ -13,8 +14,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener};
@@ -28,6 +29,10 @@ use crate::{Engine, EngineOptions, Error};
 use config::Config;
 use greet::Door;
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What all connections share.
 #[derive(Debug)]
 struct Service {
@@ -35,7 +40,7 @@ struct Service {
     limits: config::Limits,
     door: Door,
     figures: Figures,
-    ready: Arc<connection::Ready>,
+    ready: Arc<acknowledge::Ready>,
     /// True when the service ends.
     ending: watch::Receiver<bool>,
 }
