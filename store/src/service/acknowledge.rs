@@ -125,4 +125,3 @@ impl Ready {
         all.iter().for_each(|handles| handles.acknowledge());
     }
 }
-
