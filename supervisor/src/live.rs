@@ -471,6 +471,10 @@ impl Unit {
     /// Checkpoints that are due, requests, preemption.
     fn housekeeping(&mut self) -> Result<()> {
         use std::sync::atomic::Ordering::Relaxed;
+        // A unit that waits for input, with its outputs in the queue, would not find out by itself.
+        if let Some(why) = self.recorder.as_ref().and_then(|r| r.lost()) {
+            return Err(Halt::Broken(why));
+        }
         if self.shared.stop.swap(false, Relaxed) {
             self.ending = true;
             crate::pulse::ending();
