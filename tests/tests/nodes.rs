@@ -147,7 +147,7 @@ fn any_process_is_killed_and_the_store_service_of_redis() -> Result<(), Error> {
 
 /// While the store stands still the unit goes on: it takes what other clients say, and answers them all later.
 ///
-/// Break it: have `outputs::queue` in the shim queue nothing.
+/// Break it: have `outputs::queue` in the shim queue nothing, or forget in `take_over` whose the sockets are (`FD_PRIVATE`).
 #[test]
 fn the_unit_goes_on_while_the_store_stands_still() -> Result<(), Error> {
     if is_bare() {
@@ -176,6 +176,14 @@ fn the_unit_goes_on_while_the_store_stands_still() -> Result<(), Error> {
             std::thread::yield_now();
         }
     };
+    // The next supervisor still knows that the connections are the unit's alone.
+    unit.kill9_supervisor()?;
+    for _ in 0..2 {
+        for talk in &mut talks {
+            talk.say("another supervisor")?;
+            assert!(talk.hear(LIMIT)?.is_some());
+        }
+    }
     assert_eq!(wait_for(&|bytes| bytes == 0)?, 0, "all that was heard has left");
     service.stop()?;
     for talk in &mut talks {
