@@ -313,7 +313,7 @@ impl Unit {
             // The first image was stored before its process had an id.
             let vtid = if state.tid == 0 { self.vpid } else { state.tid };
             let tid = if i == 0 { pid } else { launch::add_thread(pid, &base, self.set_tid.then_some(vtid))? };
-            self.vtids.insert(tid, vtid);
+            self.learn_id(tid, vtid);
             self.threads.insert(
                 vtid,
                 Thread {

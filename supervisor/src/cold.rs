@@ -96,9 +96,9 @@ impl Unit {
             (fd, (flags >= 0).then_some(flags & libc::FD_CLOEXEC != 0))
         };
         let which = if all { Which::All } else { Which::Some(which.some.into_iter().map(on_exec).collect()) };
-        let (pid, look) = (std::process::id() as i32, &mut self.look);
+        let (pid, ids, look) = (std::process::id() as i32, self.ids(), &mut self.look);
         let looked = self.service.run(|| {
-            look.refresh(pid, which, &enrolled, given)?;
+            look.refresh(pid, which, &enrolled, given, &ids)?;
             look.encoded().map_err(std::io::Error::other)
         });
         match looked {
@@ -241,6 +241,13 @@ impl Unit {
         self.follow_debt(&mut objects)?;
         let present = desk.entered_table().unwrap_or_default();
         let given = self.set_given_aside(&objects, &present)?;
+        for open in objects.open.values_mut() {
+            if let Kind::File(file) = &mut open.kind
+                && let Some(now) = self.path_now(&file.path)
+            {
+                file.path = now;
+            }
+        }
         self.drop_outputs();
         crate::fault::point("thaw-begin", self.pid);
         let spare = desk.raised.load(SeqCst);
@@ -324,8 +331,7 @@ impl Unit {
         let regs = self.thread(vtid).regs;
         let (nr, args) = (regs.orig_rax, tracee::args_of(&regs));
         let row = table::lookup(nr, &args);
-        let (pid, tid) = (self.pid, self.tid(vtid));
-        let call = Prepared::new(tid, nr, &row, &args, &|p| crate::paths::rewrite(p, pid, tid))?;
+        let call = Prepared::new(self.tid(vtid), nr, &row, &args, &|path| self.path_of(vtid, path))?;
         let Some(result) = hands::owed(vtid, call.digest) else { return Ok(()) };
         let kind = objects.get(args[0] as i32).map(|open| &open.kind);
         let outside = match (row.effect, kind) {

@@ -48,6 +48,13 @@ fn owned(result: i64) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
 }
 
+/// Whether two numbers in a thread's table lead to one open file description (kcmp(2)).
+pub fn are_same(tid: i32, one: i32, other: i32) -> bool {
+    const KCMP_FILE: i32 = 0;
+    // SAFETY: plain numbers.
+    unsafe { libc::syscall(libc::SYS_kcmp, tid, tid, KCMP_FILE, one, other) == 0 }
+}
+
 /// Every descriptor in the table of a thread of this process.
 ///
 /// # Errors

@@ -217,6 +217,9 @@ impl Unit {
         if let Err(h) = self.thaw() {
             return h;
         }
+        if let Err(e) = self.open_itself_again() {
+            return Halt::Broken(format!("descriptors of the unit's own files in /proc: {e}"));
+        }
         self.begin_outputs();
         self.begin_hold();
         let replayed = now();

@@ -284,8 +284,7 @@ impl Unit {
         let (nr, args) = (regs.orig_rax, tracee::args_of(&regs));
         let tid = self.tid(vtid);
         let row = table::lookup(nr, &args);
-        let pid = self.pid;
-        let mut call = Prepared::new(tid, nr, &row, &args, &|p| crate::paths::rewrite(p, pid, tid))?;
+        let mut call = Prepared::new(tid, nr, &row, &args, &|path| self.path_of(vtid, path))?;
         let judged = if self.in_doubt.is_some() { self.judge(vtid, nr, &row, &args, &mut call) } else { None };
         let tried = match judged {
             Some(outcome) => Ok(outcome),

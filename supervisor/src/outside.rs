@@ -70,6 +70,9 @@ pub struct Outside {
     pub delivering: Option<(i32, SigInfo)>,
     /// A signal that ends the program has been given to it.
     pub fatal: Option<i32>,
+    /// The program's ids of threads by the kernel's, where they differ; also of those that were killed, as long as a
+    /// descriptor may name them ([`crate::procfs`]).
+    pub ids: BTreeMap<i32, i32>,
 }
 
 /// [`Outside`], as it is kept.
@@ -82,6 +85,7 @@ struct Kept {
     signals: Vec<(i32, Vec<u8>)>,
     delivering: Option<(i32, Vec<u8>)>,
     fatal: Option<i32>,
+    ids: BTreeMap<i32, i32>,
 }
 
 impl Outside {
@@ -97,6 +101,7 @@ impl Outside {
             signals: self.signals.iter().flat_map(each).collect(),
             delivering: self.delivering.map(|(to, info)| (to, info.to_vec())),
             fatal: self.fatal,
+            ids: self.ids.clone(),
         })
     }
 
@@ -110,6 +115,7 @@ impl Outside {
             timers: kept.timers,
             itimers: kept.itimers,
             fatal: kept.fatal,
+            ids: kept.ids,
             ..Self::default()
         };
         for (to, info) in kept.delivering.into_iter().chain(kept.signals) {

@@ -232,7 +232,7 @@ impl Unit {
         }
         let clear_tid = if request.flags & libc::CLONE_CHILD_CLEARTID as u64 != 0 { request.child_tid } else { 0 };
         self.inherit_cpus(vtid, known);
-        self.vtids.insert(new, known);
+        self.learn_id(new, known);
         self.threads.insert(
             known,
             Thread {
@@ -324,6 +324,7 @@ impl Unit {
         }
         self.threads.remove(&vtid);
         self.vtids.remove(&tid);
+        self.outside.ids.remove(&tid);
         self.outside.signals.remove(&vtid);
         self.model.affinity.remove(&vtid);
         self.outside.begun.remove(&vtid);

@@ -44,6 +44,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("forks", forks),
     ("files", files),
     ("memory", memory),
+    ("itself", itself),
     ("descriptors", descriptors),
     ("spin", spin),
     ("alarm-spin", alarm_spin),
@@ -526,6 +527,11 @@ pub fn files(load: &Load) -> Result<Report, Error> {
 /// mmap, mremap, mprotect, madvise, brk.
 pub fn memory(load: &Load) -> Result<Report, Error> {
     rounds(load, guest_launch("memory")?, |_, _| Ok(()))
+}
+
+/// A program that keeps files open that proc(5) has about the program.
+pub fn itself(load: &Load) -> Result<Report, Error> {
+    rounds(load, guest_launch("itself")?, |_, _| Ok(()))
 }
 
 /// A thread that spins on a variable until another has set it.

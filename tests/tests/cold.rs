@@ -172,6 +172,12 @@ fn memory() -> Result<(), Error> {
     rounds("memory", |_, _| Ok(()))
 }
 
+/// Break it: keep the names of the unit's files in proc(5) as the kernel tells them.
+#[test]
+fn itself() -> Result<(), Error> {
+    rounds("itself", |_, _| Ok(()))
+}
+
 /// redis: each client has a counter of its own, which holds every increment that was answered, and none that was not
 /// asked for.
 ///

@@ -20,6 +20,24 @@ fn redis_without_root() -> Result<(), Error> {
     Ok(())
 }
 
+/// Here the kernel does not let us choose process ids, so that each new process of the unit has another.
+///
+/// Break it: translate the ids in the names of the unit's files in proc(5) one way only.
+#[test]
+fn itself_without_root() -> Result<(), Error> {
+    if !is_root() {
+        return Ok(());
+    }
+    for level in ["process", "supervisor"] {
+        let mut launch = scenarios::guest_launch("itself")?;
+        launch.as_user(ORDINARY).options(["--durability", level]);
+        let load = Load::from_env();
+        let load = if level == "supervisor" { load.any_victim() } else { load };
+        println!("{}", scenarios::rounds(&load, launch, |_, _| Ok(()))?);
+    }
+    Ok(())
+}
+
 #[test]
 fn python_without_root() -> Result<(), Error> {
     if !is_root() {

@@ -32,6 +32,7 @@ survives! {
     forks;
     files;
     memory;
+    itself;
     descriptors;
     spin;
     alarm_spin;

@@ -41,6 +41,7 @@ survives! {
     timers;
     files;
     memory;
+    itself;
     descriptors;
     spin;
     alarm_spin;

@@ -13,6 +13,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use crate::fds;
+use crate::procfs::Ids;
+
 use super::{Content, Entry, FILE_BYTES_MAX, File, Id, Kind, Number, Objects, Open, Pipe, Record, Socket, Timer};
 use super::{FILES_BYTES_MAX, sockets};
 
@@ -121,11 +124,12 @@ struct Round {
 
 impl Look {
     /// Brings it up to date. `pid` is a process whose main thread has the unit's table, directory and umask; call it
-    /// in a thread with a table of its own. `given` says that what is open now was given to the program by its starter.
+    /// in a thread with a table of its own. `given` says that what is open now was given to the program by its starter;
+    /// `ids` are those of the unit's threads, for the names of their files in proc(5).
     ///
     /// # Errors
     /// `/proc` cannot be read.
-    pub fn refresh(&mut self, pid: i32, which: Which, enrolled: &[Enrolled], given: bool) -> io::Result<()> {
+    pub fn refresh(&mut self, pid: i32, which: Which, enrolled: &[Enrolled], given: bool, ids: &Ids) -> io::Result<()> {
         let table = Table::open(pid)?;
         let stale = match which {
             Which::Some(numbers) if self.begun => numbers,
@@ -154,8 +158,11 @@ impl Look {
         for (number, on_exec) in stale {
             // One that is closed meanwhile was never the unit's.
             if let Some(on_exec) = on_exec
-                && let Ok(taken) = table.take(number)
+                && let Ok(mut taken) = table.take(number)
             {
+                if let Some(lasting) = ids.lasting_path(&taken.link) {
+                    taken.link = lasting;
+                }
                 self.attach(&table, &taken, Number { open: 0, on_exec }, number, given, &mut round);
             }
         }
@@ -207,7 +214,7 @@ impl Look {
         let inode = (taken.stat.st_dev, taken.stat.st_ino);
         let candidates = || self.by_inode.get(&inode).into_iter().flatten().copied();
         let first = |id: &Id| self.numbers_of.get(id).and_then(|n| n.first().copied());
-        let same = candidates().find(|id| table.same(number, first(id)));
+        let same = candidates().find(|id| first(id).is_some_and(|other| fds::are_same(table.pid, number, other)));
         // What has had this number, and no other now: of a socket or pipe the inode tells that it is the same; of a
         // file it makes no difference.
         let before = || candidates().find(|id| first(id).is_none() && round.before.get(&number) == Some(id));
@@ -495,15 +502,6 @@ impl Table {
         let text = self.info(number)?;
         let link = fs::read_link(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()))?.as_os_str().as_bytes().to_vec();
         Ok(Taken { fd, info: Info::parse(&text), stat, link })
-    }
-
-    /// Both numbers lead to the same description (kcmp(2)).
-    fn same(&self, one: i32, other: Option<i32>) -> bool {
-        const KCMP_FILE: i32 = 0;
-        // SAFETY: plain numbers.
-        other.is_some_and(|other| unsafe {
-            libc::syscall(libc::SYS_kcmp, self.pid, self.pid, KCMP_FILE, one, other) == 0
-        })
     }
 }
 
