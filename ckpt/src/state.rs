@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 /// Size of a page in bytes; the only size that the tool supports (x86-64 base pages).
 pub const PAGE_BYTES: u64 = 4096;
 
+/// First address behind those that a process can have.
+pub const TASK_END: u64 = 0x7fff_ffff_f000;
+
 /// Registers of one thread in the layout of `struct user_regs_struct` (sys/user.h), 27 words.
 pub type Regs = [u64; 27];
 
@@ -84,6 +87,8 @@ pub struct Snapshot {
     pub incarnation: u32,
     /// Memory layout, ascending.
     pub maps: Vec<Mapping>,
+    /// The files in it.
+    pub files: Vec<crate::files::MappedFile>,
     /// Fields of the address space.
     pub mm: MmFields,
     /// Threads; the first is the main thread.

@@ -26,6 +26,7 @@ fn snapshot(sii: u64) -> Snapshot {
             inode: 0,
             path: "[heap]".into(),
         }],
+        files: vec![],
         mm: MmFields::default(),
         threads: vec![ThreadState {
             tid: 7,

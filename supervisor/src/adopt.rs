@@ -28,6 +28,7 @@ impl Unit {
         regs.orig_rax = u64::MAX;
         let xstate = tracee::get_xstate(scratch)?;
         let sigmask = tracee::get_sigmask(scratch)?;
+        let mapped = &mut self.mapped;
         let taken = self.service.run(|| -> std::io::Result<_> {
             let all = read_maps(scratch)?;
             let vdso = all.iter().find(|m| m.path == "[vdso]").map_or(0, |m| m.start);
@@ -36,12 +37,15 @@ impl Unit {
             let empty = ftrun_ckpt::pages::PageStore::new();
             let scan = full.scan(scratch, &maps, &empty).map_err(std::io::Error::other)?;
             let mem = fs::File::open(format!("/proc/{scratch}/mem"))?;
-            let staged = copy_in(scratch, &scan.dirty, Some(&mem))?;
+            let mut staged = copy_in(scratch, &scan.dirty, Some(&mem))?;
+            mapped.restored(&[]);
+            let (files, _) = mapped.follow(scratch, &maps, &empty, &mut staged)?;
             let status = fs::read_to_string(format!("/proc/{scratch}/status"))?;
             let comm = fs::read_to_string(format!("/proc/{scratch}/comm"))?.trim_end().to_owned();
-            Ok((maps, vdso, staged, launch::read_mm(scratch, None)?, status, comm, read_credentials(scratch)?))
+            Ok((maps, files, vdso, staged, launch::read_mm(scratch, None)?, status, comm, read_credentials(scratch)?))
         });
-        let (maps, vdso, staged, mut mm, status, comm, credentials) = taken.map_err(broken("reading the new image"))?;
+        let (maps, files, vdso, staged, mut mm, status, comm, credentials) =
+            taken.map_err(broken("reading the new image"))?;
         if maps.iter().any(|m| m.start < REGION_END && m.end > REGION_BASE) {
             return Err(Halt::Broken(format!("the program uses memory at {:#x}, which ftrun needs", GATE.base)));
         }
@@ -87,6 +91,7 @@ impl Unit {
             at_ns: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
             incarnation: self.incarnation,
             maps,
+            files,
             mm,
             threads: vec![ThreadState {
                 tid: self.vpid,

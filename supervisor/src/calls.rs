@@ -1,6 +1,7 @@
 //! Calls with a handler of their own: the rows marked irregular in the table.
 
 use ftrun_abi::table::{Class, Row};
+use ftrun_ckpt::files::Named;
 
 use crate::live::Outcome;
 use crate::marshal::{Prepared, steady_call};
@@ -120,11 +121,10 @@ impl Unit {
             outs = call.written(result);
         }
         if nr == libc::SYS_mmap as u64 && result > 0 && args[3] & libc::MAP_ANONYMOUS as u64 == 0 {
-            match std::fs::read_link(format!("/proc/thread-self/fd/{}", args[4] as i32)) {
-                Ok(path) if path.is_absolute() && path.exists() => {
-                    use std::os::unix::ffi::OsStrExt;
-                    outs.push((0, path.as_os_str().as_bytes().to_vec()));
-                }
+            let fd = args[4] as i32;
+            let link = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"));
+            match link.and_then(|path| Named::new(fd, &path)).map(|file| postcard::to_stdvec(&file)) {
+                Ok(Ok(file)) => outs.push((0, file)),
                 _ => self.unloggable = Some("mmap of a file without a path".into()),
             }
         }

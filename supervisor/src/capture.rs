@@ -62,22 +62,28 @@ impl Unit {
         if let Some(journal) = &self.journal {
             journal.before_checkpoint();
         }
+        self.lost_a_file.store(false, SeqCst);
         let (pid, model_brk) = (self.pid, self.model.brk);
-        let pages = &self.pages;
+        let (pages, files) = (&self.pages, &mut self.mapped);
         let tracker = &mut self.tracker;
         let captured = self.service.run(move || -> std::io::Result<_> {
             let maps = program_maps(read_maps(pid)?);
             let mm = launch::read_mm(pid, Some(model_brk))?;
             let scan = tracker.scan(pid, &maps, &read(pages)).map_err(std::io::Error::other)?;
             let mem = fs::File::open(format!("/proc/{pid}/mem"))?;
-            let staged = copy_in(pid, &scan.dirty, Some(&mem));
+            let mut gone = scan.gone;
+            let staged = copy_in(pid, &scan.dirty, Some(&mem)).and_then(|mut staged| {
+                let (files, needless) = files.follow(pid, &maps, &read(pages), &mut staged)?;
+                gone.extend(needless);
+                Ok((staged, files))
+            });
             if staged.is_err() {
                 tracker.forget();
             }
-            let comms = comms(pid);
-            Ok((maps, mm, scan, staged?, comms))
+            let (staged, files) = staged?;
+            Ok((maps, files, mm, gone, staged, comms(pid)))
         });
-        let (maps, mm, scan, staged, comms) = match captured {
+        let (maps, files, mm, gone, staged, comms) = match captured {
             Ok(x) => x,
             Err(e) => {
                 // The unit may have been killed under our hands: then its end is reported next.
@@ -90,7 +96,7 @@ impl Unit {
         crate::fault::point("checkpoint-copied", self.pid);
         {
             let mut pages = self.pages.write().unwrap_or_else(PoisonError::into_inner);
-            pages.drop_runs(&scan.gone);
+            pages.drop_runs(&gone);
             pages.commit(&staged).map_err(broken("keeping pages"))?;
         }
         self.follow_limits();
@@ -138,6 +144,7 @@ impl Unit {
             at_ns: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64),
             incarnation: self.incarnation,
             maps,
+            files,
             mm,
             threads,
             sigactions: self.model.actions.clone(),
@@ -168,7 +175,7 @@ impl Unit {
             });
         }
         tracing::debug!(sii = self.sii, pages, pause_us = self.pause_ns / 1000, "a checkpoint");
-        let capture = Arc::new(Capture { snapshot, parent, staged, gone: scan.gone });
+        let capture = Arc::new(Capture { snapshot, parent, staged, gone });
         if let Some(journal) = &mut self.journal {
             journal.checkpoint(&mut self.log, Arc::clone(&capture), &self.pages, wanted);
         }
@@ -282,6 +289,7 @@ impl Unit {
     /// Builds the process from the newest checkpoint. Every thread stands before a call or in user code.
     pub fn restore(&mut self) -> Result<()> {
         let snapshot = self.snapshot.clone().ok_or_else(|| Halt::Broken("there is no checkpoint".into()))?;
+        self.mapped.restored(&snapshot.files);
         self.enter_table()?;
         self.threads.clear();
         self.vtids.clear();

@@ -172,6 +172,7 @@ fn run(global: &Global, args: RunArgs) -> Result<u8, Error> {
         log_json: global.log_format == LogFormat::Json,
         lossy: false,
         resume: args.resume,
+        self_contained: args.self_contained,
         hold: args.hold_descriptors,
     };
     let dir = UnitDir::create(&options.state_dir, &options.unit_name())?;

@@ -35,6 +35,8 @@ const ENTERED: u32 = 1;
 const COLD: u32 = 2;
 /// [`Desk::entered`]: the unit's own have come back from the service manager, after its keeper was killed.
 const RETURNED: u32 = 4;
+/// What the unit needs is missing: it may be put back.
+const LACKING: u32 = 8;
 
 /// [`Desk::hands`]: nothing to do, or the last call's result has been taken.
 pub const IDLE: u32 = 0;
@@ -163,7 +165,7 @@ pub struct Desk {
     pub incarnation: AtomicU32,
     /// Recoveries so far.
     pub recoveries: AtomicU64,
-    /// [`ENTERED`], [`COLD`], [`RETURNED`].
+    /// [`ENTERED`], [`COLD`], [`RETURNED`], [`LACKING`].
     entered: AtomicU32,
     /// Signs of life of the supervisor and the unit ([`crate::pulse`]).
     pub beats: AtomicU64,
@@ -331,10 +333,15 @@ impl Desk {
         self.entered.load(SeqCst) & RETURNED != 0
     }
 
+    /// The unit lacks something that may be put back: what remains of it is kept for that.
+    pub fn lacks(&self) {
+        self.entered.fetch_or(LACKING, SeqCst);
+    }
+
     /// What remains of the unit is of no use any more, once its run is over: it has gone on since its keeper was killed,
     /// or that never was.
     pub fn can_be_forgotten(&self) -> bool {
-        self.entered.load(SeqCst) & (COLD | RETURNED) == 0
+        self.entered.load(SeqCst) & (COLD | RETURNED | LACKING) == 0
     }
 
     /// Every descriptor in the table is the unit's again, and all of its descriptors are there.

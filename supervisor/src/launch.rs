@@ -8,11 +8,13 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 
 use ftrun_ckpt::copy::copy_out;
+use ftrun_ckpt::files;
 use ftrun_ckpt::pages::PageStore;
-use ftrun_ckpt::state::{Mapping, MmFields, Snapshot};
+use ftrun_ckpt::state::{Mapping, MmFields, Snapshot, TASK_END};
 use libc::{sock_filter, user_regs_struct};
 use serde::{Deserialize, Serialize};
 
@@ -24,9 +26,6 @@ use crate::vdso;
 
 /// Where our pages lie in every unit: far from where Linux puts programs, libraries and stacks.
 pub const GATE: Gate = Gate { base: 0x6f00_0000_0000 };
-
-/// End of user addresses (4-level paging).
-const TASK_END: u64 = 0x7fff_ffff_f000;
 
 /// The filter: the gate's own instruction, the shim's, those of the kernel's shared object (which makes calls
 /// where it cannot tell the time itself) and `rt_sigreturn` pass, 32-bit and x32 calls get `ENOSYS`,
@@ -171,6 +170,9 @@ pub enum LaunchError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// What memory was mapped from is not there any more.
+    #[error(transparent)]
+    File(#[from] files::Error),
     /// The process died while it was built.
     #[error(transparent)]
     Trace(#[from] TraceError),
@@ -370,7 +372,7 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
 
     let mut file = OpenFile::default();
     for m in &snapshot.maps {
-        let fd = file.of(m);
+        let fd = file.of(m, &snapshot.files, pages)?;
         let what = format!("mapping {:x}-{:x} {}", m.start, m.end, m.path);
         let prot = if fill(m, pages) { m.prot | libc::PROT_WRITE as u32 } else { m.prot };
         let mut flags = libc::MAP_FIXED | if m.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
@@ -464,42 +466,25 @@ fn set_mm(tid: i32, snapshot: &Snapshot, call: &mut GateCall<'_>) -> Result<(), 
     result.map(drop)
 }
 
-/// The file of the mapping before, kept open for the next one. It stands in the unit's table for the
+/// The file of the mapping before, by device and inode, kept open for the next one. It stands in the unit's table for the
 /// time of the call that maps it, while no thread of the unit runs.
 #[derive(Default)]
 struct OpenFile {
-    open: Option<(String, i32)>,
+    open: Option<((u64, u64), Option<fs::File>)>,
 }
 
 impl OpenFile {
-    fn of(&mut self, m: &Mapping) -> i32 {
-        if m.inode == 0 || m.path.is_empty() || m.path.ends_with(" (deleted)") {
-            return -1;
+    fn of(&mut self, m: &Mapping, known: &[files::MappedFile], pages: &PageStore) -> Result<i32, files::Error> {
+        if m.inode == 0 {
+            return Ok(-1);
         }
-        if let Some((path, fd)) = &self.open
-            && *path == m.path
-        {
-            return *fd;
+        let key = (m.dev, m.inode);
+        if self.open.as_ref().is_none_or(|(open, _)| *open != key) {
+            // Its place is free for the next.
+            self.open = None;
+            self.open = Some((key, files::open(m, known, pages)?));
         }
-        self.close();
-        let fd = open_mapped(&m.path, m.shared);
-        if fd >= 0 {
-            self.open = Some((m.path.clone(), fd));
-        }
-        fd
-    }
-
-    fn close(&mut self) {
-        if let Some((_, fd)) = self.open.take() {
-            // SAFETY: opened by `of`.
-            unsafe { libc::close(fd) };
-        }
-    }
-}
-
-impl Drop for OpenFile {
-    fn drop(&mut self) {
-        self.close();
+        Ok(self.open.as_ref().and_then(|(_, file)| Some(file.as_ref()?.as_raw_fd())).unwrap_or(-1))
     }
 }
 

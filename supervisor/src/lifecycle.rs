@@ -111,6 +111,12 @@ impl Unit {
                     self.bury();
                     return Ok(End::Failed(d.to_string()));
                 }
+                Halt::Lost(why) => {
+                    if let Some(desk) = self.desk.filter(|_| self.standby.is_some()) {
+                        desk.lacks();
+                    }
+                    return Ok(End::Failed(why));
+                }
                 Halt::BadAddress => return Ok(End::Failed("a bad address in the supervisor's own work".into())),
                 Halt::Broken(why) => {
                     if self.is_dying(self.pid) {

@@ -5,6 +5,7 @@
 //! before anything else happened. So the order of events is the order of the program's steps, and
 //! replay needs no other record of the turn than the thread of each event.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::fast::RECORD;
@@ -28,6 +29,8 @@ const PAUSE_SHARE: u64 = 50;
 
 /// How often a running thread is asked to pass the turn, at most.
 const TICK_NS: u64 = 2_000_000;
+/// How often the names of mapped files are looked at.
+const FILES_NS: u64 = 500_000_000;
 
 /// What came of trying a call.
 pub(crate) enum Outcome {
@@ -491,6 +494,7 @@ impl Unit {
             self.last_entry = time;
         }
         self.feel_pulse(time);
+        self.look_at_files(time);
         let due = self.checkpoint_due();
         let others = !self.ready.is_empty() || self.threads.values().any(|t| t.place == Place::Parked);
         let starving = self.current.is_some_and(|c| !self.ready.is_empty() || self.has_signals(c) || others);
@@ -558,8 +562,23 @@ impl Unit {
         let events = self.sii - self.snapshot.as_ref().map_or(0, |s| s.sii);
         (self.shared.checkpoint.load(std::sync::atomic::Ordering::Relaxed) && self.can_store())
             || (age >= self.checkpoint_every && events > 0)
+            || self.lost_a_file.load(SeqCst)
             || self.log.bytes() >= self.checkpoint_log
             || (events * self.replay_ns > self.replay_max && age > self.pause_ns * PAUSE_SHARE)
+    }
+
+    /// Files that memory is mapped from are put in the place of others while the unit does nothing, too: then their content
+    /// is to be in a checkpoint before the process dies.
+    fn look_at_files(&mut self, time: u64) {
+        if time.saturating_sub(self.files_looked_at) < FILES_NS || self.lost_a_file.load(SeqCst) {
+            return;
+        }
+        self.files_looked_at = time;
+        let (pid, taken, lost) = (self.pid, self.mapped.taken(), Arc::clone(&self.lost_a_file));
+        self.service.post(move || {
+            let maps = ftrun_ckpt::maps::read_maps(pid).map(crate::capture::program_maps);
+            lost.store(maps.is_ok_and(|maps| taken.lacks_one(&maps)), SeqCst);
+        });
     }
 
     /// Adds an output to the record under construction.

@@ -6,11 +6,16 @@
 
 use std::sync::atomic::Ordering::SeqCst;
 
+use std::os::fd::AsRawFd;
+
 use ftrun_abi::fast::REPLAY;
 use ftrun_abi::record::{Header, Kind, Record, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
 
+use ftrun_ckpt::files::Named;
+
 use crate::divergence::{Divergence, describe, describe_call};
+use crate::launch::LaunchError;
 use crate::live::Outcome;
 use crate::marshal::Prepared;
 use crate::signals::{ANY_THREAD, Trapped, apply_trapped};
@@ -259,23 +264,25 @@ impl Unit {
     /// Makes a call about the process itself again, so that it comes out where it did.
     fn execute_again(&mut self, vtid: i32, nr: u64, mut args: [u64; 6], record: &Record<'_>) -> Result<i64> {
         let result = record.header.result as u64;
-        let mut opened = -1;
+        // Closed when the call has been made.
+        let mut opened = None;
         match nr as i64 {
             libc::SYS_mmap => {
                 args[0] = result;
                 args[3] = args[3] & !(libc::MAP_FIXED_NOREPLACE as u64) | libc::MAP_FIXED as u64;
                 if args[3] & libc::MAP_ANONYMOUS as u64 == 0 {
-                    let path = record.outputs().find(|o| o.0 == 0).map(|o| String::from_utf8_lossy(o.1).into_owned());
-                    let path = path.unwrap_or_default();
+                    let file =
+                        record.outputs().find(|o| o.0 == 0).and_then(|o| postcard::from_bytes::<Named>(o.1).ok());
+                    let Some(file) = file else {
+                        return Err(Halt::Broken("the log does not tell what was mapped".into()));
+                    };
                     if self.off_line {
                         args[3] = args[3] & !(libc::MAP_TYPE as u64) | libc::MAP_PRIVATE as u64;
                     }
                     let shared = args[3] & libc::MAP_SHARED as u64 != 0;
-                    opened = crate::launch::open_mapped(&path, shared && args[2] & libc::PROT_WRITE as u64 != 0);
-                    if opened < 0 {
-                        return Err(Halt::Broken(format!("the unit mapped {path}, which cannot be opened any more")));
-                    }
-                    args[4] = opened as u64;
+                    let write = shared && args[2] & libc::PROT_WRITE as u64 != 0;
+                    let file = opened.insert(file.open(write).map_err(LaunchError::from)?);
+                    args[4] = file.as_raw_fd() as u64;
                 }
             }
             libc::SYS_mremap if result != args[0] => {
@@ -284,12 +291,7 @@ impl Unit {
             }
             _ => {}
         }
-        let r = self.gate(vtid, nr as libc::c_long, args);
-        if opened >= 0 {
-            // SAFETY: opened above.
-            unsafe { libc::close(opened) };
-        }
-        r
+        self.gate(vtid, nr as libc::c_long, args)
     }
 
     fn apply_futex(&mut self, record: &Record<'_>, sii: u64) -> Result<()> {

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ftrun_ckpt::dirty;
+use ftrun_ckpt::files::{Files, Policy};
 use ftrun_ckpt::image::PageSource;
 
 use crate::cli::{RunOptions, Stable, StoreOptions};
@@ -372,6 +373,7 @@ fn try_supervisor(
     unit.standby = standby;
     unit.recorder = recorder;
     unit.desk = Some(desk);
+    unit.mapped = Files::new(Policy { content: options.self_contained, digest: options.store.is_some() });
     unit.checkpoint_every = options.checkpoint_every.as_nanos() as u64;
     unit.replay_max = options.recover_within.as_nanos() as u64;
     unit.checkpoint_log = options.checkpoint_log_bytes;

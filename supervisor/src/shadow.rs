@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use ftrun_abi::record::Record;
 use ftrun_ckpt::dirty::Kind;
-use ftrun_ckpt::pages::{Page, PageStore};
+use ftrun_ckpt::files::page_of;
+use ftrun_ckpt::pages::{PageStore, ZERO_PAGE};
 use ftrun_ckpt::state::{Mapping, PAGE_BYTES, Snapshot, ThreadState};
 
 use crate::evlog::EventLog;
@@ -186,7 +187,7 @@ fn compare(unit: &Unit, to: &State) -> Result<Option<String>, String> {
         .map(|(_, what)| (*what).to_owned())
         .or_else(thread)
         .or_else(|| layout_difference(&layout(logged), &layout(found)))
-        .or_else(|| memory_difference(&logged.maps, pages, &crate::capture::read(&unit.pages)));
+        .or_else(|| memory_difference(logged, pages, &crate::capture::read(&unit.pages)));
     Ok(what.map(|w| format!("after event {} the replayed state is not that of the checkpoint: {w}", logged.sii)))
 }
 
@@ -255,17 +256,18 @@ fn extended(xstate: &[u8]) -> impl Iterator<Item = u8> + '_ {
 
 /// Compares every page that either side has stored. A page that one of them has not is what its mapping
 /// began with: zeros, or the file's.
-fn memory_difference(maps: &[Mapping], logged: &PageStore, found: &PageStore) -> Option<String> {
+fn memory_difference(of: &Snapshot, logged: &PageStore, found: &PageStore) -> Option<String> {
     let addrs: BTreeSet<u64> = logged.iter().chain(found.iter()).map(|(addr, _)| addr).collect();
     let mut first = None;
     let mut count = 0u64;
     for addr in addrs {
-        let Some(m) = maps.iter().find(|m| m.start <= addr && addr < m.end) else { continue };
+        let Some(m) = of.maps.iter().find(|m| m.start <= addr && addr < m.end) else { continue };
         if m.shared && has_file(m) {
             continue;
         }
-        let of = |store: &PageStore| store.get(addr).copied().unwrap_or_else(|| fresh(m, addr));
-        let (l, f) = (of(logged), of(found));
+        let fresh = || page_of(m, addr, &of.files, logged).unwrap_or(ZERO_PAGE);
+        let page = |store: &PageStore| store.get(addr).copied().unwrap_or_else(fresh);
+        let (l, f) = (page(logged), page(found));
         let Some(at) = (0..PAGE_BYTES as usize).find(|i| l[*i] != f[*i]) else { continue };
         count += 1;
         first.get_or_insert_with(|| {
@@ -275,19 +277,4 @@ fn memory_difference(maps: &[Mapping], logged: &PageStore, found: &PageStore) ->
         });
     }
     first.map(|f| format!("{count} pages of memory differ, the first at {f}"))
-}
-
-/// What a page of a mapping holds before it is written.
-fn fresh(m: &Mapping, addr: u64) -> Page {
-    use std::os::unix::fs::FileExt;
-    let mut page = [0u8; PAGE_BYTES as usize];
-    if has_file(m)
-        && let Ok(file) = std::fs::File::open(&m.path)
-    {
-        let mut done = 0;
-        while let Ok(n @ 1..) = file.read_at(&mut page[done..], m.offset + (addr - m.start) + done as u64) {
-            done += n;
-        }
-    }
-    page
 }

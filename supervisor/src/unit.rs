@@ -39,6 +39,9 @@ pub enum Halt {
     /// The supervisor cannot go on.
     #[error("{0}")]
     Broken(String),
+    /// What the unit needs is not there any more.
+    #[error("{0}")]
+    Lost(String),
 }
 
 impl From<TraceError> for Halt {
@@ -55,6 +58,7 @@ impl From<crate::launch::LaunchError> for Halt {
     fn from(e: crate::launch::LaunchError) -> Self {
         match e {
             crate::launch::LaunchError::Trace(e) => e.into(),
+            e @ crate::launch::LaunchError::File(_) => Halt::Lost(e.to_string()),
             e => Halt::Broken(e.to_string()),
         }
     }
@@ -271,6 +275,12 @@ pub struct Unit {
     pub fault: Option<(i32, u64)>,
     /// Time between checkpoints, nanoseconds.
     pub checkpoint_every: u64,
+    /// The files that memory is mapped from.
+    pub mapped: ftrun_ckpt::files::Files,
+    /// One of them has lost its name, and its content has to be kept before the process dies.
+    pub lost_a_file: Arc<std::sync::atomic::AtomicBool>,
+    /// When that was looked for last, `CLOCK_MONOTONIC` nanoseconds.
+    pub files_looked_at: u64,
     /// Log bytes that make a checkpoint due.
     pub checkpoint_log: u64,
     /// When the last one was taken.
@@ -382,6 +392,9 @@ impl Unit {
             ending: false,
             fault: None,
             checkpoint_every: 1_000_000_000,
+            mapped: ftrun_ckpt::files::Files::default(),
+            lost_a_file: Arc::default(),
+            files_looked_at: 0,
             checkpoint_log: 64 << 20,
             checkpoint_at: 0,
             replay_max: 150_000_000,

@@ -556,6 +556,8 @@ impl Drop for Unit {
         if ended.is_none() {
             self.end_by_force();
         }
+        // Hundreds of MiB, which other tests may need.
+        let _kept = self.wipe_memory();
         let Some(dir) = self.dir.take() else { return };
         let path = dir.keep();
         let ended = ended.map_or("was running".into(), |s| match s.signal() {

@@ -23,7 +23,7 @@ pub use wp::WpAsync;
 
 use crate::pages::PageStore;
 use crate::runs::{self, PageRun};
-use crate::state::Mapping;
+use crate::state::{Mapping, TASK_END};
 use std::{fmt, io};
 
 /// Result of a scan; both lists ascending, runs that touch are joined. Drop `gone` from the store
@@ -40,7 +40,7 @@ pub struct Scan {
 impl Scan {
     fn finish(mut self, store: &PageStore, looked_at: Vec<PageRun>) -> Self {
         let looked_at = runs::normalize(looked_at);
-        let stored = runs::normalize(store.runs(0, u64::MAX).collect());
+        let stored = runs::normalize(store.runs(0, TASK_END).collect());
         self.gone.extend(runs::subtract(&stored, &looked_at));
         self.gone = runs::normalize(self.gone);
         self.dirty = runs::normalize(self.dirty);

@@ -89,6 +89,10 @@ pub(super) struct RunArgs {
     /// keeper, supervisor and program
     #[arg(long)]
     pub(super) hold_descriptors: bool,
+    /// Have the files that memory is mapped from (the program, its libraries) in checkpoints, so that the unit can go on where
+    /// they are missing or others
+    #[arg(long)]
+    pub(super) self_contained: bool,
     /// Serve no call inside the program: slower, and as right
     #[arg(long)]
     pub(super) no_shim: bool,

@@ -50,6 +50,8 @@ pub struct RunOptions {
     pub lossy: bool,
     /// What remains of a unit of this name that was killed with all of ftrun is gone on with.
     pub resume: bool,
+    /// Checkpoints have the files that memory is mapped from.
+    pub self_contained: bool,
     /// Its descriptors are left with the service manager, so that they outlive all of ftrun.
     pub hold: bool,
 }
