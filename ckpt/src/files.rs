@@ -29,6 +29,8 @@ use crate::state::{Mapping, PAGE_BYTES, TASK_END};
 const CONTENT_BASE: u64 = TASK_END.next_power_of_two();
 /// Files that are larger are not read to tell them apart: size and time of the last change do.
 const DIGEST_BYTES_MAX: u64 = 256 << 20;
+/// Content of one process that is kept: it takes memory.
+const CONTENT_BYTES_MAX: u64 = 1 << 30;
 /// What the kernel adds to the name of a file that has lost it.
 const DELETED: &str = " (deleted)";
 /// What content is mapped from after a restore: followed by its address.
@@ -142,6 +144,17 @@ pub struct Files {
     taken: Arc<Taken>,
 }
 
+/// What [`Files::follow`] has found.
+#[derive(Debug, Default)]
+pub struct Followed {
+    /// The files that are mapped.
+    pub files: Vec<MappedFile>,
+    /// Content that is not needed any more.
+    pub needless: Vec<PageRun>,
+    /// Files that have no name, and of which too much is mapped to keep their content: the process cannot be restored.
+    pub left_out: Vec<String>,
+}
+
 /// What is among the pages, by device, inode, offset and length of mappings.
 #[derive(Clone, Debug, Default)]
 pub struct Taken(HashSet<(u64, u64, u64, u64)>);
@@ -223,8 +236,7 @@ impl Files {
         Arc::clone(&self.taken)
     }
 
-    /// Follows what process `pid` has mapped now, and stages content that is not among the pages yet. Returns the files,
-    /// and the content that is not needed any more.
+    /// Follows what process `pid` has mapped now, and stages content that is not among the pages yet.
     ///
     /// # Errors
     /// The process is gone or may not be read, or no memory.
@@ -234,11 +246,13 @@ impl Files {
         maps: &[Mapping],
         stored: &PageStore,
         staged: &mut StagedPages,
-    ) -> io::Result<(Vec<MappedFile>, Vec<PageRun>)> {
+    ) -> io::Result<Followed> {
         let before = std::mem::take(&mut self.known);
         let mut now: Vec<MappedFile> = Vec::with_capacity(before.len());
         let mut next = before.iter().filter_map(MappedFile::content_end).max().unwrap_or(CONTENT_BASE);
-        let mut missing = Vec::new();
+        let (mut missing, mut left_out) = (Vec::new(), Vec::new());
+        let bytes = |f: &MappedFile| f.content.map_or(0, |_| f.size);
+        let mut used: u64 = before.iter().map(bytes).sum();
         for m in maps.iter().filter(|m| is_of_file(m)) {
             let at = match now.iter().position(|f| (f.dev, f.inode) == (m.dev, m.inode)) {
                 Some(at) => at,
@@ -260,6 +274,14 @@ impl Files {
                 let same = |o: &&Mapping| (o.dev, o.inode) == (m.dev, m.inode);
                 let end = maps.iter().filter(same).map(|o| o.offset + (o.end - o.start)).max();
                 file.size = file.size.max(end.unwrap_or(0));
+                if used + file.size > CONTENT_BYTES_MAX {
+                    if m.path.ends_with(DELETED) {
+                        left_out.push(file.path.clone());
+                    }
+                    Arc::make_mut(&mut self.taken).0.insert(key(m));
+                    continue;
+                }
+                used += file.size;
                 file.content = Some(next);
                 next = next.max(file.content_end().unwrap_or(0));
             }
@@ -268,14 +290,14 @@ impl Files {
         }
         take(pid, missing, staged)?;
         let kept = |f: &MappedFile| now.iter().any(|n| n.content == f.content);
-        let gone = before.iter().filter(|f| !kept(f)).filter_map(|f| Some(PageRun::span(f.content?, f.content_end()?)));
-        let gone = gone.collect();
+        let pages = |f: &MappedFile| Some(PageRun::span(f.content?, f.content_end()?));
+        let needless = before.iter().filter(|f| !kept(f)).filter_map(pages).collect();
         if !self.taken.0.is_empty() {
             let mapped: HashSet<_> = maps.iter().map(key).collect();
             Arc::make_mut(&mut self.taken).0.retain(|key| mapped.contains(key));
         }
         self.known.clone_from(&now);
-        Ok((now, gone))
+        Ok(Followed { files: now, needless, left_out })
     }
 
     /// The file of a mapping, as it is known or as it is.
@@ -285,7 +307,11 @@ impl Files {
             let known = before.iter().find(|f| f.content == Some(address))?;
             return Some(MappedFile { dev: m.dev, inode: m.inode, ..known.clone() });
         }
-        if let Some(known) = before.iter().find(|f| (f.dev, f.inode) == (m.dev, m.inode)) {
+        let lost = m.path.strip_suffix(DELETED);
+        let name = lost.unwrap_or(&m.path);
+        let same = |f: &&MappedFile| (f.dev, f.inode, f.path.as_str()) == (m.dev, m.inode, name);
+        // One that was made since may have its number, and its name.
+        if let Some(known) = before.iter().find(same).filter(|f| lost.is_some() || f.has_its_name()) {
             return Some(known.clone());
         }
         let of = |path: &str| MappedFile {
@@ -297,7 +323,7 @@ impl Files {
             digest: None,
             content: None,
         };
-        if let Some(path) = m.path.strip_suffix(DELETED) {
+        if let Some(path) = lost {
             return Some(of(path));
         }
         let file = File::open(&m.path).ok()?;
@@ -379,6 +405,12 @@ fn read_page(file: &File, offset: u64) -> io::Result<Page> {
 impl MappedFile {
     fn content_end(&self) -> Option<u64> {
         Some(self.content? + self.size.next_multiple_of(PAGE_BYTES))
+    }
+
+    /// The name leads to it.
+    fn has_its_name(&self) -> bool {
+        let there = CString::new(self.path.as_str()).ok().and_then(|path| Identity::ask(libc::AT_FDCWD, &path, 0).ok());
+        there.zip(self.identity).is_some_and(|((there, _), known)| there.is(&known))
     }
 
     /// It is this one, or one with the same content.

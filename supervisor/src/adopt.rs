@@ -39,7 +39,7 @@ impl Unit {
             let mem = fs::File::open(format!("/proc/{scratch}/mem"))?;
             let mut staged = copy_in(scratch, &scan.dirty, Some(&mem))?;
             mapped.restored(&[]);
-            let (files, _) = mapped.follow(scratch, &maps, &empty, &mut staged)?;
+            let files = mapped.follow(scratch, &maps, &empty, &mut staged)?.files;
             let status = fs::read_to_string(format!("/proc/{scratch}/status"))?;
             let comm = fs::read_to_string(format!("/proc/{scratch}/comm"))?.trim_end().to_owned();
             Ok((maps, files, vdso, staged, launch::read_mm(scratch, None)?, status, comm, read_credentials(scratch)?))

@@ -73,9 +73,14 @@ impl Unit {
             let mem = fs::File::open(format!("/proc/{pid}/mem"))?;
             let mut gone = scan.gone;
             let staged = copy_in(pid, &scan.dirty, Some(&mem)).and_then(|mut staged| {
-                let (files, needless) = files.follow(pid, &maps, &read(pages), &mut staged)?;
-                gone.extend(needless);
-                Ok((staged, files))
+                let followed = files.follow(pid, &maps, &read(pages), &mut staged)?;
+                gone.extend(followed.needless);
+                for path in followed.left_out {
+                    tracing::warn!(
+                        "{path} is mapped, has no name, and is too large to be kept: the unit cannot be recovered"
+                    );
+                }
+                Ok((staged, followed.files))
             });
             if staged.is_err() {
                 tracker.forget();
