@@ -253,6 +253,10 @@ impl Unit {
         for what in told {
             tracing::warn!("not as it was: {what}");
         }
+        if objects.has_records() {
+            // The log of before may be on another machine.
+            self.log.control().locked.store(1, SeqCst);
+        }
         if let Some(doubt) = &mut self.in_doubt {
             let fd = self.threads.get(&doubt.vtid).map_or(-1, |t| t.regs.rdi as i32);
             if let Some(Open { kind: Kind::File(file), given, .. }) = objects.get(fd)
@@ -284,7 +288,7 @@ impl Unit {
             0 => {
                 let last = objects.numbers.keys().chain(present).copied().max().unwrap_or(2);
                 let spare = last + 1;
-                let count = spare as usize + objects.open.len() + 2 * objects.pipes.len() + present.len() + 16;
+                let count = spare as usize + 2 * objects.pipes.len() + present.len() + 8;
                 build::allow_numbers(count as u64).map_err(broken("descriptors"))?;
                 for (i, number) in present.iter().enumerate() {
                     // SAFETY: numbers of the unit's table, in which nothing else is now.
@@ -397,11 +401,12 @@ fn appended(fd: i32, data: &[u8], end: Option<u64>) -> Option<i64> {
         return None;
     }
     // The file may be open for writing only.
-    let path = format!("/proc/thread-self/fd/{fd}");
+    let path = format!("/proc/self/fd/{fd}");
     let size = std::fs::metadata(&path).ok()?.len();
     // Where nobody knows where it ended, it ends with the data or does not.
     let end = end.unwrap_or(size.saturating_sub(data.len() as u64));
-    let tail = std::fs::read(&path).ok()?;
+    // Opened and closed in the unit's table, it would end the unit's record locks.
+    let tail = crate::service::outside_the_table(|| std::fs::read(&path).ok())?;
     let tail = tail.get(end as usize..)?;
     let same = tail.iter().zip(data).take_while(|(a, b)| a == b).count();
     (same > 0 && same == tail.len().min(data.len())).then_some(same as i64)

@@ -151,6 +151,10 @@ impl Hold {
             desk.held().iter().for_each(|word| word.store(0, SeqCst));
             desk.directory.store(0, SeqCst);
         }
+        if desk.holds.load(SeqCst) != 0 {
+            // By default it may have as many as the keeper, which has the unit's limit.
+            raise_limit();
+        }
         let process = fds::process(std::process::id() as i32)?;
         let slots = slots(&root)?;
         let mut hold = Self { desk, root, uses: vec![0; slots.len()], slots, free: Vec::new(), process };
@@ -302,6 +306,18 @@ impl Hold {
         self.slots.iter().for_each(drain);
         self.uses.fill(0);
         self.free = (0..self.slots.len()).rev().collect();
+    }
+}
+
+/// Lets this process have, and send, as many descriptors as it may.
+fn raise_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: structures that outlive the calls.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
     }
 }
 

@@ -308,8 +308,8 @@ pub fn gate_call(
 }
 
 /// Builds a process from a checkpoint; its main thread stands in a stop, without the program's registers
-/// yet. Other threads are added by [`add_thread`].
-pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> Result<i32, LaunchError> {
+/// yet. Other threads are added by [`add_thread`]. `locked` is for [`Mapper`].
+pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>, locked: bool) -> Result<i32, LaunchError> {
     let tid = fork_child(set_tid, Some(&filter(GATE)), 0).map_err(sys("making the process"))?;
     tracee::seize(tid)?;
     if !matches!(tracee::wait_one(tid)?, Event::Seccomp) {
@@ -349,12 +349,12 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
     // SAFETY: plain integers.
     let zero: user_regs_struct = unsafe { std::mem::zeroed() };
     let base = user_regs_struct { cs: regs.cs, ss: regs.ss, eflags: 0x202, ..zero };
-    let mut call = |nr: libc::c_long, args: [u64; 6], what: &str| -> Result<i64, LaunchError> {
-        let r = gate_call(tid, &base, nr as u64, args, &mut |_| {})?;
-        if (-4095..0).contains(&r) {
-            return Err(sys(what.to_owned())(io::Error::from_raw_os_error(-r as i32)));
-        }
-        Ok(r)
+    let made = |r: i64, what: &str| match r {
+        -4095..0 => Err(sys(what.to_owned())(io::Error::from_raw_os_error(-r as i32))),
+        r => Ok(r),
+    };
+    let call = |nr: libc::c_long, args: [u64; 6], what: &str| -> Result<i64, LaunchError> {
+        made(gate_call(tid, &base, nr as u64, args, &mut |_| {})?, what)
     };
     call(libc::SYS_munmap, [0x1000, GATE.base - 0x1000, 0, 0, 0, 0], "unmapping")?;
     // The kernel's shared object is moved out of the way of what the snapshot maps.
@@ -368,9 +368,9 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
     call(libc::SYS_munmap, [GATE.end(), VDSO_BASE - GATE.end(), 0, 0, 0, 0], "unmapping")?;
     call(libc::SYS_munmap, [kept, TASK_END - kept, 0, 0, 0, 0], "unmapping")?;
 
-    let mut file = OpenFile::default();
+    let mut mapper = Mapper::begin(tid, &base, locked)?;
     for m in &snapshot.maps {
-        let fd = file.of(m);
+        let fd = mapper.open_for(m)?;
         let what = format!("mapping {:x}-{:x} {}", m.start, m.end, m.path);
         let prot = if fill(m, pages) { m.prot | libc::PROT_WRITE as u32 } else { m.prot };
         let mut flags = libc::MAP_FIXED | if m.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
@@ -391,16 +391,16 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
             fd as i64 as u64,
             if fd < 0 { 0 } else { m.offset },
         ];
-        call(libc::SYS_mmap, args, &what)?;
+        made(mapper.call(libc::SYS_mmap, args)?, &what)?;
     }
-    drop(file);
     for m in &snapshot.maps {
         copy_out(tid, pages, m.start..m.end, m.inode == 0, None).map_err(sys("filling memory"))?;
         if fill(m, pages) && m.prot & libc::PROT_WRITE as u32 == 0 {
             call(libc::SYS_mprotect, [m.start, m.end - m.start, u64::from(m.prot), 0, 0, 0], "mprotect")?;
         }
     }
-    set_mm(tid, snapshot, &mut call)?;
+    set_mm(tid, snapshot, &mut mapper)?;
+    mapper.end()?;
     for (i, action) in snapshot.sigactions.iter().enumerate() {
         let signal = i as u64 + 1;
         if *action != [0; 4] && signal != 9 && signal != 19 {
@@ -417,22 +417,16 @@ fn fill(m: &Mapping, pages: &PageStore) -> bool {
     pages.iter_range(m.start, m.end).next().is_some()
 }
 
-/// Runs a call of the process under construction; the text says what for.
-type GateCall<'a> = dyn FnMut(libc::c_long, [u64; 6], &str) -> Result<i64, LaunchError> + 'a;
-
 /// `prctl(PR_SET_MM, PR_SET_MM_MAP)`; the executable's own link can be set by the privileged alone.
-fn set_mm(tid: i32, snapshot: &Snapshot, call: &mut GateCall<'_>) -> Result<(), LaunchError> {
+fn set_mm(tid: i32, snapshot: &Snapshot, mapper: &mut Mapper) -> Result<(), LaunchError> {
     let mm = &snapshot.mm;
     let at = GATE.slot(0);
     let auxv = at + 256;
     let mut auxv_bytes = mm.auxv.clone();
     auxv_bytes.truncate(1024);
     tracee::write_mem(tid, auxv, &auxv_bytes)?;
-    let exe = CString::new(mm.exe.as_str()).unwrap_or_default();
-    // SAFETY: a NUL-terminated path.
-    let fd = unsafe { libc::open(exe.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    let mut result = Ok(0);
-    for exe_fd in [fd, -1] {
+    let mut result = 0;
+    for exe_fd in [mapper.open(&mm.exe, false)?, -1] {
         let words = [
             mm.start_code,
             mm.end_code,
@@ -452,54 +446,139 @@ fn set_mm(tid: i32, snapshot: &Snapshot, call: &mut GateCall<'_>) -> Result<(), 
         bytes.extend_from_slice(&(exe_fd as u32).to_le_bytes());
         tracee::write_mem(tid, at, &bytes)?;
         let args = [libc::PR_SET_MM as u64, libc::PR_SET_MM_MAP as u64, at, bytes.len() as u64, 0, 0];
-        result = call(libc::SYS_prctl, args, "prctl(PR_SET_MM_MAP)");
-        if result.is_ok() {
-            break;
+        result = mapper.call(libc::SYS_prctl, args)?;
+        if result == 0 {
+            return Ok(());
         }
     }
-    if fd >= 0 {
-        // SAFETY: opened above.
-        unsafe { libc::close(fd) };
-    }
-    result.map(drop)
+    Err(sys("prctl(PR_SET_MM_MAP)")(io::Error::from_raw_os_error(-result as i32)))
 }
 
-/// The file of the mapping before, kept open for the next one. It stands in the unit's table for the
-/// time of the call that maps it, while no thread of the unit runs.
-#[derive(Default)]
-struct OpenFile {
+/// Who maps files into a process that is stopped. A file stands in the unit's table for the time of the calls that map it, while no
+/// thread of the unit runs. But whatever closes a file in a table ends all record locks that the table's owner has of it
+/// (fcntl(2)): where the unit has taken any, the calls are made by a further thread of the process, with a table of its own.
+#[derive(Debug)]
+pub struct Mapper {
+    /// The thread that makes the calls.
+    tid: i32,
+    user: user_regs_struct,
+    apart: bool,
+    /// The file of the call before, kept open for the next one.
     open: Option<(String, i32)>,
+    /// Signals that have come meanwhile.
+    caught: Vec<tracee::SigInfo>,
 }
 
-impl OpenFile {
-    fn of(&mut self, m: &Mapping) -> i32 {
-        if m.inode == 0 || m.path.is_empty() || m.path.ends_with(" (deleted)") {
-            return -1;
+impl Mapper {
+    /// For the process with this main thread; `user` are registers to make calls on. `locked`: the unit has taken record locks.
+    ///
+    /// # Errors
+    /// The process has died, or there can be no further thread.
+    pub fn begin(main: i32, user: &user_regs_struct, locked: bool) -> Result<Self, LaunchError> {
+        let mut mapper = Self { tid: main, user: *user, apart: locked, open: None, caught: Vec::new() };
+        if locked {
+            let flags = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
+            let caught = &mut |info| mapper.caught.push(info);
+            let made = clone_through_gate(main, user, flags as u64, [0; 4], None, caught)?;
+            mapper.tid = made.map_err(sys("making a thread that maps files"))?;
+            // Its table is a copy: the unit may have as many as its limit allows.
+            mapper.call(libc::SYS_close_range, [0, u64::from(u32::MAX), 0, 0, 0, 0])?;
         }
-        if let Some((path, fd)) = &self.open
-            && *path == m.path
-        {
-            return *fd;
-        }
-        self.close();
-        let fd = open_mapped(&m.path, m.shared);
-        if fd >= 0 {
-            self.open = Some((m.path.clone(), fd));
-        }
-        fd
+        Ok(mapper)
     }
 
-    fn close(&mut self) {
-        if let Some((_, fd)) = self.open.take() {
-            // SAFETY: opened by `of`.
+    /// Makes a call: what it returns.
+    ///
+    /// # Errors
+    /// The process has died.
+    pub fn call(&mut self, nr: libc::c_long, args: [u64; 6]) -> Result<i64, LaunchError> {
+        Ok(gate_call(self.tid, &self.user, nr as u64, args, &mut |info| self.caught.push(info))?)
+    }
+
+    /// Opens the file of a mapping; negative when it has none.
+    fn open_for(&mut self, m: &Mapping) -> Result<i32, LaunchError> {
+        if m.inode == 0 || m.path.is_empty() || m.path.ends_with(" (deleted)") {
+            return Ok(-1);
+        }
+        match &self.open {
+            Some((path, fd)) if *path == m.path => Ok(*fd),
+            _ => self.open(&m.path, m.shared),
+        }
+    }
+
+    /// Opens a file for calls; negative when it cannot be. It is closed when the next one is opened.
+    ///
+    /// # Errors
+    /// The process has died.
+    pub fn open(&mut self, path: &str, write: bool) -> Result<i32, LaunchError> {
+        self.close()?;
+        let fd = if self.apart { self.open_apart(path, write)? } else { open_mapped(path, write) };
+        if fd >= 0 {
+            self.open = Some((path.to_owned(), fd));
+        }
+        Ok(fd)
+    }
+
+    fn open_apart(&mut self, path: &str, write: bool) -> Result<i32, LaunchError> {
+        let bytes = [path.as_bytes(), &[0]].concat();
+        if bytes.len() as u64 > Gate::SLOT_BYTES {
+            return Ok(-1);
+        }
+        tracee::write_mem(self.tid, GATE.slot(0), &bytes)?;
+        let modes = if write { &[libc::O_RDWR, libc::O_RDONLY][..] } else { &[libc::O_RDONLY] };
+        let mut fd = -1;
+        for mode in modes.iter().map(|mode| (mode | libc::O_CLOEXEC) as u64) {
+            let at_cwd = libc::AT_FDCWD as i64 as u64;
+            fd = self.call(libc::SYS_openat, [at_cwd, GATE.slot(0), mode, 0, 0, 0])?;
+            if fd >= 0 {
+                break;
+            }
+        }
+        Ok(fd as i32)
+    }
+
+    fn close(&mut self) -> Result<(), LaunchError> {
+        match self.open.take() {
+            Some((_, fd)) if self.apart => self.call(libc::SYS_close, [fd as u64, 0, 0, 0, 0, 0]).map(drop),
+            Some((_, fd)) => {
+                // SAFETY: opened by `open`.
+                unsafe { libc::close(fd) };
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Everything is mapped: the signals that have come meanwhile.
+    ///
+    /// # Errors
+    /// The process has died.
+    pub fn end(mut self) -> Result<Vec<tracee::SigInfo>, LaunchError> {
+        self.close()?;
+        if !self.apart {
+            return Ok(std::mem::take(&mut self.caught));
+        }
+        tracee::set_regs(self.tid, &GATE.regs(&self.user, libc::SYS_exit as u64, [0; 6]))?;
+        tracee::cont(self.tid, 0)?;
+        loop {
+            match tracee::wait_one(self.tid)? {
+                Event::Ended(_) => return Ok(std::mem::take(&mut self.caught)),
+                Event::Signal(_) => {
+                    self.caught.push(tracee::get_siginfo(self.tid)?);
+                    tracee::cont(self.tid, 0)?;
+                }
+                _ => tracee::cont(self.tid, 0)?,
+            }
+        }
+    }
+}
+
+impl Drop for Mapper {
+    fn drop(&mut self) {
+        if let Some((_, fd)) = self.open.take_if(|_| !self.apart) {
+            // SAFETY: opened by `open`, of a process that has died since.
             unsafe { libc::close(fd) };
         }
-    }
-}
-
-impl Drop for OpenFile {
-    fn drop(&mut self) {
-        self.close();
     }
 }
 

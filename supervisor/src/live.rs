@@ -41,6 +41,11 @@ pub(crate) enum Outcome {
     Handled,
 }
 
+/// A `struct flock` counts from the end of the file.
+fn locks_from_end(lock: &[u8]) -> bool {
+    lock.get(2..4) == Some(&(libc::SEEK_END as u16).to_le_bytes()[..])
+}
+
 impl Unit {
     /// Runs the unit until something ends that.
     pub fn live(&mut self) -> Result<std::convert::Infallible> {
@@ -298,6 +303,10 @@ impl Unit {
         match outcome {
             Outcome::Done(r) => {
                 let outs = if row.place == Who::Supervisor { call.written(r) } else { Vec::new() };
+                if row.effect == table::Effect::Lock && r >= 0 && locks_from_end(call.payload()) {
+                    // The model of the descriptors would not know which bytes these are.
+                    self.unloggable = self.standby.as_ref().map(|_| "a lock from the end of a file".to_owned());
+                }
                 self.complete(vtid, nr, r, call.digest, outs)
             }
             Outcome::With(r, outs) => self.complete(vtid, nr, r, call.digest, outs),

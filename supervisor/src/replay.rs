@@ -12,6 +12,7 @@ use ftrun_abi::table::{self, Class, Place as Who};
 
 use crate::divergence::{Divergence, describe, describe_call};
 use crate::live::Outcome;
+use crate::launch::Mapper;
 use crate::marshal::Prepared;
 use crate::signals::{ANY_THREAD, Trapped, apply_trapped};
 use crate::tracee::{self, Event, SigInfo};
@@ -259,7 +260,6 @@ impl Unit {
     /// Makes a call about the process itself again, so that it comes out where it did.
     fn execute_again(&mut self, vtid: i32, nr: u64, mut args: [u64; 6], record: &Record<'_>) -> Result<i64> {
         let result = record.header.result as u64;
-        let mut opened = -1;
         match nr as i64 {
             libc::SYS_mmap => {
                 args[0] = result;
@@ -271,11 +271,21 @@ impl Unit {
                         args[3] = args[3] & !(libc::MAP_TYPE as u64) | libc::MAP_PRIVATE as u64;
                     }
                     let shared = args[3] & libc::MAP_SHARED as u64 != 0;
-                    opened = crate::launch::open_mapped(&path, shared && args[2] & libc::PROT_WRITE as u64 != 0);
+                    let write = shared && args[2] & libc::PROT_WRITE as u64 != 0;
+                    let locked = self.log.control().locked.load(SeqCst) != 0;
+                    let t = self.thread(vtid);
+                    t.place = Place::Stopped;
+                    let mut mapper = Mapper::begin(t.tid, &t.regs, locked)?;
+                    let opened = mapper.open(&path, write)?;
                     if opened < 0 {
                         return Err(Halt::Broken(format!("the unit mapped {path}, which cannot be opened any more")));
                     }
                     args[4] = opened as u64;
+                    let r = mapper.call(nr as libc::c_long, args)?;
+                    for info in mapper.end()? {
+                        self.keep_signal(vtid, info);
+                    }
+                    return Ok(r);
                 }
             }
             libc::SYS_mremap if result != args[0] => {
@@ -284,12 +294,7 @@ impl Unit {
             }
             _ => {}
         }
-        let r = self.gate(vtid, nr as libc::c_long, args);
-        if opened >= 0 {
-            // SAFETY: opened above.
-            unsafe { libc::close(opened) };
-        }
-        r
+        self.gate(vtid, nr as libc::c_long, args)
     }
 
     fn apply_futex(&mut self, record: &Record<'_>, sii: u64) -> Result<()> {

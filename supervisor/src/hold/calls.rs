@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use ftrun_abi::table::{self, Class, Effect};
 
-use super::{Hold, NONBLOCKING, ON_EXEC};
+use super::{Hold, NONBLOCKING, ON_EXEC, raise_limit};
 use crate::fds;
 use crate::unit::Unit;
 
@@ -184,8 +184,6 @@ impl Unit {
                 // What is in flight counts against the limit of who sends it.
                 if !raised && matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ETOOMANYREFS)) {
                     raised = true;
-                    // The unit keeps its own.
-                    self.follow_limits();
                     raise_limit();
                     continue;
                 }
@@ -213,17 +211,5 @@ impl Unit {
         };
         let open = numbers.into_iter().filter_map(|number| Some((number, flags_of(number)?))).collect();
         self.service.run(|| hold.follow(change, &open, tracer))
-    }
-}
-
-/// Lets this process have, and send, as many descriptors as it may.
-fn raise_limit() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: structures that outlive the calls.
-    unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
-        }
     }
 }

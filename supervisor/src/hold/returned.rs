@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use ftrun_abi::stream;
 use ftrun_abi::table::{self, Class, Effect, Row};
 
-use super::{NONBLOCKING, ON_EXEC, numbers, peek, place, slot_of, slots};
+use super::{NONBLOCKING, ON_EXEC, numbers, peek, place, raise_limit, slot_of, slots};
 use crate::desk::{ARENA_BYTES, DONE, Desk, IDLE, Order, POSITION, RECEIVED, SENT, STARTED};
 use crate::evlog::EventLog;
 use crate::keeper::keep_only;
@@ -75,8 +75,10 @@ pub fn bring_back(root: &OwnedFd, desk: &'static Desk, log: &File, remains: &Rem
     }
     let held: Vec<_> = numbers(desk).collect();
     let spare = held.iter().map(|(number, _)| number + 1).max().unwrap_or(0).max(3);
-    // Slots, what is in them, and the numbers.
-    allow_numbers(spare as u64 + 3 * held.len() as u64 + 512).map_err(|e| e.to_string())?;
+    // Slots, what is in them, and the numbers. It may do with less.
+    if allow_numbers(spare as u64 + 3 * held.len() as u64 + 512).is_err() {
+        raise_limit();
+    }
     let slots = slots(root).map_err(|e| format!("what holds them cannot be looked into: {e}"))?;
     let come_back = |word: u32, what: &dyn std::fmt::Display| -> Result<OwnedFd, String> {
         let slot = slot_of(word).and_then(|slot| slots.get(slot)).ok_or_else(|| format!("{what} is not held"))?;
