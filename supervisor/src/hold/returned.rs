@@ -80,9 +80,12 @@ pub fn bring_back(root: &OwnedFd, desk: &'static Desk, log: &File, remains: &Rem
         raise_limit();
     }
     let slots = slots(root).map_err(|e| format!("what holds them cannot be looked into: {e}"))?;
-    let come_back = |word: u32, what: &dyn std::fmt::Display| -> Result<OwnedFd, String> {
-        let slot = slot_of(word).and_then(|slot| slots.get(slot)).ok_or_else(|| format!("{what} is not held"))?;
-        let found = peek(slot).map_err(|e| format!("{what}: {e}"))?.and_then(|mut fds| fds.pop());
+    let mut slots: Vec<Option<OwnedFd>> = slots.into_iter().map(Some).collect();
+    // What several numbers lead to is taken once, and its slot is closed here: the limit may be close.
+    let mut come_back = |word: u32, what: &dyn std::fmt::Display| -> Result<OwnedFd, String> {
+        let slot = slot_of(word).and_then(|slot| slots.get_mut(slot)?.take());
+        let slot = slot.ok_or_else(|| format!("{what} is not held"))?;
+        let found = peek(&slot).map_err(|e| format!("{what}: {e}"))?.and_then(|mut fds| fds.pop());
         let found = found.ok_or_else(|| format!("{what} has not come back"))?;
         // SAFETY: numbers; the result is owned by nobody else.
         let high = unsafe { libc::fcntl(found.as_raw_fd(), libc::F_DUPFD_CLOEXEC, spare) };
