@@ -15,6 +15,7 @@ use ftrun_abi::table::{self, Class, Effect, Row};
 use serde::{Deserialize, Serialize};
 
 use crate::capture::broken;
+use crate::changes::Change;
 use crate::hands;
 use crate::live::Outcome;
 use crate::marshal::Prepared;
@@ -129,37 +130,24 @@ impl Unit {
         }
     }
 
-    /// It has been made: what it has opened.
-    pub(crate) fn note_opened(&mut self, nr: u64, args: &[u64; 6], result: i64, outs: &[(u64, Vec<u8>)]) {
-        if self.standby.is_none() || result < 0 {
+    /// It has been made, with this result: what is to be looked at, and what is to be held.
+    pub(crate) fn note_made(&mut self, nr: u64, args: &[u64; 6], result: i64, outs: &[(u64, Vec<u8>)]) {
+        // Whatever else it says, a close has closed what was open.
+        let closed = nr as i64 == libc::SYS_close && result != -i64::from(libc::EBADF);
+        if self.standby.is_none() || (result < 0 && !closed) {
             return;
         }
-        let Some(row) = table::find(nr, args) else { return };
-        match row.effect {
-            Effect::Open(_)
-            | Effect::MemoryFile
-            | Effect::Socket
-            | Effect::Accept
-            | Effect::Epoll
-            | Effect::Counter
-            | Effect::Timer
-            | Effect::Signals
-            | Effect::Duplicate
-            | Effect::Onto
-            | Effect::Opaque => {
-                self.changed.some.insert(result as i32);
-            }
-            Effect::Pipe | Effect::Pair => {
-                for pair in outs.iter().map(|o| &o.1).filter(|b| b.len() == 8) {
-                    let numbers = pair.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                    self.changed.some.extend(numbers);
-                }
-            }
-            Effect::CloseRange => self.changed.all = true,
-            // It may have brought descriptors.
-            Effect::Take if row.nr as i64 == libc::SYS_recvmsg => self.changed.all = true,
-            _ => {}
+        let memory = |at: u64| outs.iter().find(|o| o.0 == at).map_or(&[][..], |o| &o.1);
+        let Some(change) = Change::of(&table::lookup(nr, args), args, result, memory) else { return };
+        match &change {
+            Change::Made(numbers) => self.changed.some.extend(numbers),
+            Change::Same(number, _) => drop(self.changed.some.insert(*number)),
+            Change::ClosedFrom(..) | Change::More | Change::Anything => self.changed.all = true,
+            Change::Flags(numbers) if numbers.len() > 1 => self.changed.all = true,
+            // They are arguments.
+            Change::Closed(_) | Change::Flags(_) | Change::Directory | Change::Umask(_) => {}
         }
+        self.hold_call(change);
     }
 
     /// Nobody can tell which descriptors have changed.

@@ -4,6 +4,7 @@ pub mod adopt;
 pub mod blocking;
 pub mod calls;
 pub mod capture;
+mod changes;
 pub mod cli;
 pub mod cold;
 mod commit;

@@ -361,8 +361,7 @@ impl Unit {
         self.outside.begun.remove(&vtid);
         let args = tracee::args_of(&self.thread(vtid).regs);
         self.after_fd_call(nr, &args, result);
-        self.note_opened(nr, &args, result, &outs);
-        self.hold_call(nr, &args, result, &outs);
+        self.note_made(nr, &args, result, &outs);
         let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
         let flags = took | if self.unloggable.is_some() { flag::UNLOGGABLE } else { 0 };
         self.append(vtid, nr as u16, result, digest, flags)?;

@@ -1,7 +1,7 @@
 //! Keeper, supervisor and program are killed, all at once, and the service manager, a real systemd, has their descriptors
 //! (`--hold-descriptors`): no client notices, whatever the instant.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use ftrun_tests::installed::{ALL, NO_LIMIT, PORT, Service};
 use ftrun_tests::load::{Client, Load, Progress};
 use ftrun_tests::machine::Machine;
 use ftrun_tests::rng::Rng;
+use ftrun_tests::service::Service as Store;
 use ftrun_tests::{Error, error};
 
 const OPTIONS: &[&str] = &["--durability", "supervisor"];
@@ -283,5 +284,104 @@ fn everything_is_killed_at_every_seam() -> Result<(), Error> {
         service.stop()?;
         service.done();
     }
+    Ok(())
+}
+
+const AT_NODE: &[&str] = &["--durability", "node"];
+
+/// At `node` replies wait in the unit's queue for the store when everything is killed: none is lost, and none is sent twice.
+///
+/// Break it: begin the queue anew when descriptors have come back (`Unit::begin_outputs`), or take what was leaving for something that is still to leave
+/// (`outputs::settle`).
+#[test]
+fn everything_is_killed_at_node() -> Result<(), Error> {
+    let service = service!("shop", AT_NODE, NO_LIMIT);
+    service.systemctl("start")?;
+    let mut rng = rng();
+    let mut restarts = 0;
+    let requests = under_load(&service, echoes(6)?, || {
+        for i in 0..kills() {
+            std::thread::sleep(Duration::from_millis(rng.within(0..=300)));
+            service.kill(if i % 4 == 0 { &["keeper_pid"] } else { ALL })?;
+            restarts = service.await_restart(restarts)?;
+        }
+        Ok(())
+    })?;
+    println!("{requests} requests, {restarts} restarts");
+    assert_eq!(service.complaints()?, [""; 0]);
+    service.stop()?;
+    service.done();
+    Ok(())
+}
+
+/// Everything is killed at each seam between the unit, its queue and its store, again and again.
+///
+/// Break it: as above.
+#[test]
+fn everything_is_killed_at_every_seam_of_node() -> Result<(), Error> {
+    // The start itself has some groups and a checkpoint.
+    for (point, first) in
+        [("record-grouped", 40), ("record-acknowledged", 40), ("record-put", 3), ("output-leaving", 2), ("output-left", 2)]
+    {
+        let faults = format!("Environment=FTRUN_FAULT=all@{point}:{first}\n{NO_LIMIT}");
+        let options = [AT_NODE, &["--checkpoint-every", "100ms"]].concat();
+        let service = service!("shop", &options, &faults);
+        service.systemctl("start")?;
+        let over = || Ok::<_, Error>(service.get("NRestarts")?.parse::<u64>().is_ok_and(|n| n >= 3));
+        let requests = under_load(&service, echoes(3)?, || service.machine.await_true("three restarts", over))?;
+        println!("{point}: {requests} requests");
+        assert_eq!(service.complaints()?, [""; 0], "{point}");
+        service.stop()?;
+        service.done();
+    }
+    Ok(())
+}
+
+/// Replies that were still in the queue when everything was killed, since the store stood still, leave when it has what led to them,
+/// once.
+///
+/// Break it: as above.
+#[test]
+fn what_is_queued_outlives_everything() -> Result<(), Error> {
+    let service = service!("shop", &["--durability", "node", "--store", "unix:/mnt/share/store/socket"], NO_LIMIT);
+    let share = service.machine.share();
+    let store = Store::within(share)?;
+    store.link(&share.join("store"))?;
+    service.systemctl("start")?;
+    let connect = |_| -> Result<_, Error> {
+        let stream = TcpStream::connect(("127.0.0.1", PORT))?;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        Ok(BufReader::new(stream))
+    };
+    let mut clients = (0..8).map(connect).collect::<Result<Vec<_>, _>>()?;
+    let hear = |client: &mut BufReader<TcpStream>, want: &str| -> Result<(), Error> {
+        let mut line = String::new();
+        client.read_line(&mut line)?;
+        let words: Vec<_> = line.trim_end().split(' ').collect();
+        if [words[0], words[2]].join(" ") == want { Ok(()) } else { Err(error!("{line:?} instead of {want:?}")) }
+    };
+    for round in 0..3 {
+        for client in &mut clients {
+            client.get_mut().write_all(b"before\n")?;
+            hear(client, &format!("{} before", 2 * round + 1))?;
+        }
+        store.stop()?;
+        for client in &mut clients {
+            client.get_mut().write_all(b"meanwhile\n")?;
+        }
+        let answers = (clients.len() * "1 1 meanwhile\n".len()) as u64;
+        let queued = || Ok::<_, Error>(service.status()?["store"]["queued"].as_u64().is_some_and(|n| n >= answers));
+        service.machine.await_true("answers in the queue", queued)?;
+        let before = service.get("NRestarts")?.parse().map_err(|e| error!("{e}"))?;
+        service.kill(ALL)?;
+        store.go_on()?;
+        service.await_restart(before)?;
+        for client in &mut clients {
+            hear(client, &format!("{} meanwhile", 2 * round + 2))?;
+        }
+    }
+    assert_eq!(service.complaints()?, [""; 0]);
+    service.stop()?;
+    service.done();
     Ok(())
 }

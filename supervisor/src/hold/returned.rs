@@ -12,6 +12,7 @@ use ftrun_abi::stream;
 use ftrun_abi::table::{self, Class, Effect, Row};
 
 use super::{NONBLOCKING, ON_EXEC, numbers, peek, place, raise_limit, slot_of, slots};
+use crate::changes::Change;
 use crate::desk::{ARENA_BYTES, DONE, Desk, IDLE, Order, POSITION, RECEIVED, SENT, STARTED};
 use crate::evlog::EventLog;
 use crate::keeper::keep_only;
@@ -193,43 +194,35 @@ impl Settle<'_> {
         if result < 0 {
             return Ok(Verdict::Made(result));
         }
-        let (fd, made) = (args[0] as i32, result as i32);
-        let noted = match row.effect {
-            Effect::MemoryFile | Effect::Socket | Effect::Accept | Effect::Epoll | Effect::Counter | Effect::Timer => {
-                self.word(made) != 0
+        let noted = match Change::of(row, args, result, |at| self.arena(at, 8)) {
+            Some(Change::Made(numbers)) => {
+                let all = numbers.iter().all(|number| self.word(*number) != 0);
+                let held = numbers.iter().filter_map(|number| self.desk.held().get(*number as usize));
+                held.filter(|_| !all).for_each(|word| word.store(0, SeqCst));
+                all
             }
-            Effect::Open(_) if self.word(made) == 0 => return Ok(Verdict::Names),
-            Effect::Signals if fd < 0 => self.word(made) != 0,
-            Effect::Duplicate | Effect::Onto => place(self.word(made)) == place(self.word(fd)),
-            Effect::Opaque => self.word(made) != 0,
-            Effect::Pipe | Effect::Pair => {
-                let at = if row.effect == Effect::Pipe { args[0] } else { args[3] };
-                let pair = self.arena(at, 8).chunks_exact(4);
-                let pair: Vec<_> = pair.map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-                let both = pair.iter().all(|number| self.word(*number) != 0);
-                if !both {
-                    let held = pair.iter().filter_map(|number| self.desk.held().get(*number as usize));
-                    held.for_each(|word| word.store(0, SeqCst));
-                }
-                both
-            }
-            Effect::Close => self.word(fd) == 0,
-            Effect::Mask => self.desk.umask.load(SeqCst) == args[0] as u32 & 0o777,
-            Effect::Directory | Effect::DirectoryOf => {
+            Some(Change::Same(number, as_number)) => place(self.word(number)) == place(self.word(as_number)),
+            Some(Change::Closed(number)) => self.word(number) == 0,
+            Some(Change::Umask(umask)) => self.desk.umask.load(SeqCst) == umask,
+            Some(Change::Directory) => {
                 self.desk.directory.load(SeqCst) >> 32 == u64::from(self.order.count.load(SeqCst))
             }
             // It comes out the same.
-            Effect::CloseRange | Effect::OnExec | Effect::CloseOnExec(_) | Effect::Lock => false,
-            Effect::Mode | Effect::NonBlocking => false,
-            Effect::Take if i64::from(row.nr) == libc::SYS_recvmsg => {
+            Some(Change::ClosedFrom(..) | Change::Flags(_)) => false,
+            Some(Change::More) => {
                 if self.received(args[1]).iter().any(|number| self.word(*number) == 0) {
                     return Err("descriptors that came with a message are lost".into());
                 }
                 true
             }
-            _ => true,
+            Some(Change::Anything) => return Err("nobody knows what it has changed".into()),
+            None => row.effect != Effect::Lock,
         };
-        Ok(if noted { Verdict::Made(result) } else { Verdict::Again })
+        Ok(match row.effect {
+            _ if noted => Verdict::Made(result),
+            Effect::Open(_) => Verdict::Names,
+            _ => Verdict::Again,
+        })
     }
 
     /// Descriptors that came with the message whose header is there.

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use ftrun_abi::table::{Arg, Effect, Row};
 
+use crate::changes::opaque_at;
+
 use super::{Content, Entry, File, Kind, Number, Objects, Open, PairEnd, Pipe, Record, Socket, Timer};
 
 /// A call that was made: what it was given and what it brought.
@@ -284,7 +286,14 @@ impl Objects {
             }
             Effect::Opaque => {
                 let what = if call.row.command.is_empty() { call.row.name } else { call.row.command };
-                self.made(made, Kind::Opaque(format!("made by {what}")), 0, false);
+                let written = |at| call.outs.iter().find(|o| o.0 == at)?.1.get(..4)?.try_into().ok();
+                let number = match opaque_at(call.row, &call.args) {
+                    Some(at) => written(at).map(i32::from_le_bytes),
+                    None => Some(made),
+                };
+                if let Some(number) = number {
+                    self.made(number, Kind::Opaque(format!("made by {what}")), 0, false);
+                }
             }
         }
     }
