@@ -332,6 +332,9 @@ impl Unit {
             Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
             _ if row.irregular => self.irregular(vtid, nr, &args, call, row)?,
             Class::Unknown => {
+                if let Some(wait) = self.must_wait(vtid, row, &args, call.digest) {
+                    return Ok(wait);
+                }
                 let r = self.gate(vtid, nr as libc::c_long, self.real_ids(row, &args))?;
                 self.unloggable = Some(row.name.to_owned());
                 Outcome::Done(r)

@@ -53,10 +53,10 @@ static void write_into(int fd, const char *verb, const char *text) {
 static int fetch(void) {
     char control[CMSG_SPACE(sizeof(int))], line[LINE_MAX_BYTES];
     struct iovec part = {.iov_base = line, .iov_len = sizeof line};
-    struct msghdr message = {
-        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-    CHECK(recvmsg(pair[1], &message, MSG_CMSG_CLOEXEC) > 0);
-    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    struct mmsghdr messages[1] = {{.msg_hdr = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control}}};
+    CHECK(recvmmsg(pair[1], messages, 1, MSG_CMSG_CLOEXEC, NULL) == 1 && messages[0].msg_len > 0);
+    struct cmsghdr *header = CMSG_FIRSTHDR(&messages[0].msg_hdr);
     CHECK(header && header->cmsg_type == SCM_RIGHTS && header->cmsg_len == CMSG_LEN(sizeof(int)));
     int fd;
     memcpy(&fd, CMSG_DATA(header), sizeof fd);
