@@ -10,12 +10,12 @@ use std::os::fd::{AsRawFd, IntoRawFd};
 use std::sync::atomic::Ordering::SeqCst;
 
 use crate::desk::{CALL, Desk, SPAWN, STARTED};
+use crate::hold::raise_limit;
 use crate::hold::returned::Returned;
 use crate::marshal::raw_call;
 use crate::report::Error;
 use crate::systemd::Notifier;
 use crate::{fds, hands};
-use crate::hold::raise_limit;
 
 /// Supervisors in a row that may fail by themselves before the unit runs.
 const FAILURES_MAX: u32 = 5;

@@ -477,7 +477,8 @@ impl Mapper {
     pub fn begin(main: i32, user: &user_regs_struct, locked: bool) -> Result<Self, LaunchError> {
         let mut mapper = Self { tid: main, user: *user, apart: locked, open: None, caught: Vec::new() };
         if locked {
-            let flags = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
+            let flags =
+                libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
             let caught = &mut |info| mapper.caught.push(info);
             let made = clone_through_gate(main, user, flags as u64, [0; 4], None, caught)?;
             mapper.tid = made.map_err(sys("making a thread that maps files"))?;

@@ -11,8 +11,8 @@ use ftrun_abi::record::{Header, Kind, Record, flag};
 use ftrun_abi::table::{self, Class, Place as Who};
 
 use crate::divergence::{Divergence, describe, describe_call};
-use crate::live::Outcome;
 use crate::launch::Mapper;
+use crate::live::Outcome;
 use crate::marshal::Prepared;
 use crate::signals::{ANY_THREAD, Trapped, apply_trapped};
 use crate::tracee::{self, Event, SigInfo};

@@ -320,9 +320,13 @@ fn everything_is_killed_at_node() -> Result<(), Error> {
 #[test]
 fn everything_is_killed_at_every_seam_of_node() -> Result<(), Error> {
     // The start itself has some groups and a checkpoint.
-    for (point, first) in
-        [("record-grouped", 40), ("record-acknowledged", 40), ("record-put", 3), ("output-leaving", 2), ("output-left", 2)]
-    {
+    for (point, first) in [
+        ("record-grouped", 40),
+        ("record-acknowledged", 40),
+        ("record-put", 3),
+        ("output-leaving", 2),
+        ("output-left", 2),
+    ] {
         let faults = format!("Environment=FTRUN_FAULT=all@{point}:{first}\n{NO_LIMIT}");
         let options = [AT_NODE, &["--checkpoint-every", "100ms"]].concat();
         let service = service!("shop", &options, &faults);

@@ -25,7 +25,6 @@ fn kills() -> u64 {
     Load::from_env().kills / 4 + 1
 }
 
-
 /// A service of a program with these arguments, started; what is in `more` goes into a drop-in.
 fn start(program: &str, args: &[&str], more: &str) -> Result<Option<Service>, Error> {
     let path = guest(program)?;
@@ -130,7 +129,9 @@ fn locks_are_as_they_were() -> Result<(), Error> {
         said(&mut echo, "supervisor")?;
         as_they_were(&format!("the supervisor was killed, {round}"))?;
     }
-    for line in ["unlock posix /mnt/share/records 0 0", "unlock ofd /mnt/share/open 0 0", "unlock end /mnt/share/end -16 16"] {
+    for line in
+        ["unlock posix /mnt/share/records 0 0", "unlock ofd /mnt/share/open 0 0", "unlock end /mnt/share/end -16 16"]
+    {
         assert_eq!(said(&mut echo, line)?, "ok", "{line}");
     }
     assert_eq!(said(&mut echo, "unlock whole /mnt/share/whole 0 0")?, "ok");
@@ -300,7 +301,11 @@ fn at_the_units_own_limit() -> Result<(), Error> {
     };
     for _ in 0..2 {
         for keys in [ALL, &["supervisor_pid"], &["pid"], &["supervisor_pid", "pid"]] {
-            if keys == ALL { service.kill_all()? } else { service.kill(keys)? }
+            if keys == ALL {
+                service.kill_all()?
+            } else {
+                service.kill(keys)?
+            }
             same(&keys.join(", "))?;
         }
     }
@@ -319,7 +324,11 @@ fn beyond_the_soft_limit_of_the_service() -> Result<(), Error> {
     let mut echo = service.client()?;
     assert_eq!(said(&mut echo, "make 280")?, "ok");
     for keys in [&["supervisor_pid"], ALL, &["supervisor_pid"], ALL] {
-        if keys == ALL { service.kill_all()? } else { service.kill(keys)? }
+        if keys == ALL {
+            service.kill_all()?
+        } else {
+            service.kill(keys)?
+        }
         assert_eq!(said(&mut echo, "count")?, "280", "{keys:?}");
         assert_eq!(said(&mut echo, "fill")?, "299", "{keys:?}");
     }
@@ -384,7 +393,11 @@ fn at_the_hard_limit() -> Result<(), Error> {
     let machine = &service.machine;
     machine.await_true("a refusal", || Ok(service.errors()?.contains("open descriptors (ulimit -n) are needed")))?;
     let more = format!("/etc/systemd/system/{}.d/zzz.conf", service.unit);
-    machine.ok(["sh", "-c", &format!("printf '[Service]\\nLimitNOFILE=300:800\\n' > {more}; systemctl daemon-reload")])?;
+    machine.ok([
+        "sh",
+        "-c",
+        &format!("printf '[Service]\\nLimitNOFILE=300:800\\n' > {more}; systemctl daemon-reload"),
+    ])?;
     machine.await_property(&service.unit, "ActiveState", |s| s == "active")?;
     let mut echo = service.client()?;
     assert_eq!(said(&mut echo, "count")?, full);
@@ -435,7 +448,11 @@ fn workers_are_started_again() -> Result<(), Error> {
         waits.write_all(b"waits\n")?;
         parent.ask(format!("child {round}").as_bytes())?;
         let whom = if round % 4 == 0 { &["supervisor_pid"][..] } else { ALL };
-        if whom == ALL { service.kill_all()? } else { service.kill(whom)? }
+        if whom == ALL {
+            service.kill_all()?
+        } else {
+            service.kill(whom)?
+        }
         let mut answer = [0; 64];
         let n = waits.read(&mut answer)?;
         assert_eq!(String::from_utf8_lossy(&answer[..n]), "1 1 waits\n", "round {round}");
