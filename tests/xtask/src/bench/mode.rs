@@ -60,7 +60,7 @@ impl Mode {
                 let manager = HOLDER.get_or_init(|| Store::start().map_err(|e| e.0));
                 let manager = manager.as_ref().map_err(|e| Error(e.clone()))?;
                 let options = ["--durability", "supervisor", "--hold-descriptors"];
-                launch.options(options).env("NOTIFY_SOCKET", manager.address().to_string_lossy())
+                launch.options(options).env("NOTIFY_SOCKET", manager.address())
             }
             Self::NodeFile => launch.options(["--durability", "node"]),
             Self::NodeTcp => launch.options(["--durability", "node", "--stable", "memory", "--store", &store_url()?]),
