@@ -151,10 +151,6 @@ impl Hold {
             desk.held().iter().for_each(|word| word.store(0, SeqCst));
             desk.directory.store(0, SeqCst);
         }
-        if desk.holds.load(SeqCst) != 0 {
-            // By default it may have as many as the keeper, which has the unit's limit.
-            raise_limit();
-        }
         let process = fds::process(std::process::id() as i32)?;
         let slots = slots(&root)?;
         let mut hold = Self { desk, root, uses: vec![0; slots.len()], slots, free: Vec::new(), process };

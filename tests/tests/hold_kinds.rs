@@ -284,7 +284,8 @@ fn killed_while_descriptors_arrive() -> Result<(), Error> {
 
 /// A unit that has as many descriptors as it may, with a limit that it has set itself, has them afterwards, and no more may be opened; whoever is killed.
 ///
-/// Break it: raise no limit for what holds them (`Hold::open`), or leave the keeper with the limit that it needs to bring them back.
+/// Break it: start a supervisor within the unit's limit (`keeper::work`), or leave the keeper with the limit that it needs for that
+/// (`Unit::run_once`).
 #[test]
 fn at_the_units_own_limit() -> Result<(), Error> {
     let service = service!("keeps", &["7000"], "LimitNOFILE=1024:4096\n");
@@ -317,7 +318,7 @@ fn at_the_units_own_limit() -> Result<(), Error> {
 
 /// More descriptors than the supervisor is allowed by default are held, and come back, also to a supervisor that takes over.
 ///
-/// Break it: raise no limit for what holds them (`Hold::open`).
+/// Break it: as above, or raise no limit when there is no room for one more (`Unit::hold_changes`).
 #[test]
 fn beyond_the_soft_limit_of_the_service() -> Result<(), Error> {
     let service = service!("keeps", &["7000"], "LimitNOFILE=300:4096\n");
