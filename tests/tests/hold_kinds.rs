@@ -182,8 +182,15 @@ fn who_got_between_keeps_the_lock() -> Result<(), Error> {
     Ok(())
 }
 
-/// Both ends of something of which the unit is given one.
-fn given() -> Result<Vec<(Box<dyn Read>, OwnedFd)>, Error> {
+/// Kills these processes of the unit; where the keeper is among them, waits until the service runs again.
+fn strike(service: &Service, keys: &[&str]) -> Result<(), Error> {
+    if keys == ALL { service.kill_all() } else { service.kill(keys) }
+}
+
+/// Both ends of something: ours, and the one that the unit is given.
+type Given = (Box<dyn Read>, OwnedFd);
+
+fn given() -> Result<Vec<Given>, Error> {
     let (pipe, into) = std::io::pipe()?;
     let (pair, other) = UnixStream::pair()?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -302,11 +309,7 @@ fn at_the_units_own_limit() -> Result<(), Error> {
     };
     for _ in 0..2 {
         for keys in [ALL, &["supervisor_pid"], &["pid"], &["supervisor_pid", "pid"]] {
-            if keys == ALL {
-                service.kill_all()?
-            } else {
-                service.kill(keys)?
-            }
+            strike(&service, keys)?;
             same(&keys.join(", "))?;
         }
     }
@@ -325,11 +328,7 @@ fn beyond_the_soft_limit_of_the_service() -> Result<(), Error> {
     let mut echo = service.client()?;
     assert_eq!(said(&mut echo, "make 280")?, "ok");
     for keys in [&["supervisor_pid"], ALL, &["supervisor_pid"], ALL] {
-        if keys == ALL {
-            service.kill_all()?
-        } else {
-            service.kill(keys)?
-        }
+        strike(&service, keys)?;
         assert_eq!(said(&mut echo, "count")?, "280", "{keys:?}");
         assert_eq!(said(&mut echo, "fill")?, "299", "{keys:?}");
     }
@@ -452,11 +451,7 @@ fn workers_are_started_again() -> Result<(), Error> {
         waits.write_all(b"waits\n")?;
         parent.ask(format!("child {round}").as_bytes())?;
         let whom = if round % 4 == 0 { &["supervisor_pid"][..] } else { ALL };
-        if whom == ALL {
-            service.kill_all()?
-        } else {
-            service.kill(whom)?
-        }
+        strike(&service, whom)?;
         let mut answer = [0; 64];
         let n = waits.read(&mut answer)?;
         assert_eq!(String::from_utf8_lossy(&answer[..n]), "1 1 waits\n", "round {round}");
