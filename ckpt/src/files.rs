@@ -86,13 +86,28 @@ impl Named {
         Ok(Self { path: path.to_owned(), identity })
     }
 
-    /// Opens it again, if `shared` also for writing where that can be.
+    /// Its name.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Opens it again, if `shared` also for writing where that can be; or what the checkpoint has of it.
     ///
     /// # Errors
-    /// The name leads to another file, or nowhere.
-    pub fn open(&self, shared: bool) -> Result<File, Error> {
+    /// The name leads to another file, or nowhere, and the checkpoint has not the content.
+    pub fn open(&self, shared: bool, files: &[MappedFile], pages: &PageStore) -> Result<File, Error> {
         let same = |there: &File| Identity::of(there).is_ok_and(|(found, _)| self.identity.is(&found));
-        open_for(shared, &self.path).filter(same).ok_or_else(|| Error::Replaced { path: self.path.clone() })
+        if let Some(file) = open_for(shared, &self.path).filter(same) {
+            return Ok(file);
+        }
+        let known = files.iter().find(|f| f.content.is_some() && self.is(f));
+        let content = known.and_then(|known| Some((known, known.content?)));
+        let (known, content) = content.ok_or_else(|| Error::Replaced { path: self.path.clone() })?;
+        restore(known, content, pages)
+    }
+
+    fn is(&self, known: &MappedFile) -> bool {
+        known.identity.is_some_and(|identity| identity.is(&self.identity))
     }
 }
 
@@ -234,6 +249,16 @@ impl Files {
     /// What has been taken so far.
     pub fn taken(&self) -> Arc<Taken> {
         Arc::clone(&self.taken)
+    }
+
+    /// A mapping of this part of a file can be made again, whatever becomes of the file, as far as that is wanted.
+    pub fn has(&self, file: &Named, offset: u64, length: u64) -> bool {
+        let end = offset + length;
+        let taken = |f: &MappedFile| {
+            let of_it = |key: &&(u64, u64, u64, u64)| (key.0, key.1) == (f.dev, f.inode);
+            self.taken.0.iter().filter(of_it).any(|(_, _, from, bytes)| *from <= offset && from + bytes >= end)
+        };
+        !self.policy.content || self.known.iter().any(|f| f.content.is_some() && file.is(f) && taken(f))
     }
 
     /// Follows what process `pid` has mapped now, and stages content that is not among the pages yet.
@@ -458,7 +483,7 @@ pub fn open(m: &Mapping, files: &[MappedFile], pages: &PageStore) -> Result<Opti
         let memory = m.path.ends_with(DELETED) && !can_be_taken(m);
         return if memory { Ok(None) } else { Err(Error::Replaced { path: known.path.clone() }) };
     };
-    restore(known, content, pages).map(Some).map_err(|source| Error::Content { path: known.path.clone(), source })
+    restore(known, content, pages).map(Some)
 }
 
 /// As a mapping needs it; one that is only read needs no more.
@@ -468,7 +493,11 @@ fn open_for(shared: bool, path: &str) -> Option<File> {
 }
 
 /// A file without a name that has the content.
-fn restore(known: &MappedFile, content: u64, pages: &PageStore) -> io::Result<File> {
+fn restore(known: &MappedFile, content: u64, pages: &PageStore) -> Result<File, Error> {
+    fill(known, content, pages).map_err(|source| Error::Content { path: known.path.clone(), source })
+}
+
+fn fill(known: &MappedFile, content: u64, pages: &PageStore) -> io::Result<File> {
     let name = CString::new(format!("{}{content:x}", RESTORED.trim_start_matches("/memfd:")))?;
     // SAFETY: a string that outlives the call; the result is owned by nobody else.
     let file = unsafe {

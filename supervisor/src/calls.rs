@@ -123,9 +123,11 @@ impl Unit {
         if nr == libc::SYS_mmap as u64 && result > 0 && args[3] & libc::MAP_ANONYMOUS as u64 == 0 {
             let fd = args[4] as i32;
             let link = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"));
-            match link.and_then(|path| Named::new(fd, &path)).map(|file| postcard::to_stdvec(&file)) {
-                Ok(Ok(file)) => outs.push((0, file)),
-                _ => self.unloggable = Some("mmap of a file without a path".into()),
+            let file = link.and_then(|path| Named::new(fd, &path)).ok();
+            let file = file.filter(|file| self.mapped.has(file, args[5], args[1]));
+            match file.map(|file| postcard::to_stdvec(&file)) {
+                Some(Ok(file)) => outs.push((0, file)),
+                _ => self.unloggable = Some("mmap of a file that is needed later".into()),
             }
         }
         Ok(Outcome::With(result, outs))

@@ -50,6 +50,29 @@ pub(crate) fn program_maps(maps: Vec<Mapping>) -> Vec<Mapping> {
         .collect()
 }
 
+/// The resource limits of a process, soft and hard.
+pub(crate) fn limits_of(pid: i32) -> Vec<(u64, u64)> {
+    let limit = |resource| {
+        let mut old = [0u64; 2];
+        let args = [pid as u64, resource, 0, old.as_mut_ptr() as u64, 0, 0];
+        crate::marshal::raw_call(libc::SYS_prlimit64 as u64, &args);
+        (old[0], old[1])
+    };
+    (0..16).map(limit).collect()
+}
+
+/// Lets a process of ours have descriptors with numbers below this.
+fn set_soft_limit(pid: i32, soft: u64) {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: structures that outlive the calls.
+    unsafe {
+        if libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) == 0 {
+            limit = libc::rlimit { rlim_cur: soft, rlim_max: limit.rlim_max.max(soft) };
+            libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut());
+        }
+    }
+}
+
 impl Unit {
     /// Takes a checkpoint. No thread of the unit is in user code when this is called.
     pub fn checkpoint(&mut self) -> Result<()> {
@@ -256,29 +279,14 @@ impl Unit {
 
     /// Follows a change of resource limits.
     pub(crate) fn follow_limits(&mut self) {
-        self.model.limits = (0..16)
-            .map(|r| {
-                let mut old = [0u64; 2];
-                crate::marshal::raw_call(
-                    libc::SYS_prlimit64 as u64,
-                    &[self.pid as u64, r, 0, old.as_mut_ptr() as u64, 0, 0],
-                );
-                (old[0], old[1])
-            })
-            .collect();
-        // Descriptors are allocated by this process in the unit's name, or by the keeper.
-        if let Some(&(soft, hard)) = self.model.limits.get(libc::RLIMIT_NOFILE as usize)
+        self.model.limits = limits_of(self.pid);
+        // Descriptors are allocated by this process in the unit's name, or by the keeper. Only the soft limit counts there.
+        if let Some(&(soft, _)) = self.model.limits.get(libc::RLIMIT_NOFILE as usize)
             && soft >= 64
         {
-            let limit = [soft, hard.max(soft)];
             let keeper = self.desk.filter(|_| self.standby.is_some()).map(|d| d.keeper.load(SeqCst));
             // Where descriptors are held this process needs more, and makes no calls.
-            for pid in self.hold.is_none().then_some(0).into_iter().chain(keeper) {
-                crate::marshal::raw_call(
-                    libc::SYS_prlimit64 as u64,
-                    &[pid as u64, u64::from(libc::RLIMIT_NOFILE), limit.as_ptr() as u64, 0, 0, 0],
-                );
-            }
+            self.hold.is_none().then_some(0).into_iter().chain(keeper).for_each(|pid| set_soft_limit(pid, soft));
         }
     }
 
@@ -313,7 +321,8 @@ impl Unit {
         self.shim = self.model.sites.used;
         self.bind_to_cpu();
         let want = (self.set_tid && self.vpid != 0).then_some(self.vpid);
-        let pid = launch::rebuild(&snapshot, &read(&self.pages), want)?;
+        let locked = self.log.control().locked.load(SeqCst) != 0;
+        let pid = launch::rebuild(&snapshot, &read(&self.pages), want, locked)?;
         self.pid = pid;
         if self.vpid == 0 {
             self.vpid = pid;
@@ -401,11 +410,15 @@ impl Unit {
         let Some(desk) = self.desk.filter(|d| self.standby.is_some() && d.entered_table().is_none()) else {
             return Ok(());
         };
+        desk.enter_table(&self.open_numbers()?);
+        Ok(())
+    }
+
+    /// What is open in the unit's table.
+    pub(crate) fn open_numbers(&self) -> Result<Vec<i32>> {
         // SAFETY: no arguments.
         let tracer = unsafe { libc::gettid() };
-        let fds = self.service.run(move || fds::list(tracer)).map_err(broken("listing the descriptors"))?;
-        desk.enter_table(&fds);
-        Ok(())
+        self.service.run(move || fds::list(tracer)).map_err(broken("listing the descriptors"))
     }
 
     fn restore_thread(&mut self, vtid: i32, state: &ThreadState, base: &user_regs_struct) -> Result<()> {

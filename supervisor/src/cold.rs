@@ -15,6 +15,7 @@ use ftrun_abi::table::{self, Class, Effect, Row};
 use serde::{Deserialize, Serialize};
 
 use crate::capture::broken;
+use crate::changes::Change;
 use crate::hands;
 use crate::live::Outcome;
 use crate::marshal::Prepared;
@@ -129,37 +130,24 @@ impl Unit {
         }
     }
 
-    /// It has been made: what it has opened.
-    pub(crate) fn note_opened(&mut self, nr: u64, args: &[u64; 6], result: i64, outs: &[(u64, Vec<u8>)]) {
-        if self.standby.is_none() || result < 0 {
+    /// It has been made, with this result: what is to be looked at, and what is to be held.
+    pub(crate) fn note_made(&mut self, nr: u64, args: &[u64; 6], result: i64, outs: &[(u64, Vec<u8>)]) {
+        // Whatever else it says, a close has closed what was open.
+        let closed = nr as i64 == libc::SYS_close && result != -i64::from(libc::EBADF);
+        if self.standby.is_none() || (result < 0 && !closed) {
             return;
         }
-        let Some(row) = table::find(nr, args) else { return };
-        match row.effect {
-            Effect::Open(_)
-            | Effect::MemoryFile
-            | Effect::Socket
-            | Effect::Accept
-            | Effect::Epoll
-            | Effect::Counter
-            | Effect::Timer
-            | Effect::Signals
-            | Effect::Duplicate
-            | Effect::Onto
-            | Effect::Opaque => {
-                self.changed.some.insert(result as i32);
-            }
-            Effect::Pipe | Effect::Pair => {
-                for pair in outs.iter().map(|o| &o.1).filter(|b| b.len() == 8) {
-                    let numbers = pair.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                    self.changed.some.extend(numbers);
-                }
-            }
-            Effect::CloseRange => self.changed.all = true,
-            // It may have brought descriptors.
-            Effect::Take if row.nr as i64 == libc::SYS_recvmsg => self.changed.all = true,
-            _ => {}
+        let memory = |at: u64| outs.iter().find(|o| o.0 == at).map_or(&[][..], |o| &o.1);
+        let Some(change) = Change::of(&table::lookup(nr, args), args, result, memory) else { return };
+        match &change {
+            Change::Made(numbers) => self.changed.some.extend(numbers),
+            Change::Same(number, _) => drop(self.changed.some.insert(*number)),
+            Change::ClosedFrom(..) | Change::More | Change::Anything => self.changed.all = true,
+            Change::Flags(numbers) if numbers.len() > 1 => self.changed.all = true,
+            // They are arguments.
+            Change::Closed(_) | Change::Flags(_) | Change::Directory | Change::Umask(_) => {}
         }
+        self.hold_call(change);
     }
 
     /// Nobody can tell which descriptors have changed.
@@ -260,6 +248,10 @@ impl Unit {
         for what in told {
             tracing::warn!("not as it was: {what}");
         }
+        if objects.has_records() {
+            // The log of before may be on another machine.
+            self.log.control().locked.store(1, SeqCst);
+        }
         if let Some(doubt) = &mut self.in_doubt {
             let fd = self.threads.get(&doubt.vtid).map_or(-1, |t| t.regs.rdi as i32);
             if let Some(Open { kind: Kind::File(file), given, .. }) = objects.get(fd)
@@ -291,7 +283,7 @@ impl Unit {
             0 => {
                 let last = objects.numbers.keys().chain(present).copied().max().unwrap_or(2);
                 let spare = last + 1;
-                let count = spare as usize + objects.open.len() + 2 * objects.pipes.len() + present.len() + 16;
+                let count = spare as usize + 2 * objects.pipes.len() + present.len() + 8;
                 build::allow_numbers(count as u64).map_err(broken("descriptors"))?;
                 for (i, number) in present.iter().enumerate() {
                     // SAFETY: numbers of the unit's table, in which nothing else is now.
@@ -403,11 +395,12 @@ fn appended(fd: i32, data: &[u8], end: Option<u64>) -> Option<i64> {
         return None;
     }
     // The file may be open for writing only.
-    let path = format!("/proc/thread-self/fd/{fd}");
+    let path = format!("/proc/self/fd/{fd}");
     let size = std::fs::metadata(&path).ok()?.len();
     // Where nobody knows where it ended, it ends with the data or does not.
     let end = end.unwrap_or(size.saturating_sub(data.len() as u64));
-    let tail = std::fs::read(&path).ok()?;
+    // Opened and closed in the unit's table, it would end the unit's record locks.
+    let tail = crate::service::outside_the_table(|| std::fs::read(&path).ok())?;
     let tail = tail.get(end as usize..)?;
     let same = tail.iter().zip(data).take_while(|(a, b)| a == b).count();
     (same > 0 && same == tail.len().min(data.len())).then_some(same as i64)

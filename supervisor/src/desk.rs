@@ -251,6 +251,9 @@ impl Desk {
         self.hands.fetch_and(!SPAWN, SeqCst);
         self.supervisor.store(0, SeqCst);
         self.runs.store(0, SeqCst);
+        // One that could not be gone on with may be now.
+        self.ending.store(0, SeqCst);
+        self.degraded.store(0, SeqCst);
         self.raised.store(0, SeqCst);
         self.resumed.store(1, SeqCst);
         self.holds_nothing.store(0, SeqCst);

@@ -128,7 +128,7 @@ impl Unit {
             unsafe { libc::syscall(libc::SYS_gettid) }
         });
         let path = format!("/proc/{}/task/{service}/fd/{fd}", std::process::id());
-        let fd = launch::open_mapped(&path, true);
+        let fd = crate::mapper::open_mapped(&path, true);
         let shared = (libc::MAP_SHARED | libc::MAP_FIXED) as u64;
         let mapped = call(libc::SYS_mmap, [CONTROL_BASE, bytes, rw, shared, fd as u64, 0]);
         if fd >= 0 {

@@ -178,9 +178,12 @@ impl Hold {
             return Ok(slot);
         }
         let count = self.slots.len().clamp(SLOTS_MIN, MESSAGE_FDS);
-        let fresh: Vec<OwnedFd> = (0..count).map_while(|_| to_itself().ok()).collect();
+        // Who brings them back needs twice as many numbers; and there is other work for who holds them, checkpoints above all.
+        let room = soft_limit() / 2;
+        let slot = |_| to_itself().ok().filter(|slot| (slot.as_raw_fd() as u64) < room);
+        let fresh: Vec<OwnedFd> = (0..count).map_while(slot).collect();
         if fresh.is_empty() {
-            return Err(io::Error::last_os_error());
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }
         send(&self.root, &fresh.iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>())?;
         self.uses.resize(self.slots.len() + fresh.len(), 0);
@@ -302,6 +305,28 @@ impl Hold {
         self.slots.iter().for_each(drain);
         self.uses.fill(0);
         self.free = (0..self.slots.len()).rev().collect();
+    }
+}
+
+/// How many descriptors this process may have.
+fn soft_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a structure that outlives the call.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    limit.rlim_cur
+}
+
+/// Lets this process have, and send, as many descriptors as it may; more than that if it is privileged.
+pub(crate) fn raise_limit() {
+    /// `fs.nr_open`, as it is by default.
+    const MOST: libc::rlim_t = 1 << 20;
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: structures that outlive the calls.
+    unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        let most = MOST.max(limit.rlim_max);
+        let set = |max| libc::setrlimit(libc::RLIMIT_NOFILE, &libc::rlimit { rlim_cur: max, rlim_max: max }) == 0;
+        let _is_raised = set(most) || set(limit.rlim_max);
     }
 }
 

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, IntoRawFd};
 use std::sync::atomic::Ordering::SeqCst;
 
 use crate::desk::{CALL, Desk, SPAWN, STARTED};
+use crate::hold::raise_limit;
 use crate::hold::returned::Returned;
 use crate::marshal::raw_call;
 use crate::report::Error;
@@ -125,6 +126,10 @@ fn start(desk: &Desk) -> Result<(), Error> {
             "clone3(2), by which processes are made and brought back, is not allowed here",
             "take RestrictNamespaces= and what else filters it out of the service",
         )),
+        pid if pid == -libc::EMFILE => Err(Error::environment(
+            "no supervisor can be started: the unit has as many descriptors as may be open",
+            "raise the hard limit (ulimit -Hn, LimitNOFILE=)",
+        )),
         pid if pid < 0 => Err(Error::bug(format!("the supervisor: {}", io::Error::from_raw_os_error(-pid)))),
         _ => Ok(()),
     }
@@ -235,6 +240,11 @@ fn work(desk: &'static Desk, ours: [Option<i32>; 4], supervisor: &impl Fn(Start)
             hands::work(desk, &mut owner);
         } else if now & SPAWN != 0 {
             desk.hands.fetch_and(!SPAWN, SeqCst);
+            if desk.generation.load(SeqCst) > 0 {
+                // The unit may have as many descriptors as its own limit allows, which a checkpoint has
+                // and this process follows when the unit runs (`Unit::follow_limits`).
+                raise_limit();
+            }
             let unit_fds = match enter_table(desk) {
                 Ok(fds) => fds,
                 Err(e) => {
@@ -243,7 +253,13 @@ fn work(desk: &'static Desk, ours: [Option<i32>; 4], supervisor: &impl Fn(Start)
                     continue;
                 }
             };
-            let [stderr, lock, log, hold] = ours.map(|fd| from_keeper(fd?));
+            let copies = ours.map(|fd| fd.map(from_keeper).transpose());
+            if let Some(e) = copies.iter().find_map(|copy| copy.as_ref().err()) {
+                desk.supervisor.store(-e.raw_os_error().unwrap_or(libc::EIO), SeqCst);
+                desk.wake_hands();
+                continue;
+            }
+            let [stderr, lock, log, hold] = copies.map(|copy| copy.ok().flatten());
             desk.generation.fetch_add(1, SeqCst);
             match fork_sharing() {
                 0 => {
@@ -276,11 +292,11 @@ fn fork_sharing() -> i32 {
 }
 
 /// A copy of a descriptor of the keeper's first thread, with a number out of the program's way.
-fn from_keeper(fd: i32) -> Option<i32> {
-    let copy = fds::take(fd).ok()?;
+fn from_keeper(fd: i32) -> io::Result<i32> {
+    let copy = fds::take(fd)?;
     // SAFETY: numbers only; the result is owned by nobody else.
     let high = unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_DUPFD_CLOEXEC, crate::logging::FD_MIN) };
-    if high < 0 { Some(copy.into_raw_fd()) } else { Some(high) }
+    Ok(if high < 0 { copy.into_raw_fd() } else { high })
 }
 
 /// Descriptors that we inherited: ours are all close-on-exec, those of the one who started us cannot be.

@@ -8,7 +8,6 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 
 use ftrun_ckpt::copy::copy_out;
@@ -20,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use ftrun_abi::fast::{CODE_BASE, VDSO_BASE, VDSO_BYTES_MAX};
 
+use crate::mapper::Mapper;
 use crate::marshal::raw_call;
 use crate::tracee::{self, Event, Gate, TraceError};
 use crate::vdso;
@@ -178,7 +178,7 @@ pub enum LaunchError {
     Trace(#[from] TraceError),
 }
 
-fn sys(what: impl Into<String>) -> impl FnOnce(io::Error) -> LaunchError {
+pub(crate) fn sys(what: impl Into<String>) -> impl FnOnce(io::Error) -> LaunchError {
     let what = what.into();
     move |source| LaunchError::Sys { what, source }
 }
@@ -310,8 +310,8 @@ pub fn gate_call(
 }
 
 /// Builds a process from a checkpoint; its main thread stands in a stop, without the program's registers
-/// yet. Other threads are added by [`add_thread`].
-pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> Result<i32, LaunchError> {
+/// yet. Other threads are added by [`add_thread`]. `locked` is for [`Mapper`].
+pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>, locked: bool) -> Result<i32, LaunchError> {
     let tid = fork_child(set_tid, Some(&filter(GATE)), 0).map_err(sys("making the process"))?;
     tracee::seize(tid)?;
     if !matches!(tracee::wait_one(tid)?, Event::Seccomp) {
@@ -351,12 +351,12 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
     // SAFETY: plain integers.
     let zero: user_regs_struct = unsafe { std::mem::zeroed() };
     let base = user_regs_struct { cs: regs.cs, ss: regs.ss, eflags: 0x202, ..zero };
-    let mut call = |nr: libc::c_long, args: [u64; 6], what: &str| -> Result<i64, LaunchError> {
-        let r = gate_call(tid, &base, nr as u64, args, &mut |_| {})?;
-        if (-4095..0).contains(&r) {
-            return Err(sys(what.to_owned())(io::Error::from_raw_os_error(-r as i32)));
-        }
-        Ok(r)
+    let made = |r: i64, what: &str| match r {
+        -4095..0 => Err(sys(what.to_owned())(io::Error::from_raw_os_error(-r as i32))),
+        r => Ok(r),
+    };
+    let call = |nr: libc::c_long, args: [u64; 6], what: &str| -> Result<i64, LaunchError> {
+        made(gate_call(tid, &base, nr as u64, args, &mut |_| {})?, what)
     };
     call(libc::SYS_munmap, [0x1000, GATE.base - 0x1000, 0, 0, 0, 0], "unmapping")?;
     // The kernel's shared object is moved out of the way of what the snapshot maps.
@@ -370,9 +370,9 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
     call(libc::SYS_munmap, [GATE.end(), VDSO_BASE - GATE.end(), 0, 0, 0, 0], "unmapping")?;
     call(libc::SYS_munmap, [kept, TASK_END - kept, 0, 0, 0, 0], "unmapping")?;
 
-    let mut file = OpenFile::default();
+    let mut mapper = Mapper::begin(tid, &base, locked)?;
     for m in &snapshot.maps {
-        let fd = file.of(m, &snapshot.files, pages)?;
+        let fd = mapper.open_for(m, &snapshot.files, pages)?;
         let what = format!("mapping {:x}-{:x} {}", m.start, m.end, m.path);
         let prot = if fill(m, pages) { m.prot | libc::PROT_WRITE as u32 } else { m.prot };
         let mut flags = libc::MAP_FIXED | if m.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
@@ -393,16 +393,16 @@ pub fn rebuild(snapshot: &Snapshot, pages: &PageStore, set_tid: Option<i32>) -> 
             fd as i64 as u64,
             if fd < 0 { 0 } else { m.offset },
         ];
-        call(libc::SYS_mmap, args, &what)?;
+        made(mapper.call(libc::SYS_mmap, args)?, &what)?;
     }
-    drop(file);
     for m in &snapshot.maps {
         copy_out(tid, pages, m.start..m.end, m.inode == 0, None).map_err(sys("filling memory"))?;
         if fill(m, pages) && m.prot & libc::PROT_WRITE as u32 == 0 {
             call(libc::SYS_mprotect, [m.start, m.end - m.start, u64::from(m.prot), 0, 0, 0], "mprotect")?;
         }
     }
-    set_mm(tid, snapshot, &mut call)?;
+    set_mm(tid, snapshot, &mut mapper)?;
+    mapper.end()?;
     for (i, action) in snapshot.sigactions.iter().enumerate() {
         let signal = i as u64 + 1;
         if *action != [0; 4] && signal != 9 && signal != 19 {
@@ -419,22 +419,16 @@ fn fill(m: &Mapping, pages: &PageStore) -> bool {
     pages.iter_range(m.start, m.end).next().is_some()
 }
 
-/// Runs a call of the process under construction; the text says what for.
-type GateCall<'a> = dyn FnMut(libc::c_long, [u64; 6], &str) -> Result<i64, LaunchError> + 'a;
-
 /// `prctl(PR_SET_MM, PR_SET_MM_MAP)`; the executable's own link can be set by the privileged alone.
-fn set_mm(tid: i32, snapshot: &Snapshot, call: &mut GateCall<'_>) -> Result<(), LaunchError> {
+fn set_mm(tid: i32, snapshot: &Snapshot, mapper: &mut Mapper) -> Result<(), LaunchError> {
     let mm = &snapshot.mm;
     let at = GATE.slot(0);
     let auxv = at + 256;
     let mut auxv_bytes = mm.auxv.clone();
     auxv_bytes.truncate(1024);
     tracee::write_mem(tid, auxv, &auxv_bytes)?;
-    let exe = CString::new(mm.exe.as_str()).unwrap_or_default();
-    // SAFETY: a NUL-terminated path.
-    let fd = unsafe { libc::open(exe.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    let mut result = Ok(0);
-    for exe_fd in [fd, -1] {
+    let mut result = 0;
+    for exe_fd in [mapper.open(&mm.exe, false)?, -1] {
         let words = [
             mm.start_code,
             mm.end_code,
@@ -454,51 +448,12 @@ fn set_mm(tid: i32, snapshot: &Snapshot, call: &mut GateCall<'_>) -> Result<(), 
         bytes.extend_from_slice(&(exe_fd as u32).to_le_bytes());
         tracee::write_mem(tid, at, &bytes)?;
         let args = [libc::PR_SET_MM as u64, libc::PR_SET_MM_MAP as u64, at, bytes.len() as u64, 0, 0];
-        result = call(libc::SYS_prctl, args, "prctl(PR_SET_MM_MAP)");
-        if result.is_ok() {
-            break;
+        result = mapper.call(libc::SYS_prctl, args)?;
+        if result == 0 {
+            return Ok(());
         }
     }
-    if fd >= 0 {
-        // SAFETY: opened above.
-        unsafe { libc::close(fd) };
-    }
-    result.map(drop)
-}
-
-/// The file of the mapping before, by device and inode, kept open for the next one. It stands in the unit's table for the
-/// time of the call that maps it, while no thread of the unit runs.
-#[derive(Default)]
-struct OpenFile {
-    open: Option<((u64, u64), Option<fs::File>)>,
-}
-
-impl OpenFile {
-    fn of(&mut self, m: &Mapping, known: &[files::MappedFile], pages: &PageStore) -> Result<i32, files::Error> {
-        if m.inode == 0 {
-            return Ok(-1);
-        }
-        let key = (m.dev, m.inode);
-        if self.open.as_ref().is_none_or(|(open, _)| *open != key) {
-            // Its place is free for the next.
-            self.open = None;
-            self.open = Some((key, files::open(m, known, pages)?));
-        }
-        Ok(self.open.as_ref().and_then(|(_, file)| Some(file.as_ref()?.as_raw_fd())).unwrap_or(-1))
-    }
-}
-
-/// Opens a file to be mapped; negative when it cannot be.
-pub fn open_mapped(path: &str, write: bool) -> i32 {
-    let Ok(path) = CString::new(path) else { return -1 };
-    let mode = if write { libc::O_RDWR } else { libc::O_RDONLY };
-    // SAFETY: a NUL-terminated path.
-    let fd = unsafe { libc::open(path.as_ptr(), mode | libc::O_CLOEXEC) };
-    if fd < 0 && write {
-        // SAFETY: as above; a mapping that is only read needs no more.
-        return unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    }
-    fd
+    Err(sys("prctl(PR_SET_MM_MAP)")(io::Error::from_raw_os_error(-result as i32)))
 }
 
 /// Adds a thread to a process under construction through its main thread; returns the new id.

@@ -68,7 +68,10 @@ impl Unit {
             match halt {
                 Halt::Ended(status) => return Ok(End::Ended(status)),
                 Halt::Exec(pid) => {
-                    close_on_exec();
+                    match self.open_numbers() {
+                        Ok(open) => close_on_exec(open),
+                        Err(e) => return Ok(End::Failed(e.to_string())),
+                    }
                     self.hold_executed();
                     self.note_all_changed();
                     self.begin_record(Kind::Exec);
@@ -227,6 +230,8 @@ impl Unit {
             return Halt::Broken(format!("descriptors of the unit's own files in /proc: {e}"));
         }
         self.begin_outputs();
+        // Who brought its descriptors back, or made them again, may have needed more than the unit has.
+        self.follow_limits();
         self.begin_hold();
         let replayed = now();
         if events >= 1000 {
@@ -323,12 +328,9 @@ impl Unit {
     }
 }
 
-/// Descriptors that `execve` closes are closed in the table that stays.
-fn close_on_exec() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `limit` outlives the call.
-    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-    for fd in 0..limit.rlim_cur.min(1 << 20) as i32 {
+/// Descriptors that `execve` closes are closed in the table that stays; limits may have been lowered below their numbers.
+fn close_on_exec(open: Vec<i32>) {
+    for fd in open {
         // SAFETY: the unit's descriptors; the kernel has closed them in the unit's own table.
         unsafe {
             let flags = libc::fcntl(fd, libc::F_GETFD);

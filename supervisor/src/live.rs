@@ -44,6 +44,11 @@ pub(crate) enum Outcome {
     Handled,
 }
 
+/// A `struct flock` counts from the end of the file.
+fn locks_from_end(lock: &[u8]) -> bool {
+    lock.get(2..4) == Some(&(libc::SEEK_END as u16).to_le_bytes()[..])
+}
+
 impl Unit {
     /// Runs the unit until something ends that.
     pub fn live(&mut self) -> Result<std::convert::Infallible> {
@@ -300,6 +305,10 @@ impl Unit {
         match outcome {
             Outcome::Done(r) => {
                 let outs = if row.place == Who::Supervisor { call.written(r) } else { Vec::new() };
+                if row.effect == table::Effect::Lock && r >= 0 && locks_from_end(call.payload()) {
+                    // The model of the descriptors would not know which bytes these are.
+                    self.unloggable = self.standby.as_ref().map(|_| "a lock from the end of a file".to_owned());
+                }
                 self.complete(vtid, nr, r, call.digest, outs)
             }
             Outcome::With(r, outs) => self.complete(vtid, nr, r, call.digest, outs),
@@ -325,6 +334,9 @@ impl Unit {
             Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
             _ if row.irregular => self.irregular(vtid, nr, &args, call, row)?,
             Class::Unknown => {
+                if let Some(wait) = self.must_wait(vtid, row, &args, call.digest) {
+                    return Ok(wait);
+                }
                 let r = self.gate(vtid, nr as libc::c_long, self.real_ids(row, &args))?;
                 self.unloggable = Some(row.name.to_owned());
                 Outcome::Done(r)
@@ -354,8 +366,7 @@ impl Unit {
         self.outside.begun.remove(&vtid);
         let args = tracee::args_of(&self.thread(vtid).regs);
         self.after_fd_call(nr, &args, result);
-        self.note_opened(nr, &args, result, &outs);
-        self.hold_call(nr, &args, result, &outs);
+        self.note_made(nr, &args, result, &outs);
         let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
         let flags = took | if self.unloggable.is_some() { flag::UNLOGGABLE } else { 0 };
         self.append(vtid, nr as u16, result, digest, flags)?;

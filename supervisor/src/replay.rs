@@ -4,9 +4,8 @@
 //! at: the invariant of [`crate::live`]. No input and no output call is made. A call that differs from its
 //! event in number, arguments or input memory is a [`Divergence`], and ends the recovery.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-
-use std::os::fd::AsRawFd;
 
 use ftrun_abi::fast::REPLAY;
 use ftrun_abi::record::{Header, Kind, Record, flag};
@@ -14,9 +13,11 @@ use ftrun_abi::table::{self, Class, Place as Who};
 
 use ftrun_ckpt::files::Named;
 
+use crate::capture::read;
 use crate::divergence::{Divergence, describe, describe_call};
 use crate::launch::LaunchError;
 use crate::live::Outcome;
+use crate::mapper::{Aside, Mapper};
 use crate::marshal::Prepared;
 use crate::signals::{ANY_THREAD, Trapped, apply_trapped};
 use crate::tracee::{self, Event, SigInfo};
@@ -264,8 +265,6 @@ impl Unit {
     /// Makes a call about the process itself again, so that it comes out where it did.
     fn execute_again(&mut self, vtid: i32, nr: u64, mut args: [u64; 6], record: &Record<'_>) -> Result<i64> {
         let result = record.header.result as u64;
-        // Closed when the call has been made.
-        let mut opened = None;
         match nr as i64 {
             libc::SYS_mmap => {
                 args[0] = result;
@@ -281,8 +280,22 @@ impl Unit {
                     }
                     let shared = args[3] & libc::MAP_SHARED as u64 != 0;
                     let write = shared && args[2] & libc::PROT_WRITE as u64 != 0;
-                    let file = opened.insert(file.open(write).map_err(LaunchError::from)?);
-                    args[4] = file.as_raw_fd() as u64;
+                    let (snapshot, pages) = (self.snapshot.clone(), Arc::clone(&self.pages));
+                    let known = snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.files);
+                    let open = || file.open(write, known, &read(&pages)).map(Some);
+                    let aside = Aside::open(open).map_err(LaunchError::from)?;
+                    let locked = self.log.control().locked.load(SeqCst) != 0;
+                    let t = self.thread(vtid);
+                    t.place = Place::Stopped;
+                    let mut mapper = Mapper::begin(t.tid, &t.regs, locked)?;
+                    if let Some(aside) = aside {
+                        args[4] = mapper.open_aside(aside, file.path(), (0, 0), write)? as u64;
+                    }
+                    let r = mapper.call(nr as libc::c_long, args)?;
+                    for info in mapper.end()? {
+                        self.keep_signal(vtid, info);
+                    }
+                    return Ok(r);
                 }
             }
             libc::SYS_mremap if result != args[0] => {

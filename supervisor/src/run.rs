@@ -391,7 +391,10 @@ fn try_supervisor(
         unit.hold = Some(opened.map_err(|e| os("what holds the descriptors", e))?);
     }
     let end = unit.supervise(program, last);
-    crate::pulse::ending();
+    if matches!(end, Ok(End::Ended(_))) || desk.can_be_forgotten() {
+        // Otherwise it does not stop: it has not been gone on with.
+        crate::pulse::ending();
+    }
     let unit = &mut *unit;
     if matches!(end, Ok(End::Ended(_))) {
         unit.flush_outputs();

@@ -99,16 +99,15 @@ impl Notifier {
             self.manager.send_now(&Message { text, fds: vec![fd] })
         };
         self.take_out(name)?;
-        store(name, fd.try_clone_to_owned()?)?;
-        // What is not taken is closed, which this one shows.
+        // What is not taken is closed, which this one shows. There may be room for one alone.
         let (end, theirs) = std::io::pipe()?;
         let probe = format!("{name}-probe");
         store(&probe, theirs.into())?;
         self.heard()?;
         let taken = !hung_up(&end, Duration::ZERO)?;
         self.take_out(&probe)?;
-        if !taken {
-            self.take_out(name)?;
+        if taken {
+            store(name, fd.try_clone_to_owned()?)?;
         }
         Ok(taken)
     }

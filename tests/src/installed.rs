@@ -11,6 +11,11 @@ pub const PORT: u16 = 7000;
 /// The path of ftrun in there.
 pub const FTRUN: &str = "/mnt/share/ftrun";
 
+/// Nobody kills everything so often but a test.
+pub const NO_LIMIT: &str = "[Unit]\nStartLimitIntervalSec=0\n";
+/// What `ftrun status` calls the processes of a unit.
+pub const ALL: &[&str] = &["keeper_pid", "supervisor_pid", "pid"];
+
 /// A service on a machine of its own.
 #[derive(Debug)]
 pub struct Service {
@@ -77,6 +82,46 @@ impl Service {
     pub fn pid(&self, key: &str) -> Result<String, Error> {
         let status = self.status()?;
         Ok(status[key].as_i64().ok_or_else(|| error!("no {key} in {status}"))?.to_string())
+    }
+
+    /// Kills processes of the unit, by their names in the status, at once.
+    pub fn kill(&self, keys: &[&str]) -> Result<(), Error> {
+        let status = self.status()?;
+        let pids = keys.iter().filter_map(|key| status[key].as_i64()).map(|pid| pid.to_string());
+        let words: Vec<_> = ["kill", "-KILL"].into_iter().map(str::to_owned).chain(pids).collect();
+        if words.len() > 2 {
+            // Who was being replaced may be gone by now.
+            self.machine.run(words)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the service has been restarted more often than that, and runs; how often it has.
+    pub fn await_restart(&self, before: u64) -> Result<u64, Error> {
+        let restarts = |n: &str| n.parse().unwrap_or(0u64);
+        let now = self.machine.await_property(&self.unit, "NRestarts", |n| restarts(n) > before)?;
+        self.machine.await_property(&self.unit, "ActiveState", |s| s == "active")?;
+        Ok(restarts(&now))
+    }
+
+    /// Kills keeper, supervisor and program, and waits until the service runs again.
+    pub fn kill_all(&self) -> Result<(), Error> {
+        let before = self.get("NRestarts")?.parse().map_err(|e| error!("{e}"))?;
+        self.kill(ALL)?;
+        self.await_restart(before).map(drop)
+    }
+
+    /// What was said but for what a supervisor says whose keeper is killed first.
+    pub fn complaints(&self) -> Result<Vec<String>, Error> {
+        let expected = |line: &&str| !line.contains("the keeper was killed: ");
+        Ok(self.errors()?.lines().filter(expected).map(str::to_owned).collect())
+    }
+
+    /// It is stopped, and leaves nothing with systemd.
+    pub fn stop(&self) -> Result<(), Error> {
+        self.systemctl("stop")?;
+        let ended = [self.get("ActiveState")?, self.get("Result")?, self.get("NFileDescriptorStore")?];
+        if ended == ["inactive", "success", "0"] { Ok(()) } else { Err(error!("stopped, it is {ended:?}")) }
     }
 
     /// A client of the echo server.

@@ -167,7 +167,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         if !self.done {
-            for log in ["start.log", "console"] {
+            for log in ["start.log", "console", "err"] {
                 eprintln!("---- {log} of the machine:\n{}", read(&self.share().join(log)));
             }
         }

@@ -23,7 +23,12 @@ pub struct Service {
 impl Service {
     /// Starts one that serves a Unix socket and a port of loopback.
     pub fn new() -> Result<Self, Error> {
-        let dir = tempfile::Builder::new().prefix("ftrun-store-").tempdir()?;
+        Self::within(&std::env::temp_dir())
+    }
+
+    /// The same, in a new directory in that one.
+    pub fn within(dir: &Path) -> Result<Self, Error> {
+        let dir = tempfile::Builder::new().prefix("ftrun-store-").tempdir_in(dir)?;
         // A port that the kernel gives, and nobody else gets in the instant that it is free.
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let (store, socket) = (dir.path().join("store"), dir.path().join("socket"));
@@ -94,6 +99,11 @@ impl Service {
     pub fn restart(&mut self) -> Result<(), Error> {
         self.child = Self::serve(self.dir.path())?;
         Ok(())
+    }
+
+    /// Has a link lead to its directory.
+    pub fn link(&self, name: &Path) -> Result<(), Error> {
+        Ok(std::os::unix::fs::symlink(self.dir.path().file_name().unwrap_or_default(), name)?)
     }
 
     /// Its Unix socket, as the URL of a store.

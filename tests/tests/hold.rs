@@ -1,23 +1,21 @@
 //! Keeper, supervisor and program are killed, all at once, and the service manager, a real systemd, has their descriptors
 //! (`--hold-descriptors`): no client notices, whatever the instant.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use ftrun_tests::binaries::installed;
 use ftrun_tests::clients::{Echo, Redis};
-use ftrun_tests::installed::{PORT, Service};
+use ftrun_tests::installed::{ALL, NO_LIMIT, PORT, Service};
 use ftrun_tests::load::{Client, Load, Progress};
 use ftrun_tests::machine::Machine;
 use ftrun_tests::rng::Rng;
+use ftrun_tests::service::Service as Store;
 use ftrun_tests::{Error, error};
 
 const OPTIONS: &[&str] = &["--durability", "supervisor"];
-/// Nobody kills everything so often but a test.
-const NO_LIMIT: &str = "[Unit]\nStartLimitIntervalSec=0\n";
-
 /// Kills in each test: `FTRUN_TEST_KILLS` is for those of one process.
 fn kills() -> u64 {
     Load::from_env().kills / 2 + 1
@@ -37,20 +35,6 @@ macro_rules! service {
         }
     };
 }
-
-/// Kills processes of the unit, by their names in the status, at once.
-fn kill(service: &Service, keys: &[&str]) -> Result<(), Error> {
-    let status = service.status()?;
-    let pids = keys.iter().filter_map(|key| status[key].as_i64()).map(|pid| pid.to_string());
-    let words: Vec<_> = ["kill", "-KILL"].into_iter().map(str::to_owned).chain(pids).collect();
-    if words.len() > 2 {
-        // Who was being replaced may be gone by now.
-        service.machine.run(words)?;
-    }
-    Ok(())
-}
-
-const ALL: &[&str] = &["keeper_pid", "supervisor_pid", "pid"];
 
 /// Clients that check every reply, each on its one connection, while `strike` does what it likes; requests in all.
 fn under_load(
@@ -96,28 +80,6 @@ fn echoes(count: u64) -> Result<Vec<Box<dyn Client>>, Error> {
     (0..count).map(connect).collect()
 }
 
-/// Waits until the service has been restarted more often than that, and runs.
-fn await_restart(service: &Service, before: u64) -> Result<u64, Error> {
-    let restarts = |n: &str| n.parse().unwrap_or(0u64);
-    let now = service.machine.await_property(&service.unit, "NRestarts", |n| restarts(n) > before)?;
-    service.machine.await_property(&service.unit, "ActiveState", |s| s == "active")?;
-    Ok(restarts(&now))
-}
-
-/// What was said but for what a supervisor says whose keeper is killed first.
-fn complaints(service: &Service) -> Result<Vec<String>, Error> {
-    let expected = |line: &&str| !line.contains("the keeper was killed: ");
-    Ok(service.errors()?.lines().filter(expected).map(str::to_owned).collect())
-}
-
-/// The service is stopped, and leaves nothing with systemd.
-fn stop(service: &Service) -> Result<(), Error> {
-    service.systemctl("stop")?;
-    assert_eq!((service.get("ActiveState")?.as_str(), service.get("Result")?.as_str()), ("inactive", "success"));
-    assert_eq!(service.get("NFileDescriptorStore")?, "0");
-    Ok(())
-}
-
 /// Break it: have `Hold::put` send nothing, put the numbers back without their flags for `execve`, or start with them one
 /// place further.
 #[test]
@@ -136,15 +98,15 @@ fn everything_is_killed_and_no_client_notices() -> Result<(), Error> {
                 2 => &["keeper_pid", "pid"],
                 _ => ALL,
             };
-            kill(&service, whom)?;
-            restarts = await_restart(&service, restarts)?;
+            service.kill(whom)?;
+            restarts = service.await_restart(restarts)?;
         }
         Ok(())
     })?;
     println!("{requests} requests, {restarts} restarts");
-    assert_eq!(complaints(&service)?, [""; 0]);
+    assert_eq!(service.complaints()?, [""; 0]);
     assert_eq!(service.status()?["recoveries"].as_u64().map(|n| n >= restarts), Some(true));
-    stop(&service)?;
+    service.stop()?;
     service.done();
     Ok(())
 }
@@ -173,13 +135,13 @@ fn redis_is_killed_with_everything() -> Result<(), Error> {
     let requests = under_load(&service, clients, || {
         for _ in 0..kills() {
             std::thread::sleep(Duration::from_millis(rng.within(0..=300)));
-            kill(&service, ALL)?;
-            restarts = await_restart(&service, restarts)?;
+            service.kill(ALL)?;
+            restarts = service.await_restart(restarts)?;
         }
         Ok(())
     })?;
     println!("{requests} requests, {restarts} restarts");
-    stop(&service)?;
+    service.stop()?;
     service.done();
     Ok(())
 }
@@ -191,10 +153,6 @@ fn redis_is_killed_with_everything() -> Result<(), Error> {
 fn what_the_program_closes_ends_at_once() -> Result<(), Error> {
     let service = service!("shop", OPTIONS, NO_LIMIT);
     service.systemctl("start")?;
-    let restarts = |n| -> Result<(), Error> {
-        kill(&service, ALL)?;
-        await_restart(&service, n).map(drop)
-    };
     for round in 0..4 {
         let mut streams: Vec<_> = (0..20).map(|_| TcpStream::connect(("127.0.0.1", PORT))).collect::<Result<_, _>>()?;
         for stream in &mut streams {
@@ -203,7 +161,7 @@ fn what_the_program_closes_ends_at_once() -> Result<(), Error> {
             assert!(stream.read(&mut [0; 100])? > 0);
         }
         if round % 2 == 1 {
-            restarts(round / 2)?;
+            service.kill_all()?;
         }
         for stream in &mut streams {
             // The server finds the end, and closes its own.
@@ -211,7 +169,7 @@ fn what_the_program_closes_ends_at_once() -> Result<(), Error> {
             assert_eq!(stream.read(&mut [0; 100])?, 0);
         }
     }
-    stop(&service)?;
+    service.stop()?;
     service.done();
     Ok(())
 }
@@ -236,9 +194,7 @@ fn without_what_was_held_the_unit_is_recovered_cold() -> Result<(), Error> {
             machine.ok(["/usr/bin/python3", "-c", say, &main, text])?;
             machine.await_property(&service.unit, "NFileDescriptorStore", |n| n == "0")?;
         }
-        let before = service.get("NRestarts")?.parse().map_err(|e| error!("{e}"))?;
-        kill(&service, ALL)?;
-        await_restart(&service, before)?;
+        service.kill_all()?;
         if !empty {
             assert!(echo.told(b"after")? > total);
             continue;
@@ -254,16 +210,14 @@ fn without_what_was_held_the_unit_is_recovered_cold() -> Result<(), Error> {
     // It is held again.
     let mut echo = service.client()?;
     echo.told(b"held")?;
-    let before = service.get("NRestarts")?.parse().map_err(|e| error!("{e}"))?;
-    kill(&service, ALL)?;
-    await_restart(&service, before)?;
+    service.kill_all()?;
     echo.told(b"still")?;
     // A restart that is asked for is one.
     service.systemctl("restart")?;
     assert_eq!(service.get("NFileDescriptorStore")?, "1");
     assert!(echo.told(b"gone").is_err());
     assert_eq!(service.client()?.told(b"first")?, 1);
-    stop(&service)?;
+    service.stop()?;
     service.done();
     Ok(())
 }
@@ -278,12 +232,11 @@ fn a_service_without_a_store_is_recovered_cold() -> Result<(), Error> {
     let mut echo = service.client()?;
     let total = echo.told(b"before")?;
     assert!(service.errors()?.contains("takes no descriptors (FileDescriptorStoreMax=)"), "{}", service.errors()?);
-    kill(&service, ALL)?;
-    await_restart(&service, 0)?;
+    service.kill_all()?;
     assert!(echo.told(b"after").is_err());
     let mut new = service.client()?;
     assert!(new.told(b"new")? > total);
-    stop(&service)?;
+    service.stop()?;
     service.done();
     Ok(())
 }
@@ -324,12 +277,115 @@ fn everything_is_killed_at_every_seam() -> Result<(), Error> {
         assert!(restarts >= 2, "{point}");
         assert!(resets <= restarts, "{point}");
         assert!(resets == 0 || matches!(point, "sending" | "sent"), "{point}: {resets} of {restarts}");
-        assert_eq!(complaints(&service)?, [""; 0], "{point}");
+        assert_eq!(service.complaints()?, [""; 0], "{point}");
         // Those that come and go are gone.
         let open = service.machine.ok(["sh", "-c", &format!("ls /proc/{}/fd | wc -l", service.pid("pid")?)])?;
         assert!(open.trim().parse::<u64>().is_ok_and(|n| n <= 8), "{point}: {open}");
-        stop(&service)?;
+        service.stop()?;
         service.done();
     }
+    Ok(())
+}
+
+const AT_NODE: &[&str] = &["--durability", "node"];
+
+/// At `node` replies wait in the unit's queue for the store when everything is killed: none is lost, and none is sent twice.
+///
+/// Break it: begin the queue anew when descriptors have come back (`Unit::begin_outputs`), or take what was leaving for something that is still to leave
+/// (`outputs::settle`).
+#[test]
+fn everything_is_killed_at_node() -> Result<(), Error> {
+    let service = service!("shop", AT_NODE, NO_LIMIT);
+    service.systemctl("start")?;
+    let mut rng = rng();
+    let mut restarts = 0;
+    let requests = under_load(&service, echoes(6)?, || {
+        for i in 0..kills() {
+            std::thread::sleep(Duration::from_millis(rng.within(0..=300)));
+            service.kill(if i % 4 == 0 { &["keeper_pid"] } else { ALL })?;
+            restarts = service.await_restart(restarts)?;
+        }
+        Ok(())
+    })?;
+    println!("{requests} requests, {restarts} restarts");
+    assert_eq!(service.complaints()?, [""; 0]);
+    service.stop()?;
+    service.done();
+    Ok(())
+}
+
+/// Everything is killed at each seam between the unit, its queue and its store, again and again.
+///
+/// Break it: as above.
+#[test]
+fn everything_is_killed_at_every_seam_of_node() -> Result<(), Error> {
+    // The start itself has some groups and a checkpoint.
+    for (point, first) in [
+        ("record-grouped", 40),
+        ("record-acknowledged", 40),
+        ("record-put", 3),
+        ("output-leaving", 2),
+        ("output-left", 2),
+    ] {
+        let faults = format!("Environment=FTRUN_FAULT=all@{point}:{first}\n{NO_LIMIT}");
+        let options = [AT_NODE, &["--checkpoint-every", "100ms"]].concat();
+        let service = service!("shop", &options, &faults);
+        service.systemctl("start")?;
+        let over = || Ok::<_, Error>(service.get("NRestarts")?.parse::<u64>().is_ok_and(|n| n >= 3));
+        let requests = under_load(&service, echoes(3)?, || service.machine.await_true("three restarts", over))?;
+        println!("{point}: {requests} requests");
+        assert_eq!(service.complaints()?, [""; 0], "{point}");
+        service.stop()?;
+        service.done();
+    }
+    Ok(())
+}
+
+/// Replies that were still in the queue when everything was killed, since the store stood still, leave when it has what led to them,
+/// once.
+///
+/// Break it: as above.
+#[test]
+fn what_is_queued_outlives_everything() -> Result<(), Error> {
+    let service = service!("shop", &["--durability", "node", "--store", "unix:/mnt/share/store/socket"], NO_LIMIT);
+    let share = service.machine.share();
+    let store = Store::within(share)?;
+    store.link(&share.join("store"))?;
+    service.systemctl("start")?;
+    let connect = |_| -> Result<_, Error> {
+        let stream = TcpStream::connect(("127.0.0.1", PORT))?;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        Ok(BufReader::new(stream))
+    };
+    let mut clients = (0..8).map(connect).collect::<Result<Vec<_>, _>>()?;
+    let hear = |client: &mut BufReader<TcpStream>, want: &str| -> Result<(), Error> {
+        let mut line = String::new();
+        client.read_line(&mut line)?;
+        let words: Vec<_> = line.trim_end().split(' ').collect();
+        if [words[0], words[2]].join(" ") == want { Ok(()) } else { Err(error!("{line:?} instead of {want:?}")) }
+    };
+    for round in 0..3 {
+        for client in &mut clients {
+            client.get_mut().write_all(b"before\n")?;
+            hear(client, &format!("{} before", 2 * round + 1))?;
+        }
+        store.stop()?;
+        for client in &mut clients {
+            client.get_mut().write_all(b"meanwhile\n")?;
+        }
+        let answers = (clients.len() * "1 1 meanwhile\n".len()) as u64;
+        let queued = || Ok::<_, Error>(service.status()?["store"]["queued"].as_u64().is_some_and(|n| n >= answers));
+        service.machine.await_true("answers in the queue", queued)?;
+        let before = service.get("NRestarts")?.parse().map_err(|e| error!("{e}"))?;
+        service.kill(ALL)?;
+        store.go_on()?;
+        service.await_restart(before)?;
+        for client in &mut clients {
+            hear(client, &format!("{} meanwhile", 2 * round + 2))?;
+        }
+    }
+    assert_eq!(service.complaints()?, [""; 0]);
+    service.stop()?;
+    service.done();
     Ok(())
 }

@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 
-use ftrun_abi::table::{self, Class, Effect};
-
-use super::{Hold, NONBLOCKING, ON_EXEC};
+use super::{Hold, NONBLOCKING, ON_EXEC, raise_limit};
+use crate::changes::Change;
 use crate::fds;
 use crate::unit::Unit;
 
@@ -17,71 +16,6 @@ fn flags_of(number: i32) -> Option<u32> {
     let on = |yes: bool, flag: u32| if yes { flag } else { 0 };
     let nonblocking = mode >= 0 && mode & libc::O_NONBLOCK != 0;
     (own >= 0).then_some(on(own & libc::FD_CLOEXEC != 0, ON_EXEC) | on(nonblocking, NONBLOCKING))
-}
-
-/// What a call has changed.
-#[derive(Debug)]
-enum Change {
-    /// These numbers are new, or lead elsewhere.
-    Made(Vec<i32>),
-    /// The first leads where the second does.
-    Same(i32, i32),
-    Closed(i32),
-    ClosedFrom(i32, i32),
-    /// These have other flags.
-    Flags(Vec<i32>),
-    Directory,
-    Umask(u32),
-    /// Others than before may be open.
-    More,
-    /// Nobody knows.
-    Anything,
-}
-
-impl Change {
-    /// What a call that has succeeded has changed.
-    fn of(nr: u64, args: &[u64; 6], result: i64, outs: &[(u64, Vec<u8>)]) -> Option<Self> {
-        let row = table::lookup(nr, args);
-        let (fd, made) = (args[0] as i32, result as i32);
-        Some(match row.effect {
-            _ if row.class == Class::Unknown => Self::Anything,
-            Effect::Open(_)
-            | Effect::MemoryFile
-            | Effect::Socket
-            | Effect::Accept
-            | Effect::Epoll
-            | Effect::Counter
-            | Effect::Timer => Self::Made(vec![made]),
-            Effect::Signals if fd < 0 => Self::Made(vec![made]),
-            Effect::Duplicate => Self::Same(made, fd),
-            Effect::Onto if made != fd => Self::Same(made, fd),
-            Effect::Pipe | Effect::Pair => {
-                let pairs = outs.iter().map(|o| &o.1).filter(|b| b.len() == 8);
-                let numbers = pairs.flat_map(|pair| pair.chunks_exact(4));
-                Self::Made(numbers.map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-            }
-            Effect::Close => Self::Closed(fd),
-            Effect::CloseRange => {
-                let last = (args[1] as u32).min(i32::MAX as u32) as i32;
-                if args[2] as u32 & libc::CLOSE_RANGE_CLOEXEC != 0 {
-                    Self::Flags((fd..=last.min(crate::desk::HELD_MAX as i32)).collect())
-                } else {
-                    Self::ClosedFrom(fd, last)
-                }
-            }
-            Effect::OnExec | Effect::CloseOnExec(_) | Effect::Mode | Effect::NonBlocking => Self::Flags(vec![fd]),
-            Effect::Directory | Effect::DirectoryOf => Self::Directory,
-            Effect::Mask => Self::Umask(args[0] as u32 & 0o777),
-            Effect::Opaque => Self::More,
-            // Control messages have come.
-            Effect::Take if row.nr as i64 == libc::SYS_recvmsg => {
-                let length = outs.iter().find(|(at, _)| *at == args[1] + 40);
-                length.filter(|(_, length)| length.iter().any(|b| *b != 0))?;
-                Self::More
-            }
-            _ => return None,
-        })
-    }
 }
 
 impl Hold {
@@ -150,11 +84,8 @@ impl Unit {
     }
 
     /// A call has been made, and is about to be logged.
-    pub(crate) fn hold_call(&mut self, nr: u64, args: &[u64; 6], result: i64, outs: &[(u64, Vec<u8>)]) {
-        if self.hold.is_none() || (result < 0 && nr as i64 != libc::SYS_close) || result == -i64::from(libc::EBADF) {
-            return;
-        }
-        if let Some(change) = Change::of(nr, args, result, outs) {
+    pub(crate) fn hold_call(&mut self, change: Change) {
+        if self.hold.is_some() {
             self.hold_changes(&[change]);
         }
     }
@@ -184,8 +115,6 @@ impl Unit {
                 // What is in flight counts against the limit of who sends it.
                 if !raised && matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ETOOMANYREFS)) {
                     raised = true;
-                    // The unit keeps its own.
-                    self.follow_limits();
                     raise_limit();
                     continue;
                 }
@@ -213,17 +142,5 @@ impl Unit {
         };
         let open = numbers.into_iter().filter_map(|number| Some((number, flags_of(number)?))).collect();
         self.service.run(|| hold.follow(change, &open, tracer))
-    }
-}
-
-/// Lets this process have, and send, as many descriptors as it may.
-fn raise_limit() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: structures that outlive the calls.
-    unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
-        }
     }
 }

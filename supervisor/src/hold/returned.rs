@@ -11,7 +11,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use ftrun_abi::stream;
 use ftrun_abi::table::{self, Class, Effect, Row};
 
-use super::{NONBLOCKING, ON_EXEC, numbers, peek, place, slot_of, slots};
+use super::{NONBLOCKING, ON_EXEC, numbers, peek, place, raise_limit, slot_of, slots};
+use crate::changes::Change;
 use crate::desk::{ARENA_BYTES, DONE, Desk, IDLE, Order, POSITION, RECEIVED, SENT, STARTED};
 use crate::evlog::EventLog;
 use crate::keeper::keep_only;
@@ -75,12 +76,17 @@ pub fn bring_back(root: &OwnedFd, desk: &'static Desk, log: &File, remains: &Rem
     }
     let held: Vec<_> = numbers(desk).collect();
     let spare = held.iter().map(|(number, _)| number + 1).max().unwrap_or(0).max(3);
-    // Slots, what is in them, and the numbers.
-    allow_numbers(spare as u64 + 3 * held.len() as u64 + 512).map_err(|e| e.to_string())?;
+    // Slots, what is in them, and the numbers. It may do with less.
+    if allow_numbers(spare as u64 + 3 * held.len() as u64 + 512).is_err() {
+        raise_limit();
+    }
     let slots = slots(root).map_err(|e| format!("what holds them cannot be looked into: {e}"))?;
-    let come_back = |word: u32, what: &dyn std::fmt::Display| -> Result<OwnedFd, String> {
-        let slot = slot_of(word).and_then(|slot| slots.get(slot)).ok_or_else(|| format!("{what} is not held"))?;
-        let found = peek(slot).map_err(|e| format!("{what}: {e}"))?.and_then(|mut fds| fds.pop());
+    let mut slots: Vec<Option<OwnedFd>> = slots.into_iter().map(Some).collect();
+    // What several numbers lead to is taken once, and its slot is closed here: the limit may be close.
+    let mut come_back = |word: u32, what: &dyn std::fmt::Display| -> Result<OwnedFd, String> {
+        let slot = slot_of(word).and_then(|slot| slots.get_mut(slot)?.take());
+        let slot = slot.ok_or_else(|| format!("{what} is not held"))?;
+        let found = peek(&slot).map_err(|e| format!("{what}: {e}"))?.and_then(|mut fds| fds.pop());
         let found = found.ok_or_else(|| format!("{what} has not come back"))?;
         // SAFETY: numbers; the result is owned by nobody else.
         let high = unsafe { libc::fcntl(found.as_raw_fd(), libc::F_DUPFD_CLOEXEC, spare) };
@@ -188,43 +194,35 @@ impl Settle<'_> {
         if result < 0 {
             return Ok(Verdict::Made(result));
         }
-        let (fd, made) = (args[0] as i32, result as i32);
-        let noted = match row.effect {
-            Effect::MemoryFile | Effect::Socket | Effect::Accept | Effect::Epoll | Effect::Counter | Effect::Timer => {
-                self.word(made) != 0
+        let noted = match Change::of(row, args, result, |at| self.arena(at, 8)) {
+            Some(Change::Made(numbers)) => {
+                let all = numbers.iter().all(|number| self.word(*number) != 0);
+                let held = numbers.iter().filter_map(|number| self.desk.held().get(*number as usize));
+                held.filter(|_| !all).for_each(|word| word.store(0, SeqCst));
+                all
             }
-            Effect::Open(_) if self.word(made) == 0 => return Ok(Verdict::Names),
-            Effect::Signals if fd < 0 => self.word(made) != 0,
-            Effect::Duplicate | Effect::Onto => place(self.word(made)) == place(self.word(fd)),
-            Effect::Opaque => self.word(made) != 0,
-            Effect::Pipe | Effect::Pair => {
-                let at = if row.effect == Effect::Pipe { args[0] } else { args[3] };
-                let pair = self.arena(at, 8).chunks_exact(4);
-                let pair: Vec<_> = pair.map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-                let both = pair.iter().all(|number| self.word(*number) != 0);
-                if !both {
-                    let held = pair.iter().filter_map(|number| self.desk.held().get(*number as usize));
-                    held.for_each(|word| word.store(0, SeqCst));
-                }
-                both
-            }
-            Effect::Close => self.word(fd) == 0,
-            Effect::Mask => self.desk.umask.load(SeqCst) == args[0] as u32 & 0o777,
-            Effect::Directory | Effect::DirectoryOf => {
+            Some(Change::Same(number, as_number)) => place(self.word(number)) == place(self.word(as_number)),
+            Some(Change::Closed(number)) => self.word(number) == 0,
+            Some(Change::Umask(umask)) => self.desk.umask.load(SeqCst) == umask,
+            Some(Change::Directory) => {
                 self.desk.directory.load(SeqCst) >> 32 == u64::from(self.order.count.load(SeqCst))
             }
             // It comes out the same.
-            Effect::CloseRange | Effect::OnExec | Effect::CloseOnExec(_) | Effect::Lock => false,
-            Effect::Mode | Effect::NonBlocking => false,
-            Effect::Take if i64::from(row.nr) == libc::SYS_recvmsg => {
+            Some(Change::ClosedFrom(..) | Change::Flags(_)) => false,
+            Some(Change::More) => {
                 if self.received(args[1]).iter().any(|number| self.word(*number) == 0) {
                     return Err("descriptors that came with a message are lost".into());
                 }
                 true
             }
-            _ => true,
+            Some(Change::Anything) => return Err("nobody knows what it has changed".into()),
+            None => row.effect != Effect::Lock,
         };
-        Ok(if noted { Verdict::Made(result) } else { Verdict::Again })
+        Ok(match row.effect {
+            _ if noted => Verdict::Made(result),
+            Effect::Open(_) => Verdict::Names,
+            _ => Verdict::Again,
+        })
     }
 
     /// Descriptors that came with the message whose header is there.

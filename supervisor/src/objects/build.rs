@@ -64,11 +64,12 @@ pub fn build(objects: &Objects, given: BTreeMap<i32, i32>, spare: i32, lossy: bo
         return Err(Error::Lost(told.join("; ")));
     }
     b.place_of_files()?;
+    let behind_given = b.given.values().copied().max().unwrap_or(spare - 1) + 1;
     for id in objects.open.keys() {
-        if b.made.contains_key(id) {
-            continue;
-        }
-        if let Err(e) = b.make(*id) {
+        // The other end of a pair may have been made with it.
+        if !b.made.contains_key(id)
+            && let Err(e) = b.make(*id)
+        {
             if !lossy {
                 let numbers =
                     objects.numbers.iter().filter(|(_, n)| n.open == *id).map(|(number, _)| number.to_string());
@@ -78,12 +79,7 @@ pub fn build(objects: &Objects, given: BTreeMap<i32, i32>, spare: i32, lossy: bo
             let stub = b.at_its_end()?;
             b.made.insert(*id, stub);
         }
-    }
-    for (number, n) in &objects.numbers {
-        let made = b.made.get(&n.open).copied().unwrap_or(-1);
-        let flags = if n.on_exec { libc::O_CLOEXEC } else { 0 };
-        // SAFETY: numbers of this table, which nothing here owns.
-        sys(|| format!("descriptor {number}"), i64::from(unsafe { libc::dup3(made, *number, flags) }))?;
+        b.put_at_numbers(*id, behind_given)?;
     }
     for open in objects.open.iter().filter_map(|(id, open)| Some((*b.made.get(id)?, &open.kind))) {
         if let (set, Kind::Epoll(entries)) = open {
@@ -91,9 +87,8 @@ pub fn build(objects: &Objects, given: BTreeMap<i32, i32>, spare: i32, lossy: bo
         }
     }
     // Other descriptions of a file are closed before its record locks are taken, which would go with them.
-    let keep = b.given.values().copied().max().unwrap_or(spare - 1) + 1;
     // SAFETY: closes numbers that were made here.
-    unsafe { libc::syscall(libc::SYS_close_range, keep, u32::MAX, 0) };
+    unsafe { libc::syscall(libc::SYS_close_range, behind_given, u32::MAX, 0) };
     objects.take_locks(lossy, &mut told)?;
     Ok(told)
 }
@@ -188,6 +183,24 @@ impl Builder<'_> {
             libc::close(fd);
             Ok(high)
         }
+    }
+
+    /// Gives what has been made its numbers. What was out of their way, from `behind` on, is given up at once: the limit may not allow
+    /// twice as many.
+    fn put_at_numbers(&mut self, id: Id, behind: i32) -> Result<()> {
+        let Some(made) = self.made.get_mut(&id) else { return Ok(()) };
+        let high = *made;
+        for (number, n) in self.objects.numbers.iter().filter(|(_, n)| n.open == id) {
+            let flags = if n.on_exec { libc::O_CLOEXEC } else { 0 };
+            // SAFETY: numbers of this table, which nothing here owns.
+            sys(|| format!("descriptor {number}"), i64::from(unsafe { libc::dup3(high, *number, flags) }))?;
+            *made = *number;
+        }
+        if *made != high && high >= behind {
+            // SAFETY: made here, and nothing has this number any more.
+            unsafe { libc::close(high) };
+        }
+        Ok(())
     }
 
     /// The same of one that a call has just made.

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use ftrun_abi::table::{Arg, Effect, Row};
 
+use crate::changes::opaque_at;
+
 use super::{Content, Entry, File, Kind, Number, Objects, Open, PairEnd, Pipe, Record, Socket, Timer};
 
 /// A call that was made: what it was given and what it brought.
@@ -284,7 +286,14 @@ impl Objects {
             }
             Effect::Opaque => {
                 let what = if call.row.command.is_empty() { call.row.name } else { call.row.command };
-                self.made(made, Kind::Opaque(format!("made by {what}")), 0, false);
+                let written = |at| call.outs.iter().find(|o| o.0 == at)?.1.get(..4)?.try_into().ok();
+                let number = match opaque_at(call.row, &call.args) {
+                    Some(at) => written(at).map(i32::from_le_bytes),
+                    None => Some(made),
+                };
+                if let Some(number) = number {
+                    self.made(number, Kind::Opaque(format!("made by {what}")), 0, false);
+                }
             }
         }
     }
@@ -518,11 +527,12 @@ impl Objects {
         let (start, len) = (call.word(8) as i64, call.word(16) as i64);
         let command = call.args[1] as i32;
         let of_file = matches!(command, libc::F_OFD_SETLK | libc::F_OFD_SETLKW);
-        let Some(file) = self.file(call.args[0] as i32) else { return };
+        let fd = call.args[0] as i32;
+        let Some(file) = self.file(fd) else { return };
         let base = match whence {
             libc::SEEK_SET => 0,
             libc::SEEK_CUR => file.position.unwrap_or(0) as i64,
-            // From the end, which nobody knows any more.
+            // From the end, which nobody knows any more: a checkpoint stands for the call.
             _ => return,
         };
         let start = base + start;
@@ -531,15 +541,13 @@ impl Objects {
             n if n > 0 => (start as u64, (start + n - 1) as u64),
             n => ((start + n) as u64, (start - 1) as u64),
         };
-        file.set_record(
-            start,
-            end,
-            of_file,
-            match kind {
-                libc::F_UNLCK => None,
-                kind => Some(kind == libc::F_WRLCK),
-            },
-        );
+        let write = (kind != libc::F_UNLCK).then_some(kind == libc::F_WRLCK);
+        if !of_file && let Some(id) = self.id(fd) {
+            self.change_records(id, |file| file.set_record(start, end, of_file, None));
+        }
+        if let Some(file) = self.file(fd) {
+            file.set_record(start, end, of_file, write);
+        }
     }
 
     /// Files below a name have another one.

@@ -228,6 +228,8 @@ impl Look {
         }
         let restless = match &kind {
             Kind::Socket(Socket { pair, .. }) => pair.is_some(),
+            // Another descriptor of the file may end them.
+            Kind::File(File { records, .. }) => records.iter().any(|r| !r.of_file),
             _ => false,
         };
         let id = match known {

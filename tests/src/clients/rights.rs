@@ -30,6 +30,15 @@ impl Rights {
         Ok(Self { stream, rng, count: 0, highest: 0 })
     }
 
+    /// Sends a line, a descriptor with it, and checks the answer.
+    pub fn ask(&mut self, line: &str, attached: Option<&OwnedFd>) -> Result<(), Fault> {
+        self.send(&format!("{line}\n"), attached)?;
+        let (reply, came) = self.receive()?;
+        self.count += 1;
+        (self.highest, _) = check(&reply, self.count, self.highest, line.as_bytes())?;
+        if came.is_some() { Err(Fault::error("a descriptor came that was not asked for")) } else { Ok(()) }
+    }
+
     fn send(&self, line: &str, attached: Option<&OwnedFd>) -> Result<(), Fault> {
         let fds: Vec<RawFd> = attached.iter().map(|fd| fd.as_raw_fd()).collect();
         let rights = [ControlMessage::ScmRights(&fds)];

@@ -28,8 +28,8 @@ pub(super) const ROWS: &[Row] = &[
     object(54, "setsockopt", &[Fd, Int, Int, In(Len::Arg32(4)), Int]).does(Option),
     input(55, "getsockopt", &[Fd, Int, Int, Out(Len::U32At(4), Used::U32At(4)), INOUT4]),
     object(288, "accept4", &[Fd, ADDR1_LEN2, INOUT4, Hex]).does(Accept).readable(),
-    input(299, "recvmmsg", &[Fd, Addr, Int, Hex, INOUT16]).special().note(MMSG),
-    output(307, "sendmmsg", &[Fd, Addr, Int, Hex]).special().note(MMSG),
+    unknown(299, "recvmmsg", &[Fd, Addr, Int, Hex, Addr]).readable().note(MMSG),
+    unknown(307, "sendmmsg", &[Fd, Addr, Int, Hex]).writable().note(MMSG),
 ];
 
 const SOL_IP: u32 = 0;

@@ -1,8 +1,9 @@
 //! The ways in which a program is run when they are compared.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use ftrun_tests::binaries::{installed, is_bare};
+use ftrun_tests::manager::Store;
 use ftrun_tests::service::Service;
 use ftrun_tests::unit::Launch;
 use ftrun_tests::{Error, error};
@@ -18,6 +19,8 @@ pub(crate) enum Mode {
     Shim,
     /// Under `ftrun --durability supervisor`.
     Supervisor,
+    /// The same with `--hold-descriptors`.
+    Held,
     /// Under `ftrun --durability node` with a store in a directory: each commit is an `fdatasync`.
     NodeFile,
     /// Under `ftrun --durability node --stable memory` with an `ftstore serve` at a port of loopback.
@@ -34,6 +37,7 @@ impl Mode {
             Self::Slow => "no-shim",
             Self::Shim => "ftrun",
             Self::Supervisor => "supervisor",
+            Self::Held => "held",
             Self::NodeFile => "node-file",
             Self::NodeTcp => "node-tcp",
             Self::Strace => "strace",
@@ -42,7 +46,7 @@ impl Mode {
 
     /// Whether ftrun runs the program.
     pub(crate) fn has_ftrun(self) -> bool {
-        matches!(self, Self::Slow | Self::Shim | Self::Supervisor | Self::NodeFile | Self::NodeTcp)
+        matches!(self, Self::Slow | Self::Shim | Self::Supervisor | Self::Held | Self::NodeFile | Self::NodeTcp)
     }
 
     /// Has a launch go this way.
@@ -52,6 +56,12 @@ impl Mode {
             Self::Slow => launch.options(["--no-shim"]),
             Self::Shim => launch,
             Self::Supervisor => launch.options(["--durability", "supervisor"]),
+            Self::Held => {
+                let manager = HOLDER.get_or_init(|| Store::start().map_err(|e| e.0));
+                let manager = manager.as_ref().map_err(|e| Error(e.clone()))?;
+                let options = ["--durability", "supervisor", "--hold-descriptors"];
+                launch.options(options).env("NOTIFY_SOCKET", manager.address())
+            }
             Self::NodeFile => launch.options(["--durability", "node"]),
             Self::NodeTcp => launch.options(["--durability", "node", "--stable", "memory", "--store", &store_url()?]),
             Self::Strace => launch.without_ftrun(["strace", "-f", "-o", "/dev/null"]),
@@ -59,6 +69,9 @@ impl Mode {
         Ok(())
     }
 }
+
+/// Who holds the root of [`Mode::Held`].
+static HOLDER: OnceLock<Result<Store, String>> = OnceLock::new();
 
 /// The store service of [`Mode::NodeTcp`]: started when it is needed, and ended with this.
 #[derive(Debug)]

@@ -21,7 +21,7 @@ pub(crate) struct Options {
     /// Only these workloads: names, or beginnings of names followed by `*` (an unknown name lists all)
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
-    /// Only these columns, beside `bare`: no-shim, ftrun, supervisor, node-file, node-tcp, strace
+    /// Only these columns, beside `bare`: no-shim, ftrun, supervisor, held, node-file, node-tcp, strace
     #[arg(long, value_name = "MODE", value_delimiter = ',')]
     modes: Vec<String>,
     /// Also write the results here
@@ -29,8 +29,8 @@ pub(crate) struct Options {
     json: Option<PathBuf>,
 }
 
-const MODES: [Mode; 7] =
-    [Mode::Bare, Mode::Slow, Mode::Shim, Mode::Supervisor, Mode::NodeFile, Mode::NodeTcp, Mode::Strace];
+const MODES: [Mode; 8] =
+    [Mode::Bare, Mode::Slow, Mode::Shim, Mode::Supervisor, Mode::Held, Mode::NodeFile, Mode::NodeTcp, Mode::Strace];
 
 const CAPTION: &str = "\
 throughput, as ratio to bare, and latency: medians of all rounds
