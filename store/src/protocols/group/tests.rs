@@ -166,7 +166,7 @@ fn a_wrongly_suspected_site_is_killed() {
 
 /// Three sites, each of which makes two broadcasts: every order that there is. One broadcast and a failure:
 /// every order, but for those that can't be told from others. With two failures at a time: those in which
-/// nothing is put off.
+/// nothing is put off. (`ftstore simulate` goes through all of these where only who comes back broadcasts.)
 #[test]
 fn orders_of_a_small_group() {
     let plan = Plan { workload: small(3, 4), options: Options::default(), down_at_most: 2, ..plan(0) };

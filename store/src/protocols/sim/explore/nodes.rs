@@ -14,7 +14,7 @@ use crate::protocols::machine::Phase;
 /// Of the states that lead to each other every so many is kept.
 const KEPT_EVERY: u32 = 16;
 /// And of the others those met last.
-const RECENT_MAX: usize = 50_000;
+const RECENT_MAX: usize = 10_000;
 
 /// What the search asks of a state again and again.
 #[derive(Clone, Copy, Debug)]
