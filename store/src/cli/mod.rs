@@ -122,16 +122,78 @@ mod tests {
     }
 
     #[test]
-    fn every_protocol_and_preset_answers() {
+    fn every_protocol_answers() {
         for protocol in ["local", "sender", "optimistic", "family", "group"] {
             let answer =
                 answer(&format!("simulate --protocol {protocol} --units 4 --runs 3 --crashes 1")).expect("runs");
             assert!(!answer.bad && answer.json["messages"].as_u64() > Some(0), "{protocol}: {}", answer.text);
         }
-        for preset in ["publishing", "publishing-today", "johnson", "elnozahy", "isis"] {
+    }
+
+    /// What `store/PAPERS.md` says of them.
+    #[test]
+    fn presets_show_what_the_papers_claim() {
+        let rows = |preset: &str| {
             let answer = answer(&format!("simulate --preset {preset}")).expect("runs");
             assert!(!answer.bad && answer.text.lines().count() > 4, "{preset}: {}", answer.text);
+            answer.json.as_array().expect("rows").clone()
+        };
+        let number = |row: &serde_json::Value, name: &str| row[name].as_f64().expect("a number");
+        // ISIS, §7: messages in a row; table I: broadcasts of coord_cohort.
+        let isis = rows("isis");
+        let in_a_row: Vec<u64> = isis.iter().filter_map(|row| row["in_a_row"].as_u64()).collect();
+        assert_eq!(in_a_row, [1, 3, 5, 5]);
+        let cohort = isis.iter().find(|row| row["routine"] == "coord_cohort").expect("it is counted");
+        assert_eq!((number(cohort, "cbcasts"), number(cohort, "abcasts")), (2.0, 0.0));
+        // Elnozahy, §5: as fast, and nobody live is blocked; in a failure during a recovery, for the time of one.
+        for both in rows("elnozahy").chunks(2) {
+            let [new, blocking] = both else { panic!("two recoveries of each") };
+            assert!((number(new, "recovering_ms") / number(blocking, "recovering_ms") - 1.0).abs() < 0.01);
+            assert_eq!(number(new, "blocked_ms_per_live_process"), 0.0);
+            let second = new["experiment"] != "one failure";
+            assert!(number(blocking, "blocked_ms_per_live_process") > if second { 2_000.0 } else { 1.0 });
         }
+        // Publishing, §5: one disk saturates at the maximum disk rate, and with writes of 4 kB not with five nodes.
+        let publishing = rows("publishing");
+        let disk = |buffered: bool, nodes: u64| {
+            let of = |row: &&serde_json::Value| {
+                row["point"] == "maximum disk access rate"
+                    && row["buffered"] == buffered
+                    && row["nodes"] == nodes
+                    && row["disks"] == 1
+            };
+            number(publishing.iter().find(of).expect("it is there"), "disk")
+        };
+        assert!(disk(false, 2) >= 1.0 && disk(true, 5) < 1.0, "{} {}", disk(false, 2), disk(true, 5));
+        let carried: Vec<u64> = rows("publishing-today").iter().filter_map(|row| row["nodes"].as_u64()).collect();
+        assert!(carried.iter().all(|&nodes| nodes > 400), "{carried:?}");
+        // Johnson, table 3.7: of every program, three kinds of sends make all; most of gauss's wait.
+        let johnson = rows("johnson");
+        for row in johnson.iter().filter(|row| !row["delayed"].is_null()) {
+            let all: f64 = ["none_pending", "piggybacked", "delayed"].map(|kind| number(row, kind)).iter().sum();
+            assert!((all - 100.0).abs() < 1e-6, "{row}");
+            assert_eq!(number(row, "delayed") > 40.0, row["program"] == "gauss", "{row}");
+        }
+    }
+
+    /// A workload of one's own, every order of a small system, and a run in words.
+    #[test]
+    fn workloads_searches_and_timelines_answer() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("mine.json");
+        std::fs::write(&file, r#"{"units": 3, "first": 1, "hops": 4, "forks": 0, "pattern": "ring"}"#)
+            .expect("written");
+        let mine = answer(&format!("simulate --workload {} --runs 2", file.display())).expect("runs");
+        // One message of each of three, followed four times, in each of two runs.
+        assert_eq!(mine.json["messages"], 2 * 3 * 5, "{}", mine.text);
+        std::fs::write(&file, r#"{"pattern": "spiral"}"#).expect("written");
+        let wrong = answer(&format!("simulate --workload {}", file.display()));
+        assert!(wrong.is_err_and(|e| e.contains("spiral")));
+        let searched = "simulate --protocol sender --exhaustive 100000 --crashes 1 --checkpoint-every 0";
+        let searched = answer(searched).expect("runs");
+        assert!(searched.json.as_array().is_some_and(|systems| systems.iter().all(|s| s["complete"] == true)));
+        let told = answer("simulate --protocol local --timeline --crashes 1").expect("runs");
+        assert!(told.text.contains("FAILS") && told.text.ends_with("everything delivered\n"), "{}", told.text);
     }
 
     #[test]

@@ -198,10 +198,6 @@ impl Simulate {
                     plan.workload.hops = (plan.seed / 2 % 3) as u32;
                     plan.costs.jitter = [2_000, 12_000, 300][(plan.seed % 3) as usize];
                 }
-                if self.exhaustive.is_some() {
-                    // Each site makes one broadcast, and one more if it was joined again.
-                    (plan.workload.first, plan.workload.hops) = (1, 0);
-                }
                 plan.options.quorum = self.partitions > 0;
                 plan.options.safe = self.as_printed != Some(Printed::Abcast);
                 let ids = self.as_printed == Some(Printed::Ids);
@@ -222,9 +218,12 @@ impl Simulate {
         if let Some(states) = self.exhaustive {
             let nodes = 3 + usize::from(store);
             let bounds = Bounds { crashes: self.crashes, nodes, delays: self.delays, reduce: self.reduce, states };
-            // Members of a group make the same broadcasts whatever the workload.
-            let systems = if matches!(self.protocol, Protocol::Group) { 1 } else { 2 };
-            let systems = [("a chain of messages", small(3, 4)), ("two that race", race())].into_iter().take(systems);
+            // A member that was joined again makes a broadcast in any case.
+            let makes = |first| Workload { first, hops: 0, ..small(3, 4) };
+            let systems = match self.protocol {
+                Protocol::Group => [("a broadcast of each", makes(1)), ("broadcasts of who comes back", makes(0))],
+                _ => [("a chain of messages", small(3, 4)), ("two that race", race())],
+            };
             let (mut text, mut rows, mut bad) = (String::new(), Vec::new(), false);
             for (system, workload) in systems {
                 let mut plan = self.plan::<M>(workload, store, 1);

@@ -10,7 +10,7 @@
 //! comparison, the one in which live processes block meanwhile.
 //!
 //! Nodes `0..n` are units. Node `n` stands for what the paper takes for given: the system-wide ordinal,
-//! and for `f = n` the "stable storage [modelled] as an additional process that never fails" (§3.3).
+//! and for `f = n` the "stable storage \[modelled\] as an additional process that never fails" (§3.3).
 //!
 //! What the paper leaves open and has to be so: `incarnation ← incarnation + 1` (§3.4, step 2) must
 //! reach stable storage before anything is sent. Restored with the checkpoint and incremented, it would be the same after a

@@ -43,8 +43,8 @@ use std::fmt;
 
 use super::machine::{Action, Counters, Event, Machine, Phase};
 use super::process::{Process, Workload};
-pub(in crate::protocols) use app::digest_of;
 pub use app::{Entry, Replica};
+pub(in crate::protocols) use app::{digest_of, met, output_number};
 pub use cost::{Broadcasts, Cost, Routine, broadcasts, cost};
 pub use member::Member;
 
@@ -189,6 +189,13 @@ pub struct Broadcast {
     pub payload: Payload,
     /// Label: how many CBCASTs of each site came before it. `B` precedes `B'` if `B'` counts it.
     pub clabel: BTreeMap<Site, u64>,
+}
+
+impl Broadcast {
+    /// How many CBCASTs came before it: fewer than before any that it precedes.
+    fn depth(&self) -> u64 {
+        self.clabel.values().sum()
+    }
 }
 
 /// What GBCASTs are used for.
@@ -357,6 +364,10 @@ impl Machine for Member {
 
     fn heeds_failures(&self) -> bool {
         true
+    }
+
+    fn is_inert(&self, packet: &Packet) -> bool {
+        self.is_unmoved_by(packet)
     }
 
     fn phase(&self) -> Phase {

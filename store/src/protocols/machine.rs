@@ -144,6 +144,12 @@ pub trait Machine: Clone + Debug + Hash {
         false
     }
 
+    /// When this packet arrives, now or at any time later, and even if the node fails first, makes no
+    /// difference to anything but the packet's own bookkeeping: it may as well arrive at once.
+    fn is_inert(&self, _packet: &Self::Packet) -> bool {
+        false
+    }
+
     /// The recovery state that the node knows, if it keeps one.
     fn recovery_state(&self) -> Option<Vec<Sii>> {
         None

@@ -1,7 +1,7 @@
 //! Family-based logging through failures.
 
 use super::*;
-use crate::protocols::sim::{Bounds, Plan, Violation, explore, race, run, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{Bounds, Plan, explore, race, run, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 5, false);
@@ -65,7 +65,8 @@ fn only_the_blocking_recovery_blocks() {
     assert!(blocked(true) > 100_000);
 }
 
-fn caught(bug: Bug) -> Violation {
+/// The checks see a mistake within so many seeds, and say this of it.
+fn caught(bug: Bug, by: &str) {
     let buggy = |seed| {
         let mut plan = plan(seed);
         plan.options.bug = Some(bug);
@@ -75,32 +76,33 @@ fn caught(bug: Bug) -> Violation {
         }
         plan
     };
-    sweep::<Node>(0..1_500, buggy).expect_err("the checks see it").violation
+    let violation = sweep::<Node>(0..1_500, buggy).expect_err("the checks see it").violation;
+    assert!(violation.to_string().contains(by), "{violation}");
 }
 
 #[test]
 fn not_passing_receipt_orders_on_is_caught() {
-    caught(Bug::NoPiggyback);
+    caught(Bug::NoPiggyback, "orphan");
 }
 
 #[test]
 fn output_at_once_is_caught() {
-    caught(Bug::OutputAtOnce);
+    caught(Bug::OutputAtOnce, "shown but undone");
 }
 
 #[test]
 fn accepting_stale_messages_is_caught() {
-    caught(Bug::AcceptStale);
+    caught(Bug::AcceptStale, "stuck");
 }
 
 #[test]
 fn missing_one_reply_is_caught() {
-    caught(Bug::MissOneReply);
+    caught(Bug::MissOneReply, "shown but undone");
 }
 
 #[test]
 fn an_incarnation_that_is_not_on_stable_storage_is_caught() {
-    caught(Bug::IncarnationFromCheckpoint);
+    caught(Bug::IncarnationFromCheckpoint, "is not live");
 }
 
 /// As the paper has it (§3.4): what only the checkpoint of a process that failed, too, holds is lost.

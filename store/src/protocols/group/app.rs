@@ -1,6 +1,7 @@
 //! The replicated process: what it has been delivered is its state.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{Hash, Hasher};
 
 use super::{Broadcast, Cut, Id, Kind, LABELS, Payload, Site};
 use crate::protocols::process::Output;
@@ -16,7 +17,7 @@ pub enum Entry {
 }
 
 /// A member's copy of the group's state.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replica {
     /// Everything delivered, in order. A member that joined has what came before from another.
     pub log: Vec<Entry>,
@@ -32,6 +33,32 @@ pub struct Replica {
     pub early_replies: BTreeSet<Id>,
     /// Members that have not got the group's state yet.
     pub joining: Vec<Site>,
+}
+
+/// Two logs that differ in the order of CBCASTs that a member need not keep, are the same to all that follows:
+/// between two GBCASTs, it is which CBCASTs were delivered, and which ABCASTs of each label in which order, that
+/// matters.
+impl Hash for Replica {
+    fn hash<H: Hasher>(&self, hasher: &mut H) {
+        for part in self.log.split_inclusive(|entry| matches!(entry, Entry::Cut(_))) {
+            let mut part: Vec<_> = part.iter().enumerate().map(|(at, entry)| (entry.place(at), entry)).collect();
+            part.sort_unstable_by_key(|&(place, _)| place);
+            part.iter().for_each(|(_, entry)| entry.hash(hasher));
+        }
+        let Self { log: _, members, causal, digests, requests, early_replies, joining } = self;
+        (members, causal, digests, requests, early_replies, joining).hash(hasher);
+    }
+}
+
+impl Entry {
+    /// In the order of the hash, when it is at this place of a log: CBCASTs, ABCASTs by label, the GBCAST.
+    fn place(&self, at: usize) -> (Kind, Option<Id>, usize) {
+        match self {
+            Self::Message(message) if message.id.kind == Kind::Causal => (Kind::Causal, Some(message.id), 0),
+            Self::Message(message) => (message.id.kind, None, at),
+            Self::Cut(_) => (Kind::Cut, None, at),
+        }
+    }
 }
 
 impl Replica {
@@ -56,7 +83,7 @@ impl Replica {
                 // "If the coordinator fails, the cohorts receive a failure GBCAST, and one takes over."
                 for (id, (coordinator, _)) in &mut self.requests {
                     if coordinator == site {
-                        *coordinator = choose(&self.members, *id);
+                        *coordinator = coordinate(&self.members, *id);
                     }
                 }
             }
@@ -80,14 +107,13 @@ impl Replica {
         match message.payload {
             Payload::Request if self.early_replies.remove(&message.id) => {}
             Payload::Request => {
-                // What is shown is a function of the state that the request met.
-                let number = u64::from(from.incarnation) << 32 | number;
-                let output = Output { unit: from.node, number, made_in: 0, data: self.digests[0] };
-                self.requests.insert(message.id, (choose(&self.members, message.id), output));
+                let (number, data) = (output_number(message.id), met(message, self.digests[0]));
+                let output = Output { unit: from.node, number, made_in: 0, data };
+                self.requests.insert(message.id, (coordinate(&self.members, message.id), output));
             }
             Payload::Reply(id) => {
-                let met = |entry: &Entry| matches!(entry, Entry::Message(request) if request.id == id);
-                if self.requests.remove(&id).is_none() && !self.log.iter().any(met) {
+                let is_it = |entry: &Entry| matches!(entry, Entry::Message(request) if request.id == id);
+                if self.requests.remove(&id).is_none() && !self.log.iter().any(is_it) {
                     self.early_replies.insert(id);
                 }
             }
@@ -95,6 +121,32 @@ impl Replica {
             Payload::Work(_) => {}
         }
     }
+}
+
+/// Who does a request: "the coordinator resides at the same site as the caller if possible, and otherwise in a way
+/// that will balance load" (ISIS, §3). The caller of one that came by ABCAST stands for a client that is
+/// no member.
+fn coordinate(members: &[Site], request: Id) -> Site {
+    let local = |site: &Site| *site == request.from && request.kind == Kind::Causal;
+    members.iter().copied().find(local).unwrap_or_else(|| choose(members, request))
+}
+
+/// The state that a request meets, which what is shown is a function of: what precedes it if it came by
+/// CBCAST; by ABCAST, also all that the order puts before it, of which this is the digest.
+pub(in crate::protocols) fn met(request: &Broadcast, ordered: u64) -> u64 {
+    match request.id.kind {
+        Kind::Causal => request.clabel.iter().fold(0, |digest, (site, &count)| {
+            let id = Id { from: *site, kind: Kind::Causal, number: count };
+            scatter(digest ^ digest_of(id))
+        }),
+        _ => ordered,
+    }
+}
+
+/// The number of the output of a request.
+pub(in crate::protocols) fn output_number(request: Id) -> u64 {
+    let causal = u64::from(request.kind == Kind::Causal) << 31;
+    u64::from(request.from.incarnation) << 32 | causal | request.number
 }
 
 /// Which member does something: the same choice everywhere.

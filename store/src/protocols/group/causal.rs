@@ -14,8 +14,6 @@ pub(super) struct Copy {
     sent_to: BTreeSet<Site>,
     disposable: bool,
     dont_send: BTreeSet<Site>,
-    /// Order of arrival, which the causal order agrees with.
-    arrival: u64,
     /// Rounds of the timer that it has been here.
     rounds: u32,
 }
@@ -37,7 +35,6 @@ pub(super) struct Collection {
 #[derive(Clone, Debug, Default, Hash)]
 pub(super) struct Causal {
     pub(super) copies: BTreeMap<Id, Copy>,
-    arrivals: u64,
     /// Own CBCASTs.
     number: u64,
     /// The wait queue (§4.3.3, step 3.2); `None` when there is none.
@@ -70,13 +67,11 @@ impl Member {
     }
 
     fn keep(&mut self, message: Broadcast, remaining: BTreeSet<Site>, from: Option<Site>) {
-        let arrival = self.causal.arrivals;
-        self.causal.arrivals += 1;
         let sent_to = from.into_iter().chain([message.id.from]).collect();
         let remaining: BTreeSet<Site> = remaining.into_iter().filter(|&site| !self.is_out(site)).collect();
         let dont_send = BTreeSet::new();
         let disposable = remaining.is_empty();
-        let copy = Copy { remaining, sent_to, disposable, dont_send, arrival, rounds: 0, message };
+        let copy = Copy { remaining, sent_to, disposable, dont_send, rounds: 0, message };
         self.causal.copies.insert(copy.message.id, copy);
     }
 
@@ -85,7 +80,7 @@ impl Member {
     pub(super) fn transmit_to(&mut self, to: Site) {
         let lacks = |copy: &&Copy| copy.remaining.contains(&to) && !copy.dont_send.contains(&to);
         let lacking = self.causal.copies.values().filter(lacks).filter(|copy| !copy.sent_to.contains(&to));
-        let mut ids: Vec<(u64, Id)> = lacking.map(|copy| (copy.arrival, copy.message.id)).collect();
+        let mut ids: Vec<(u64, Id)> = lacking.map(|copy| (copy.message.depth(), copy.message.id)).collect();
         ids.sort_unstable();
         for (_, id) in ids {
             self.transmit_one(id, to);
@@ -218,7 +213,6 @@ impl Member {
                     sent_to: BTreeSet::new(),
                     disposable: true,
                     dont_send: BTreeSet::new(),
-                    arrival: 0,
                     rounds: 0,
                 };
                 let copy = self.causal.copies.entry(id).or_insert_with(unknown);

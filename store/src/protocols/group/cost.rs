@@ -93,7 +93,7 @@ pub enum Routine {
 pub fn broadcasts(routine: Routine, sites: usize) -> Broadcasts {
     let (only, outputs) = match routine {
         Routine::Update(primitive) => (primitive, 0),
-        Routine::CoordinatorCohort => (Primitive::Abcast, 1024),
+        Routine::CoordinatorCohort => (Primitive::Cbcast, 1024),
         Routine::Configuration | Routine::Leave | Routine::Join => (Primitive::Gbcast, 0),
     };
     let changes = matches!(routine, Routine::Leave | Routine::Join);

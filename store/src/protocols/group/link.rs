@@ -84,8 +84,17 @@ impl Links {
         std::mem::replace(&mut link.unacknowledged, rest).into_values().collect()
     }
 
+    /// What would be *sent* with that acknowledgement; `None` without a channel.
+    pub(super) fn outstanding(&self, by: Site, below: u64) -> Option<impl Iterator<Item = &Frame>> {
+        let link = self.links.get(&by.node).filter(|link| link.peer == by)?;
+        Some(link.unacknowledged.range(..below).map(|(_, frame)| frame))
+    }
+
+    /// A sign of life from there. It opens no channel.
     pub(super) fn heard(&mut self, from: Site) {
-        self.link(from).silent = 0;
+        if let Some(link) = self.links.get_mut(&from.node).filter(|link| link.peer == from) {
+            link.silent = 0;
+        }
     }
 
     /// Retransmits to these and closes the channels to all others.
@@ -104,6 +113,11 @@ impl Links {
                 out.push(Action::Send { to: peer.node, packet: Packet::Hello { from: me } });
             }
         }
+    }
+
+    /// Closes the channels to these.
+    pub(super) fn close(&mut self, to: impl Fn(Site) -> bool) {
+        self.links.retain(|_, link| !to(link.peer));
     }
 
     /// Gives everybody time to be heard of.

@@ -217,11 +217,13 @@ impl Member {
 
     fn wish(&mut self, choice: u64, hops: u32) {
         let label = (choice >> 8) as u8 % LABELS;
-        let request = choice >> 16 & 1023 < u64::from(self.workload.outputs);
+        let asks = choice >> 16 & 1023 < u64::from(self.workload.outputs);
         let wish = match (self.options.only, choice % 8) {
+            (Some(Primitive::Cbcast), _) if asks => Wish::Cbcast(Payload::Request),
+            (None, 0..=3) if asks && choice >> 26 & 3 == 3 => Wish::Cbcast(Payload::Request),
             (Some(Primitive::Cbcast), _) | (None, 0..=3) => Wish::Cbcast(Payload::Work(hops)),
             (Some(Primitive::Gbcast), _) | (None, 7) => Wish::Gbcast,
-            _ if request => Wish::Abcast(0, Payload::Request),
+            _ if asks => Wish::Abcast(0, Payload::Request),
             _ => Wish::Abcast(label, Payload::Work(hops)),
         };
         self.wishes.push_back(wish);
@@ -270,6 +272,27 @@ impl Member {
         }
     }
 
+    /// What concerns an incarnation of this site that is over; what only says that frames have arrived whose
+    /// arrival nobody waits for. (Who is answered that it is dead is.)
+    pub(super) fn is_unmoved_by(&self, packet: &Packet) -> bool {
+        match packet {
+            Packet::Data { to, .. } | Packet::Acknowledged { to, .. } | Packet::Dead { to } if *to != self.me => true,
+            Packet::Acknowledged { from, below, .. } => {
+                let waited_for =
+                    |frame: &Frame| matches!(frame, Frame::Causal { .. } | Frame::Final { .. } | Frame::Before { .. });
+                self.knows(*from) && self.links.outstanding(*from, *below).is_some_and(|mut of| !of.any(waited_for))
+            }
+            Packet::Hello { from } => !self.is_out(*from),
+            _ => false,
+        }
+    }
+
+    /// What comes from there is heeded.
+    fn knows(&self, site: Site) -> bool {
+        let known = self.views.changes.is_empty() || self.views.proposed().contains(&site);
+        known && !self.is_out(site)
+    }
+
     fn frame(&mut self, from: Site, frame: Frame) {
         match frame {
             Frame::Propose { changes, committed } => self.view_proposed(from, changes, committed),
@@ -314,6 +337,8 @@ impl Member {
                 continue;
             }
             if std::mem::take(&mut self.views_changed) {
+                let views = &self.views;
+                self.links.close(|site| views.failed(site));
                 self.causal_views_changed();
                 self.ordered_views_changed();
                 self.cuts_views_changed();

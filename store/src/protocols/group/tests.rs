@@ -1,7 +1,7 @@
 //! Groups through failures.
 
 use super::*;
-use crate::protocols::sim::{Bounds, Partition, Plan, Violation, explore, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{Bounds, Partition, Plan, explore, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, false);
@@ -61,45 +61,47 @@ fn without_a_quorum_both_parts_go_on() {
     assert!(failing.violation.to_string().contains("gone on without"), "{}", failing.violation);
 }
 
-fn caught(bug: Bug) -> Violation {
+/// The checks see a mistake within so many seeds, and say this of it.
+fn caught(bug: Bug, by: &str) {
     let buggy = |seed| {
         let mut plan = plan(seed);
         plan.options.bug = Some(bug);
         plan.options.safe = bug != Bug::DeliverProposed;
         plan
     };
-    sweep::<Member>(0..4_000, buggy).expect_err("the checks see it").violation
+    let violation = sweep::<Member>(0..4_000, buggy).expect_err("the checks see it").violation;
+    assert!(violation.to_string().contains(by), "{violation}");
 }
 
 /// An ABCAST is delivered before its final priority.
 #[test]
 fn delivering_by_proposed_priority_is_caught() {
-    caught(Bug::DeliverProposed);
+    caught(Bug::DeliverProposed, "where the other has");
 }
 
 #[test]
 fn not_sending_what_came_before_is_caught() {
-    caught(Bug::NoPiggyback);
+    caught(Bug::NoPiggyback, "which precedes it");
 }
 
 #[test]
 fn not_flushing_what_a_failed_site_sent_is_caught() {
-    caught(Bug::NoFlush);
+    caught(Bug::NoFlush, "after the failure of its sender");
 }
 
 #[test]
 fn a_gbcast_without_a_list_of_what_is_before_is_caught() {
-    caught(Bug::NoBeforeList);
+    caught(Bug::NoBeforeList, "stuck");
 }
 
 #[test]
 fn accepting_frames_of_the_dead_is_caught() {
-    caught(Bug::AcceptDead);
+    caught(Bug::AcceptDead, "delivered twice");
 }
 
 #[test]
 fn committing_views_in_one_phase_is_caught() {
-    caught(Bug::OnePhaseViews);
+    caught(Bug::OnePhaseViews, "stuck");
 }
 
 /// No seed is known that does this: a site has joined at one that fails then, and broadcasts, while another
@@ -116,22 +118,22 @@ fn keeping_a_priority_that_a_new_member_was_not_asked_for_is_found() {
 
 #[test]
 fn forgetting_ids_without_asking_is_caught() {
-    caught(Bug::ForgetEarly);
+    caught(Bug::ForgetEarly, "delivered twice");
 }
 
 #[test]
 fn forgetting_ids_that_wait_is_caught() {
-    caught(Bug::ForgetWhileWaiting);
+    caught(Bug::ForgetWhileWaiting, "not the same was delivered before");
 }
 
 #[test]
 fn output_before_the_flush_is_caught() {
-    caught(Bug::OutputBeforeFlush);
+    caught(Bug::OutputBeforeFlush, "and is lost");
 }
 
 #[test]
 fn broadcasting_while_the_view_is_locked_is_caught() {
-    caught(Bug::NoLock);
+    caught(Bug::NoLock, "not the same was delivered before");
 }
 
 /// CBCAST, §3.2: with ABCAST as printed, what a site has delivered, and shown, right before it fails may
@@ -143,9 +145,9 @@ fn the_printed_abcast_shows_what_is_not_so() {
         plan.options.safe = false;
         plan
     };
-    let failing = sweep::<Member>(0..2_000, printed).expect_err("it happens");
-    // Another site did what had been asked for in another state, and showed that.
-    assert!(matches!(failing.violation, Violation::ShownTwice(_)), "{}", failing.violation);
+    let failing = sweep::<Member>(8_000..8_500, printed).expect_err("it happens");
+    // What had been asked for met another state at another site.
+    assert!(failing.violation.to_string().contains("met another state"), "{}", failing.violation);
 }
 
 /// A site that was wrongly taken for failed is killed and comes back (CBCAST, §4.2).
@@ -162,14 +164,15 @@ fn a_wrongly_suspected_site_is_killed() {
     assert!(report.crashes >= 200, "{report:?}");
 }
 
-/// Three sites, each of which makes two broadcasts: every order that there is. With a failure there are
-/// too many; with two failures at a time, those in which nothing is put off.
+/// Three sites, each of which makes two broadcasts: every order that there is. One broadcast and a failure:
+/// every order, but for those that can't be told from others. With two failures at a time: those in which
+/// nothing is put off. (`ftstore simulate` goes through all of these where only who comes back broadcasts.)
 #[test]
 fn orders_of_a_small_group() {
     let plan = Plan { workload: small(3, 4), options: Options::default(), down_at_most: 2, ..plan(0) };
-    for (first, crashes, delays, states) in [(2, 0, None, 5_000), (1, 1, Some(1), 80_000), (1, 2, Some(0), 700_000)] {
+    for (first, crashes, delays, states) in [(2, 0, None, 4_000), (1, 1, None, 300_000), (1, 2, Some(0), 300_000)] {
         let workload = Workload { first, hops: u32::from(crashes == 0), ..plan.workload };
-        let bounds = Bounds { crashes, nodes: 3, delays, reduce: false, states: usize::MAX };
+        let bounds = Bounds { crashes, nodes: 3, delays, reduce: crashes == 1, states: usize::MAX };
         let explored = explore::<Member>(&Plan { workload, ..plan.clone() }, bounds);
         let explored = explored.unwrap_or_else(|found| panic!("{found}"));
         assert!(explored.complete && explored.states > states && explored.ends > 0, "{explored:?}");
@@ -197,8 +200,7 @@ fn routines_take_the_broadcasts_that_the_paper_says() {
     };
     assert_eq!(counted(Routine::Update(Primitive::Cbcast)), (1, 0, 0, 0));
     assert_eq!(counted(Routine::Update(Primitive::Abcast)), (0, 1, 0, 0));
-    // The paper invokes by CBCAST: ours has to be answered in the state that an order gives.
-    assert_eq!(counted(Routine::CoordinatorCohort), (1, 1, 0, 0));
+    assert_eq!(counted(Routine::CoordinatorCohort), (2, 0, 0, 0));
     assert_eq!(counted(Routine::Configuration), (0, 0, 1, 0));
     assert_eq!(counted(Routine::Leave), (0, 0, 1, 0));
     // That the state has come is told by a CBCAST of ours.

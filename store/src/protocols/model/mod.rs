@@ -136,7 +136,8 @@ impl DependencyMatrix {
         (0..n).flat_map(|i| (0..n).map(move |j| (i, j))).find(|&(i, j)| self.0[j].get(i) > self.0[i].get(i))
     }
 
-    /// No process depends on what another has not done yet (Johnson, definition 2.4).
+    /// No process depends on what another has not done yet (Johnson, definition 2.4). Consistent states form a
+    /// sublattice (theorem 2.2).
     pub fn is_consistent(&self) -> bool {
         self.inconsistency().is_none()
     }

@@ -49,7 +49,8 @@ impl StableStorage {
         (0..=execution.newest(i)).filter(|&sii| self.stable(i, sii)).collect()
     }
 
-    /// Consistent, and every interval in it stable (Johnson, definition 2.7).
+    /// Consistent, and every interval in it stable (Johnson, definition 2.7). Recoverable states form a
+    /// sublattice (theorem 2.3), so one of them is above all others.
     pub fn recoverable(&self, state: &DependencyMatrix) -> bool {
         state.is_consistent() && state.diagonal().iter().enumerate().all(|(i, &sii)| self.stable(i, sii))
     }
@@ -72,7 +73,9 @@ impl StableStorage {
 }
 
 /// The current recovery state by looking at every system state: the join of all recoverable ones
-/// (Johnson, theorem 2.4 and definition 2.8). Exponential; the oracle for the algorithms.
+/// (Johnson, theorem 2.4 and definition 2.8). It never goes back as more becomes stable (lemma 2.1), so output
+/// of an interval in it may leave (lemma 2.3); and when all is logged, it is where the processes are: there
+/// is no domino effect (lemma 2.2). Exponential; the oracle for the algorithms.
 pub fn recovery_state_exhaustive(execution: &Execution, storage: &StableStorage) -> Vec<Sii> {
     let stable: Vec<Vec<Sii>> = (0..execution.units()).map(|i| storage.stable_intervals(execution, i)).collect();
     let mut best: Option<Vec<Sii>> = None;

@@ -1,7 +1,7 @@
 //! Optimistic logging through failures.
 
 use super::*;
-use crate::protocols::sim::{Bounds, Plan, Violation, explore, race, run_failing_after_output, small, sweep};
+use crate::protocols::sim::{Bounds, Plan, explore, race, run_failing_after_output, small, sweep};
 
 fn plan(seed: u64) -> Plan<Options> {
     let mut plan: Plan<Options> = Plan::random(seed, 4, true);
@@ -47,7 +47,8 @@ fn orders_of_a_small_system() {
     }
 }
 
-fn caught(bug: Bug) -> Violation {
+/// The checks see a mistake within so many seeds, and say this of it.
+fn caught(bug: Bug, by: &str) {
     let buggy = |seed| {
         let mut plan = plan(seed);
         plan.options.bug = Some(bug);
@@ -57,30 +58,31 @@ fn caught(bug: Bug) -> Violation {
         }
         plan
     };
-    sweep::<Node>(0..600, buggy).expect_err("the checks see it").violation
+    let violation = sweep::<Node>(0..600, buggy).expect_err("the checks see it").violation;
+    assert!(violation.to_string().contains(by), "{violation}");
 }
 
 #[test]
 fn output_before_it_is_recoverable_is_caught() {
-    assert!(matches!(caught(Bug::OutputAtOnce), Violation::ShownEarly(_)));
+    caught(Bug::OutputAtOnce, "shown early");
 }
 
 #[test]
 fn keeping_orphans_is_caught() {
-    caught(Bug::KeepOrphans);
+    caught(Bug::KeepOrphans, "orphan");
 }
 
 #[test]
 fn receiving_what_was_sent_before_a_rollback_is_caught() {
-    caught(Bug::OldRounds);
+    caught(Bug::OldRounds, "orphan");
 }
 
 #[test]
 fn acknowledging_before_storing_is_caught() {
-    caught(Bug::AcknowledgeEarly);
+    caught(Bug::AcknowledgeEarly, "stuck");
 }
 
 #[test]
 fn collecting_the_effective_checkpoint_is_caught() {
-    caught(Bug::CollectTooMuch);
+    caught(Bug::CollectTooMuch, "gave up");
 }

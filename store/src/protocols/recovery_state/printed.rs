@@ -58,6 +58,10 @@ impl Incremental {
 
     /// Figure 4.3, when interval `sigma` of process `k` has become stable and `stable` tells which
     /// intervals are.
+    ///
+    /// If the first search fails, nothing has changed (lemma 4.3); else the new interval is in the recovery state
+    /// (lemma 4.2), and only what depends on it can advance with it (lemma 4.4), unless that depends on something
+    /// that can't be reached (lemma 4.5).
     pub fn became_stable(&mut self, execution: &Execution, stable: impl Fn(usize, Sii) -> bool, (k, sigma): At) {
         if sigma <= self.crs[k] {
             return;

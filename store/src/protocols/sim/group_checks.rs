@@ -6,7 +6,9 @@ use std::hash::{Hash, Hasher};
 
 use super::Violation;
 use super::subject::Subject;
-use crate::protocols::group::{Broadcast, Cut, Entry, Id, Kind, LABELS, Member, Payload, Replica, Site, digest_of};
+use crate::protocols::group::{
+    Broadcast, Cut, Entry, Id, Kind, LABELS, Member, Payload, Replica, Site, digest_of, met, output_number,
+};
 use crate::protocols::process::Output;
 use crate::protocols::rng::scatter;
 
@@ -106,14 +108,14 @@ impl GroupChecks {
                     if label == 0 {
                         digest = scatter(digest ^ scatter(digest_of(id)));
                     }
-                    if message.payload == Payload::Request {
-                        let number = u64::from(id.from.incarnation) << 32 | id.number;
-                        if self.shown.get(&(id.from.node, number)).is_some_and(|shown| shown.data != digest) {
-                            return Err(format!("{id:?} met another state than the one that was shown"));
-                        }
-                    }
                 }
                 Kind::Cut => return Err(format!("{id:?} is no message")),
+            }
+            if message.payload == Payload::Request {
+                let shown = self.shown.get(&(id.from.node, output_number(id)));
+                if shown.is_some_and(|shown| shown.data != met(message, digest)) {
+                    return Err(format!("{id:?} met another state than the one that was shown"));
+                }
             }
         }
         Ok(())

@@ -2,7 +2,7 @@
 //!
 //! A [`Plan`] is everything that a run depends on; the same plan gives the same run. [`run`] carries
 //! it out and checks the invariants at every step ([`Violation`]); [`Failing`] makes a failing plan
-//! small; [`explore`] tries every order of events of a small system instead of a random one,
+//! small; [`explore()`] tries every order of events of a small system instead of a random one,
 //! or every one in which few events are put off.
 
 mod checks;

@@ -6,15 +6,17 @@
 //! two nodes in two states do not contradict each other.
 
 use std::collections::{HashMap, HashSet};
-use std::hash::{BuildHasherDefault, DefaultHasher, Hash, Hasher};
+use std::hash::Hash;
+use std::rc::Rc;
 
 use super::super::checks::{Checks, both_ways, went_back};
 use super::super::group_checks::{GroupChecks, members};
 use super::super::subject::Subject;
 use super::super::{Plan, Violation};
+use super::nodes::{Nodes, Traits};
+use super::pool::{Pool, Scattering};
 use crate::protocols::machine::{Action, Event, Phase};
 use crate::protocols::process::{Output, Process};
-use crate::protocols::rng::scatter;
 
 /// What happens to a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,16 +59,6 @@ pub(super) struct Outcome {
     broken: Option<Violation>,
 }
 
-/// A state of a node, and what the search asks of it again and again.
-#[derive(Debug)]
-pub(super) struct Local<M> {
-    pub(super) machine: M,
-    /// It takes part normally.
-    pub(super) live: bool,
-    /// It is a member of a group and at rest, or carries a process.
-    pub(super) may_be_done: bool,
-}
-
 /// What the world has been shown.
 #[derive(Clone, Debug, Hash)]
 pub(super) struct Shown {
@@ -76,12 +68,14 @@ pub(super) struct Shown {
 
 /// The nodes of a system, in all states that they were met in.
 pub(super) struct Locals<M: Subject> {
-    nodes: Pool<Local<M>>,
+    nodes: Nodes<M>,
     packets: Pool<M::Packet>,
     outputs: Pool<Output>,
     shown: Pool<Shown>,
     outcome_of: HashMap<(u32, Happening), u32, Scattering>,
     outcomes: Vec<Outcome>,
+    /// Whether a packet makes no difference to a node in a state.
+    inert: HashMap<(u32, u32), bool, Scattering>,
     /// Nodes in these states do not contradict each other.
     agree: HashSet<(u32, u32), Scattering>,
     /// Nor does a node in this state what was shown.
@@ -92,36 +86,43 @@ impl<M: Subject> Locals<M> {
     /// The nodes as they are created, and that nothing has been shown.
     pub(super) fn created(plan: &Plan<M::Options>) -> (Self, Vec<u32>, u32) {
         let mut locals = Self {
-            nodes: Pool::default(),
+            nodes: Nodes::new(),
             packets: Pool::default(),
             outputs: Pool::default(),
             shown: Pool::default(),
             outcome_of: HashMap::default(),
             outcomes: Vec::new(),
+            inert: HashMap::default(),
             agree: HashSet::default(),
             shown_agrees: HashSet::default(),
         };
         let units = plan.workload.units;
         let nothing = Shown { checks: Checks::new(units), groups: GroupChecks::new(units) };
-        let nodes = M::system(plan.workload, &plan.options).into_iter().map(|machine| locals.keep(machine)).collect();
+        let nodes = M::system(plan.workload, &plan.options).into_iter();
+        let nodes = nodes.map(|machine| locals.nodes.keep(machine, None)).collect();
         let shown = locals.shown.number(nothing);
         (locals, nodes, shown)
     }
 
-    pub(super) fn node(&self, state: u32) -> &Local<M> {
-        &self.nodes.things[state as usize]
+    pub(super) fn traits(&self, state: u32) -> Traits {
+        self.nodes.traits(state)
+    }
+
+    pub(super) fn machine(&mut self, state: u32) -> Rc<M> {
+        let Self { nodes, packets, .. } = self;
+        nodes.machine(state, |before, what| step(before, what, packets).0)
     }
 
     pub(super) fn packet(&self, number: u32) -> &M::Packet {
-        &self.packets.things[number as usize]
+        self.packets.get(number)
     }
 
     pub(super) fn output(&self, number: u32) -> &Output {
-        &self.outputs.things[number as usize]
+        self.outputs.get(number)
     }
 
     pub(super) fn shown(&self, number: u32) -> &Shown {
-        &self.shown.things[number as usize]
+        self.shown.get(number)
     }
 
     pub(super) fn keep_shown(&mut self, shown: Shown) -> u32 {
@@ -130,15 +131,6 @@ impl<M: Subject> Locals<M> {
 
     pub(super) fn outcome(&self, number: u32) -> &Outcome {
         &self.outcomes[number as usize]
-    }
-
-    fn keep(&mut self, machine: M) -> u32 {
-        let hash = hash(&machine);
-        self.nodes.number_of(hash, || {
-            let live = machine.phase() == Phase::Live;
-            let may_be_done = machine.member().map_or(live, |member| member.unfinished().is_none());
-            Local { live, may_be_done, machine }
-        })
     }
 
     /// Something happens to a node in a state. The number of what it does is returned.
@@ -161,43 +153,31 @@ impl<M: Subject> Locals<M> {
 
     /// The event that it is; a failure is none.
     pub(super) fn event(&self, what: Happening) -> Option<Event<M::Packet>> {
-        Some(match what {
-            Happening::Start => Event::Start,
-            Happening::Packet { from, packet } => {
-                Event::Packet { from: usize::from(from), packet: self.packet(packet).clone() }
-            }
-            Happening::Timer(timer) => Event::Timer(u64::from(timer)),
-            Happening::Written(token) => Event::Written(u64::from(token)),
-            Happening::Restarted { shown } => Event::Restarted { shown: u64::from(shown) },
-            Happening::Down(node) => Event::Down(usize::from(node)),
-            Happening::Fails { .. } => return None,
-        })
+        event(what, &self.packets)
     }
 
     fn compute(&mut self, state: u32, what: Happening) -> Outcome {
-        let before = &self.node(state).machine;
-        let mut machine = before.clone();
-        let mut actions = Vec::new();
-        match what {
-            Happening::Written(token) => machine.persist(u64::from(token)),
-            Happening::Fails { first, written } => {
-                (first..).take(usize::from(written)).for_each(|token| machine.persist(u64::from(token)));
-                machine.crash();
-            }
-            _ => {}
-        }
-        if let Some(event) = self.event(what) {
-            machine.step(event, &mut actions);
-        }
+        let before = self.machine(state);
+        let (machine, actions) = step(&*before, what, &self.packets);
         if machine.only_answers() {
             let asks = |to: usize| !matches!(what, Happening::Packet { from, .. } if usize::from(from) == to);
             let sent = |action: &Action<M::Packet>| matches!(action, Action::Send { to, .. } if asks(*to));
             assert!(!actions.iter().any(sent), "a node that only answers has sent something else");
         }
         let fails = matches!(what, Happening::Fails { .. });
-        let broken = if fails { None } else { local_violation(before, &machine) };
+        let broken = if fails { None } else { local_violation(&*before, &machine) };
         let acts = actions.into_iter().map(|action| self.act(action)).collect();
-        Outcome { node: self.keep(machine), acts, broken }
+        Outcome { node: self.nodes.keep(machine, Some((state, what))), acts, broken }
+    }
+
+    /// Whether it makes no difference when a packet arrives at a node in this state.
+    pub(super) fn is_inert(&mut self, state: u32, packet: u32) -> bool {
+        if let Some(&inert) = self.inert.get(&(state, packet)) {
+            return inert;
+        }
+        let inert = self.machine(state).is_inert(self.packet(packet));
+        self.inert.insert((state, packet), inert);
+        inert
     }
 
     fn act(&mut self, action: Action<M::Packet>) -> Act {
@@ -221,11 +201,11 @@ impl<M: Subject> Locals<M> {
         if self.agree.contains(&pair) {
             return Ok(());
         }
-        let (a, b) = (self.node(one), self.node(other));
-        match (a.machine.member(), b.machine.member()) {
+        let (a, b) = (self.machine(one), self.machine(other));
+        match (a.member(), b.member()) {
             (Some(me), Some(them)) => members(me, them)?,
             _ => {
-                if let (Some(a), Some(b)) = (live(a), live(b)) {
+                if let (Some(a), Some(b)) = (live(&*a), live(&*b)) {
                     both_ways(a, b)?;
                 }
             }
@@ -239,22 +219,61 @@ impl<M: Subject> Locals<M> {
         if self.shown_agrees.contains(&(state, shown)) {
             return Ok(());
         }
-        let (local, seen) = (self.node(state), self.shown(shown));
-        match local.machine.member() {
+        let (machine, seen) = (self.machine(state), self.shown(shown));
+        match machine.member() {
             Some(member) => member.replica().map_or(Ok(()), |replica| seen.groups.member(node, replica))?,
-            None => live(local).map_or(Ok(()), |process| seen.checks.undone(process))?,
+            None => live(&*machine).map_or(Ok(()), |process| seen.checks.undone(process))?,
         }
         self.shown_agrees.insert((state, shown));
         Ok(())
     }
 }
 
-fn live<M: Subject>(node: &Local<M>) -> Option<&Process> {
-    node.machine.process().filter(|_| node.live)
+/// What happens to a node, and what it wants done.
+fn step<M: Subject>(before: &M, what: Happening, packets: &Pool<M::Packet>) -> (M, Vec<Action<M::Packet>>) {
+    let mut machine = before.clone();
+    let mut actions = Vec::new();
+    match what {
+        Happening::Written(token) => machine.persist(u64::from(token)),
+        Happening::Fails { first, written } => {
+            (first..).take(usize::from(written)).for_each(|token| machine.persist(u64::from(token)));
+            machine.crash();
+        }
+        _ => {}
+    }
+    if let Some(event) = event(what, packets) {
+        machine.step(event, &mut actions);
+    }
+    (machine, actions)
+}
+
+fn event<P: Clone + Hash>(what: Happening, packets: &Pool<P>) -> Option<Event<P>> {
+    Some(match what {
+        Happening::Start => Event::Start,
+        Happening::Packet { from, packet } => {
+            Event::Packet { from: usize::from(from), packet: packets.get(packet).clone() }
+        }
+        Happening::Timer(timer) => Event::Timer(u64::from(timer)),
+        Happening::Written(token) => Event::Written(u64::from(token)),
+        Happening::Restarted { shown } => Event::Restarted { shown: u64::from(shown) },
+        Happening::Down(node) => Event::Down(usize::from(node)),
+        Happening::Fails { .. } => return None,
+    })
+}
+
+fn live<M: Subject>(machine: &M) -> Option<&Process> {
+    machine.process().filter(|_| machine.phase() == Phase::Live)
 }
 
 /// What a node must not do, whatever the others are in.
 fn local_violation<M: Subject>(before: &M, now: &M) -> Option<Violation> {
+    // States of a group that differ in the order of their logs only are the same to the search.
+    if let Some(member) = now.member()
+        && let Some(replica) = member.replica()
+        && let Err(violation) = GroupChecks::new(0).member(member.site().node, replica)
+    {
+        return Some(violation);
+    }
     if let (Some(before), Some(now)) = (before.recovery_state(), now.recovery_state())
         && let Err(violation) = went_back(&before, &now)
     {
@@ -268,81 +287,4 @@ fn local_violation<M: Subject>(before: &M, now: &M) -> Option<Violation> {
         return Some(Violation::Broken(format!("unit {} lost history without having failed", now.id)));
     }
     None
-}
-
-/// Things that are kept once, by their hash.
-struct Pool<T> {
-    numbers: HashMap<u128, u32, Scattering>,
-    things: Vec<T>,
-}
-
-impl<T> Default for Pool<T> {
-    fn default() -> Self {
-        Self { numbers: HashMap::default(), things: Vec::new() }
-    }
-}
-
-impl<T> Pool<T> {
-    fn number_of(&mut self, hash: u128, make: impl FnOnce() -> T) -> u32 {
-        let next = u32::try_from(self.things.len()).expect("fewer than fit into memory");
-        let number = *self.numbers.entry(hash).or_insert(next);
-        if number == next {
-            self.things.push(make());
-        }
-        number
-    }
-}
-
-impl<T: Hash> Pool<T> {
-    fn number(&mut self, thing: T) -> u32 {
-        self.number_of(hash(&thing), || thing)
-    }
-}
-
-/// 128 bits: no two of the things that a search meets have the same.
-fn hash(thing: &impl Hash) -> u128 {
-    let half = |salt: u64| {
-        let mut hasher = DefaultHasher::new();
-        salt.hash(&mut hasher);
-        thing.hash(&mut hasher);
-        u128::from(hasher.finish())
-    };
-    half(0) << 64 | half(1)
-}
-
-/// Hashes keys that are a few numbers.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Scatter(u64);
-
-type Scattering = BuildHasherDefault<Scatter>;
-
-impl Hasher for Scatter {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|&byte| self.write_u64(u64::from(byte)));
-    }
-
-    fn write_u8(&mut self, word: u8) {
-        self.write_u64(u64::from(word));
-    }
-
-    fn write_u32(&mut self, word: u32) {
-        self.write_u64(u64::from(word));
-    }
-
-    fn write_u64(&mut self, word: u64) {
-        self.0 = scatter(self.0.rotate_left(7) ^ word);
-    }
-
-    fn write_isize(&mut self, word: isize) {
-        self.write_u64(word as u64);
-    }
-
-    fn write_u128(&mut self, word: u128) {
-        self.write_u64(word as u64);
-        self.write_u64((word >> 64) as u64);
-    }
 }

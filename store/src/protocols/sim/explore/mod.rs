@@ -1,9 +1,13 @@
 //! Every order of events of a small system.
 //!
 //! A state is made of nodes, of packets in order between each pair of them, of writes in order at each
-//! disk, and of what else is due. What a node does in a state of its own is computed once (`local`);
+//! disk, and of what else is due. What a node does in a state of its own is computed once (`local`), and
+//! the state it was in is put away and made again when it is wanted (`nodes`);
 //! a state of the system is a handful of numbers (`system`), and of those that were found a fingerprint
-//! is kept (`table`). Times do not belong to a state: whatever may happen
+//! is kept (`table`). Two states of a node are one if they hash the same, and those that nothing that follows can
+//! tell from each other do: what order concurrent CBCASTs were delivered in is left out of a group's log
+//! ([`Replica`](crate::protocols::group::Replica)), so what a step does is checked before its state is looked
+//! up. Times do not belong to a state: whatever may happen
 //! happens next, in one branch or another; a timer runs out only where nothing else can happen, and the
 //! nodes take turns with that.
 //!
@@ -21,6 +25,12 @@
 //! is asserted to happen by timers only; these run out when nothing else can happen, so what is put off is
 //! not put off for ever, and that the search never comes back to a state without a timer is asserted, too.
 //!
+//! And some packets make no difference wherever they arrive ([`Machine::is_inert`](
+//! crate::protocols::machine::Machine::is_inert)): acknowledgements of frames whose arrival nobody waits for,
+//! signs of life, what is meant for an incarnation that is over. The arrival commutes with all that may
+//! happen, failures too, and shows nothing. So it is taken at once, at whatever place of its lane: a persistent set of
+//! one step, also where failures are left. A test compares both orders in all that a search meets.
+//!
 //! Ends are the same: everything is at rest in the same states. What a node does by itself is seen in any
 //! order: shown twice, shown and undone, history lost. What two nodes say of each other is compared at
 //! each step of either; a contradiction that lasts is seen, and it lasts where nobody is
@@ -28,6 +38,8 @@
 //! with what is shown it need not last, so the reduction is not for `local` and `optimistic`.
 
 mod local;
+mod nodes;
+mod pool;
 mod system;
 mod table;
 #[cfg(test)]
@@ -94,8 +106,8 @@ impl fmt::Display for Counterexample {
 /// In every state the checks must hold, and from every state the end must be reachable without further
 /// failures. That is not checked if the search stops at its limit of states.
 pub fn explore<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds) -> Result<Explored, Box<Counterexample>> {
-    let told = |steps: Vec<Step>, violation| Err(counterexample::<M>(plan, bounds.crashes, &steps, violation));
-    let (mut system, started) = match System::<M>::started(plan, bounds.crashes, false) {
+    let told = |steps: Vec<Step>, violation| Err(counterexample::<M>(plan, bounds, &steps, violation));
+    let (mut system, started) = match System::<M>::started(plan, bounds, false) {
         Ok(started) => started,
         Err(violation) => return told(Vec::new(), violation),
     };
@@ -106,7 +118,7 @@ pub fn explore<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds) -> Result<Ex
     found.add(fingerprint, delays);
     // States of which it is not known that the end can be reached, and where they lead.
     let mut open: Vec<(Fingerprint, Vec<Fingerprint>)> = Vec::new();
-    let mut path = vec![Visit::new(&system, started, fingerprint, None, delays, bounds)];
+    let mut path = vec![Visit::new(&mut system, started, fingerprint, None, delays, bounds)];
     while let Some(visit) = path.last_mut() {
         let Some((step, delays)) = visit.left.pop() else {
             let visit = path.pop().expect("it is the last");
@@ -140,7 +152,7 @@ pub fn explore<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds) -> Result<Ex
             return Ok(explored);
         }
         if seen != Seen::Enough {
-            path.push(Visit::new(&system, next, fingerprint, Some(step), delays, bounds));
+            path.push(Visit::new(&mut system, next, fingerprint, Some(step), delays, bounds));
         } else if bounds.reduce {
             assert!(!is_round(&path, fingerprint, step), "what is put off must not be put off for ever");
         }
@@ -171,7 +183,7 @@ struct Visit {
 
 impl Visit {
     fn new<M: Subject>(
-        system: &System<'_, M>,
+        system: &mut System<'_, M>,
         state: State,
         fingerprint: Fingerprint,
         by: Option<Step>,
@@ -181,7 +193,7 @@ impl Visit {
         let done = system.is_done(&state);
         let failures = system.failures(&state, bounds.nodes).map(|step| (step, delays));
         let mut left: Vec<(Step, u8)> = failures.collect();
-        let possible = system.possible(&state, done, bounds.reduce);
+        let possible = system.possible(&state, done);
         let costs = |at: usize| u8::from(at > 0 && bounds.delays.is_some());
         left.extend(
             possible.into_iter().enumerate().filter_map(|(at, step)| Some((step, delays.checked_sub(costs(at))?))),
@@ -228,12 +240,12 @@ fn without_end(found: &mut Table, mut open: Vec<(Fingerprint, Vec<Fingerprint>)>
 
 /// How the search gets to a state: it is made once more, up to there.
 fn path_to<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds, to: Fingerprint) -> Vec<Step> {
-    let Ok((mut system, started)) = System::<M>::started(plan, bounds.crashes, false) else { return Vec::new() };
+    let Ok((mut system, started)) = System::<M>::started(plan, bounds, false) else { return Vec::new() };
     let delays = u8::try_from(bounds.delays.unwrap_or(0)).unwrap_or(u8::MAX);
     let mut found = Table::new(bounds.delays.is_some());
     let fingerprint = started.fingerprint();
     found.add(fingerprint, delays);
-    let mut path = vec![Visit::new(&system, started, fingerprint, None, delays, bounds)];
+    let mut path = vec![Visit::new(&mut system, started, fingerprint, None, delays, bounds)];
     while let Some(visit) = path.last_mut() {
         if visit.fingerprint == to {
             break;
@@ -246,7 +258,7 @@ fn path_to<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds, to: Fingerprint)
         let _ = system.take(&mut next, step);
         let fingerprint = next.fingerprint();
         if found.add(fingerprint, delays) != Seen::Enough {
-            path.push(Visit::new(&system, next, fingerprint, Some(step), delays, bounds));
+            path.push(Visit::new(&mut system, next, fingerprint, Some(step), delays, bounds));
         }
     }
     steps_of(&path, None)
@@ -255,11 +267,11 @@ fn path_to<M: Subject>(plan: &Plan<M::Options>, bounds: Bounds, to: Fingerprint)
 /// Takes these steps again, and tells.
 fn counterexample<M: Subject>(
     plan: &Plan<M::Options>,
-    crashes: usize,
+    bounds: Bounds,
     steps: &[Step],
     violation: Violation,
 ) -> Box<Counterexample> {
-    let timeline = match System::<M>::started(plan, crashes, true) {
+    let timeline = match System::<M>::started(plan, bounds, true) {
         Ok((mut system, mut state)) => {
             // What is broken is broken by the last step, and known.
             steps.iter().for_each(|&step| drop(system.take(&mut state, step)));

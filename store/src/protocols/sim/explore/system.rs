@@ -1,11 +1,15 @@
 //! A state of the system, and what may happen in it.
 
 use std::hash::Hasher;
+use std::rc::Rc;
 
 use super::super::subject::Subject;
 use super::super::tell::Tale;
 use super::super::{Plan, Violation};
-use super::local::{Act, Happening, Local, Locals, Scatter};
+use super::Bounds;
+use super::local::{Act, Happening, Locals};
+use super::nodes::Traits;
+use super::pool::Scatter;
 use super::table::Fingerprint;
 use crate::protocols::machine::Action;
 
@@ -72,15 +76,17 @@ pub(super) struct System<'a, M: Subject> {
     pub(super) tale: Option<Tale>,
     /// A node that was up was restarted.
     pub(super) forced: bool,
+    reduce: bool,
 }
 
 impl<'a, M: Subject> System<'a, M> {
     /// The state in which all nodes have started.
-    pub(super) fn started(plan: &'a Plan<M::Options>, crashes: usize, tell: bool) -> Result<(Self, State), Violation> {
-        let (locals, created, shown) = Locals::<M>::created(plan);
+    pub(super) fn started(plan: &'a Plan<M::Options>, bounds: Bounds, tell: bool) -> Result<(Self, State), Violation> {
+        let (mut locals, created, shown) = Locals::<M>::created(plan);
         let count = created.len();
         assert!(count <= NODES_MAX, "a small system");
-        let tale = tell.then(|| Tale::of(created.iter().map(|&node| &locals.node(node).machine)));
+        let machines: Vec<_> = created.iter().map(|&node| locals.machine(node)).collect();
+        let tale = tell.then(|| Tale::of(machines.iter().map(Rc::as_ref)));
         let mut nodes = [0; NODES_MAX];
         nodes[..count].copy_from_slice(&created);
         let mut state = State {
@@ -91,34 +97,36 @@ impl<'a, M: Subject> System<'a, M> {
             timers: [0; NODES_MAX],
             writes: [Writes::default(); NODES_MAX],
             turn: 0,
-            crashes: u8::try_from(crashes).expect("few failures"),
+            crashes: u8::try_from(bounds.crashes).expect("few failures"),
             unrecoverable: false,
             shown,
             packets: Vec::new(),
         };
-        let mut system = Self { plan, locals, nodes: count as u8, tale, forced: false };
+        let mut system = Self { plan, locals, nodes: count as u8, tale, forced: false, reduce: bounds.reduce };
         for node in 0..system.nodes {
             system.happen(&mut state, node, Happening::Start)?;
         }
+        system.receive_inert(&mut state)?;
         Ok((system, state))
     }
 
-    fn node(&self, state: &State, node: u8) -> &Local<M> {
-        self.locals.node(state.nodes[usize::from(node)])
+    fn traits(&self, state: &State, node: u8) -> Traits {
+        self.locals.traits(state.nodes[usize::from(node)])
     }
 
-    fn machines(&self, state: &State) -> (Vec<&M>, Vec<bool>) {
-        let machines = (0..self.nodes).map(|node| &self.node(state, node).machine).collect();
+    fn machines(&mut self, state: &State) -> (Vec<Rc<M>>, Vec<bool>) {
+        let nodes = &state.nodes[..usize::from(self.nodes)];
+        let machines = nodes.iter().map(|&node| self.locals.machine(node)).collect();
         (machines, (0..self.nodes).map(|node| state.is_up(node)).collect())
     }
 
     /// Everything was delivered, or the protocol has given up.
-    pub(super) fn is_done(&self, state: &State) -> bool {
-        let may_be = |node| state.is_up(node) && self.node(state, node).may_be_done;
+    pub(super) fn is_done(&mut self, state: &State) -> bool {
+        let may_be = |node| state.is_up(node) && self.traits(state, node).may_be_done;
         state.unrecoverable || (0..self.nodes).all(may_be) && self.missing(state).is_none()
     }
 
-    fn missing(&self, state: &State) -> Option<String> {
+    fn missing(&mut self, state: &State) -> Option<String> {
         let (machines, up) = self.machines(state);
         let shown = self.locals.shown(state.shown);
         match machines[0].member() {
@@ -129,7 +137,7 @@ impl<'a, M: Subject> System<'a, M> {
 
     /// Who of the first nodes may fail now.
     pub(super) fn failures(&self, state: &State, nodes: usize) -> impl Iterator<Item = Step> {
-        let out = |node: u8| !state.is_up(node) || !self.node(state, node).live;
+        let out = |node: u8| !state.is_up(node) || !self.traits(state, node).live;
         let count = (0..self.nodes).filter(|&node| out(node)).count();
         let may = move |node: &u8| {
             let others = count - usize::from(out(*node));
@@ -144,9 +152,9 @@ impl<'a, M: Subject> System<'a, M> {
 
     /// What may happen next, failures apart; with a reduction, a part of it that is enough (see the module's
     /// page).
-    pub(super) fn possible(&self, state: &State, done: bool, reduce: bool) -> Vec<Step> {
+    pub(super) fn possible(&self, state: &State, done: bool) -> Vec<Step> {
         let mut all = state.possible();
-        if !reduce {
+        if !self.reduce {
             return if done { Vec::new() } else { all };
         }
         if done && all == [Step::Turn] {
@@ -166,14 +174,36 @@ impl<'a, M: Subject> System<'a, M> {
         let restarts = state.restarts >> node & 1 == 1;
         let learned_of = (0..self.nodes).any(|by| state.detections >> (8 * by + node) & 1 == 1);
         let cannot_add = |other: u8| {
-            state.has_packets(other, node)
-                || self.node(state, other).machine.only_answers() && !state.has_packets(node, other)
+            state.has_packets(other, node) || self.traits(state, other).only_answers && !state.has_packets(node, other)
         };
         let misses = learns || restarts && learned_of;
         !misses && (0..self.nodes).filter(|&other| other != node).all(cannot_add)
     }
 
     pub(super) fn take(&mut self, state: &mut State, step: Step) -> Result<(), Violation> {
+        self.carry_out(state, step)?;
+        self.receive_inert(state)
+    }
+
+    /// With a reduction, packets that make no difference arrive at once (see the module's page).
+    fn receive_inert(&mut self, state: &mut State) -> Result<(), Violation> {
+        let mut at = 0;
+        while self.reduce && at < state.packets.len() {
+            let (from, to, packet) = state.packets[at];
+            if !self.locals.is_inert(state.nodes[usize::from(to)], packet) {
+                at += 1;
+                continue;
+            }
+            state.packets.remove(at);
+            if state.is_up(to) {
+                self.happen(state, to, Happening::Packet { from, packet })?;
+                at = 0;
+            }
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self, state: &mut State, step: Step) -> Result<(), Violation> {
         match step {
             Step::Packet { from, to } => {
                 let at = state.packets.iter().position(|&(f, t, _)| (f, t) == (from, to)).expect("it is there");
@@ -212,6 +242,45 @@ impl<'a, M: Subject> System<'a, M> {
                 let timers = std::mem::take(&mut state.timers[usize::from(node)]);
                 bits(timers.into()).try_for_each(|timer| self.happen(state, node, Happening::Timer(timer)))
             }
+        }
+    }
+
+    /// How many packets that make no difference are on their way to where this step happens. None makes one.
+    #[cfg(test)]
+    pub(super) fn inert_commutes(&mut self, state: &State, step: Step) -> usize {
+        let Some((node, what)) = self.happening(state, step) else { return 0 };
+        let before = state.nodes[usize::from(node)];
+        let mut compared = 0;
+        for &(from, to, packet) in &state.packets {
+            let arrives = Happening::Packet { from, packet };
+            if to != node || arrives == what || !self.locals.is_inert(before, packet) {
+                continue;
+            }
+            let [one, other] = [[arrives, what], [what, arrives]].map(|order| {
+                order.into_iter().fold((before, Vec::new()), |(at, mut acts), what| {
+                    let number = self.locals.happen(at, what).expect("no violation");
+                    let outcome = self.locals.outcome(number);
+                    let says = |act: &&Act| !matches!(act, Act::Send { packet, .. } if self.locals.packet(*packet).to_string().contains("you are dead"));
+                    acts.extend(outcome.acts.iter().filter(says).map(|act| format!("{act:?}")));
+                    (outcome.node, acts)
+                })
+            });
+            assert_eq!(one, other, "{:?} and {what:?}", self.locals.packet(packet));
+            compared += 1;
+        }
+        compared
+    }
+
+    #[cfg(test)]
+    fn happening(&self, state: &State, step: Step) -> Option<(u8, Happening)> {
+        match step {
+            Step::Packet { from, to } if state.is_up(to) => {
+                let &(.., packet) = state.packets.iter().find(|&&(f, t, _)| (f, t) == (from, to))?;
+                Some((to, Happening::Packet { from, packet }))
+            }
+            Step::Detected { by, node } if state.is_up(by) && !state.is_up(node) => Some((by, Happening::Down(node))),
+            Step::Crash { node, .. } => Some((node, Happening::Fails { first: 0, written: 0 })),
+            _ => None,
         }
     }
 
@@ -272,7 +341,7 @@ impl<'a, M: Subject> System<'a, M> {
     }
 
     fn show(&mut self, state: &mut State, node: u8, output: u32) -> Result<(), Violation> {
-        let output = self.locals.output(output);
+        let output = &self.locals.output(output).clone();
         let mut shown = self.locals.shown(state.shown).clone();
         let (machines, _) = self.machines(state);
         match machines[usize::from(node)].member() {
@@ -300,11 +369,11 @@ impl<'a, M: Subject> System<'a, M> {
         state.nodes[at] = self.locals.outcome(outcome).node;
         state.up &= !(1 << node);
         state.timers[at] = 0;
-        if !self.node(state, node).machine.waits_for_manager() {
+        if !self.traits(state, node).waits_for_manager {
             state.restarts |= 1 << node;
         }
         for by in (0..self.nodes).filter(|&by| by != node) {
-            if self.node(state, by).machine.heeds_failures() {
+            if self.traits(state, by).heeds_failures {
                 state.detections |= 1 << (8 * by + node);
             }
         }
