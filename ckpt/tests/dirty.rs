@@ -198,6 +198,7 @@ impl Run {
     }
 
     fn checkpoint(&mut self) -> Scan {
+        self.child.stop();
         let pid = self.child.pid;
         let maps = read_maps(pid).expect("maps");
         let scan = self.tracker.scan(pid, &maps, &self.store).expect("scan");
@@ -290,7 +291,6 @@ fn random(kind: Kind, seeds: std::ops::Range<u64>) {
             if run.rng.below(8) == 0 {
                 run.tracker.forget();
             }
-            run.child.stop();
             let scan = run.checkpoint();
             run.log.push(format!("-- seed {seed} round {round}: {scan:x?}"));
             run.verify();
@@ -305,7 +305,6 @@ fn random(kind: Kind, seeds: std::ops::Range<u64>) {
                     }
                 }
             }
-            run.child.go_on();
         }
     }
 }

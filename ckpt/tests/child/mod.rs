@@ -46,6 +46,7 @@ pub(crate) struct Child {
     from: File,
     _file: tempfile::NamedTempFile,
     pagemap: File,
+    stopped: std::cell::Cell<bool>,
 }
 
 fn pipe() -> (OwnedFd, OwnedFd) {
@@ -87,6 +88,7 @@ impl Child {
             from: reply_in.into(),
             _file: file,
             pagemap: File::open(format!("/proc/{pid}/pagemap")).expect("pagemap"),
+            stopped: std::cell::Cell::new(false),
         };
         let brk = child.call(libc::SYS_brk, [0; 6]) as u64;
         let brk = brk.next_multiple_of(PAGE_BYTES);
@@ -96,6 +98,7 @@ impl Child {
     }
 
     pub(crate) fn call(&mut self, nr: i64, args: [u64; 6]) -> i64 {
+        self.go_on();
         let mut bytes = nr.to_le_bytes().to_vec();
         args.iter().for_each(|a| bytes.extend(a.to_le_bytes()));
         self.to.write_all(&bytes).expect("send");
@@ -121,8 +124,11 @@ impl Child {
         self.call(STACK, [0; 6]);
     }
 
-    /// Stops it, so that its memory stands still.
+    /// Stops it until it is told to do something, so that its memory stands still: having answered it still runs.
     pub(crate) fn stop(&self) {
+        if self.stopped.replace(true) {
+            return;
+        }
         // SAFETY: our own child.
         unsafe {
             libc::kill(self.pid, libc::SIGSTOP);
@@ -132,10 +138,11 @@ impl Child {
         }
     }
 
-    /// Lets it go on.
-    pub(crate) fn go_on(&self) {
-        // SAFETY: our own child.
-        unsafe { libc::kill(self.pid, libc::SIGCONT) };
+    fn go_on(&self) {
+        if self.stopped.replace(false) {
+            // SAFETY: our own child.
+            unsafe { libc::kill(self.pid, libc::SIGCONT) };
+        }
     }
 
     /// The pagemap word of an address.
