@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use crate::fds;
 use crate::procfs::Ids;
 
+use super::locks::{record_lock, whole_lock};
 use super::{Content, Entry, FILE_BYTES_MAX, File, Id, Kind, Number, Objects, Open, Pipe, Record, Socket, Timer};
 use super::{FILES_BYTES_MAX, sockets};
 
@@ -555,26 +556,6 @@ fn timer(fd: RawFd, info: impl Fn() -> io::Result<Info>) -> Timer {
         _ => Some(now),
     };
     Timer { clock: info.value("clockid").and_then(|c| c.parse().ok()).unwrap_or(0), next, period }
-}
-
-/// `lock: 1: POSIX  ADVISORY  WRITE 4711 00:2a:1234 0 EOF`.
-fn record_lock(line: &str) -> Option<Record> {
-    let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
-    let of_file = match *words.get(1)? {
-        "POSIX" => false,
-        "OFDLCK" => true,
-        _ => return None,
-    };
-    let end = match *words.get(7)? {
-        "EOF" => u64::MAX,
-        n => n.parse().ok()?,
-    };
-    Some(Record { start: words.get(6)?.parse().ok()?, end, write: *words.get(3)? == "WRITE", of_file })
-}
-
-fn whole_lock(line: &str) -> Option<i32> {
-    let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
-    (*words.get(1)? == "FLOCK").then(|| if words.get(3) == Some(&"WRITE") { libc::LOCK_EX } else { libc::LOCK_SH })
 }
 
 /// What is in a pipe, by its read end: a copy of it is read (tee(2)).
