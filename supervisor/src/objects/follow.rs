@@ -8,7 +8,7 @@ use ftrun_abi::table::{Arg, Effect, Row};
 
 use crate::changes::opaque_at;
 
-use super::{Content, Entry, File, Kind, Number, Objects, Open, PairEnd, Pipe, Record, Socket, Timer};
+use super::{Content, Entry, File, Kind, Number, Objects, Open, PairEnd, Pipe, Socket, Timer};
 
 /// A call that was made: what it was given and what it brought.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ impl Happened<'_> {
         self.outs.iter().find(|o| o.0 == at && at != 0).map(|o| &o.1[..])
     }
 
-    fn word(&self, at: usize) -> u64 {
+    pub(super) fn word(&self, at: usize) -> u64 {
         self.data.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
     }
 
@@ -521,35 +521,6 @@ impl Objects {
         }
     }
 
-    fn lock(&mut self, call: &Happened<'_>) {
-        let half = |at: usize| call.data.get(at..at + 2).map_or(0, |b| i16::from_le_bytes([b[0], b[1]]));
-        let (kind, whence) = (i32::from(half(0)), i32::from(half(2)));
-        let (start, len) = (call.word(8) as i64, call.word(16) as i64);
-        let command = call.args[1] as i32;
-        let of_file = matches!(command, libc::F_OFD_SETLK | libc::F_OFD_SETLKW);
-        let fd = call.args[0] as i32;
-        let Some(file) = self.file(fd) else { return };
-        let base = match whence {
-            libc::SEEK_SET => 0,
-            libc::SEEK_CUR => file.position.unwrap_or(0) as i64,
-            // From the end, which nobody knows any more: a checkpoint stands for the call.
-            _ => return,
-        };
-        let start = base + start;
-        let (start, end) = match len {
-            0 => (start as u64, u64::MAX),
-            n if n > 0 => (start as u64, (start + n - 1) as u64),
-            n => ((start + n) as u64, (start - 1) as u64),
-        };
-        let write = (kind != libc::F_UNLCK).then_some(kind == libc::F_WRLCK);
-        if !of_file && let Some(id) = self.id(fd) {
-            self.change_records(id, |file| file.set_record(start, end, of_file, None));
-        }
-        if let Some(file) = self.file(fd) {
-            file.set_record(start, end, of_file, write);
-        }
-    }
-
     /// Files below a name have another one.
     fn renamed(&mut self, from: &Path, to: &Path) {
         self.removed(to);
@@ -575,28 +546,6 @@ impl Objects {
                 file.nameless = true;
             }
         }
-    }
-}
-
-impl File {
-    /// Record locks are split and joined as fcntl(2) says.
-    pub(super) fn set_record(&mut self, start: u64, end: u64, of_file: bool, write: Option<bool>) {
-        let mut kept = Vec::new();
-        for r in self.records.drain(..) {
-            if r.of_file != of_file || r.end < start || r.start > end {
-                kept.push(r);
-                continue;
-            }
-            if r.start < start {
-                kept.push(Record { end: start - 1, ..r });
-            }
-            if r.end > end {
-                kept.push(Record { start: end + 1, ..r });
-            }
-        }
-        kept.extend(write.map(|write| Record { start, end, write, of_file }));
-        kept.sort_by_key(|r| (r.start, r.end));
-        self.records = kept;
     }
 }
 

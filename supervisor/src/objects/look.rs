@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use crate::fds;
 use crate::procfs::Ids;
 
+use super::locks::{record_lock, whole_lock};
 use super::{Content, Entry, FILE_BYTES_MAX, File, Id, Kind, Number, Objects, Open, Pipe, Record, Socket, Timer};
 use super::{FILES_BYTES_MAX, sockets};
 
@@ -529,52 +530,39 @@ fn entries(info: &Info) -> Vec<(i32, Entry)> {
 /// A timerfd. To ask for its time makes the kernel count the expiries that nobody has read (timerfd_gettime(2)), which
 /// nobody can tell; `info` is asked for after that.
 fn timer(fd: RawFd, info: impl Fn() -> io::Result<Info>) -> Timer {
-    // SAFETY: plain integers, for which zero is valid, that outlive the call.
-    unsafe {
-        let mut time: libc::itimerspec = std::mem::zeroed();
-        libc::timerfd_gettime(fd, &raw mut time);
-    }
-    // What is left is told as a time from now: the more exactly, the shorter the asking takes.
-    let ask = || {
-        let before = crate::unit::now();
-        let info = info().unwrap_or_default();
-        let after = crate::unit::now();
-        (after - before, after, info)
-    };
-    let (_, now, info) = (0..4).fold(ask(), |best, _| Some(ask()).filter(|a| a.0 < best.0).unwrap_or(best));
-    let time = |key: &str| -> u64 {
+    let time = |info: &Info, key: &str| -> u64 {
         let text = info.value(key).unwrap_or("(0, 0)").trim_matches(['(', ')']).to_owned();
         let mut parts = text.split(',').map(|p| p.trim().parse::<u64>().unwrap_or(0));
         parts.next().unwrap_or(0) * 1_000_000_000 + parts.next().unwrap_or(0)
     };
+    // Brings the count of expiries up to date, which fdinfo does not.
+    let left = || {
+        // SAFETY: plain integers, for which zero is valid, that outlive the call.
+        let time = unsafe {
+            let mut time: libc::itimerspec = std::mem::zeroed();
+            libc::timerfd_gettime(fd, &raw mut time);
+            time
+        };
+        time.it_value.tv_sec as u64 * 1_000_000_000 + time.it_value.tv_nsec as u64
+    };
+    // What is left is told as a time from now: the more exactly, the shorter the asking takes. The count belongs to it only if
+    // there was no expiry meanwhile, at which what is left would grow, or be none until the next call.
+    let ask = || {
+        let (first, before) = (left(), crate::unit::now());
+        let info = info().unwrap_or_default();
+        let (after, told) = (crate::unit::now(), time(&info, "it_value"));
+        let disturbed = first < told || told < left();
+        ((disturbed, after - before), after, info)
+    };
+    let (_, now, info) = (0..4).fold(ask(), |best, _| Some(ask()).filter(|a| a.0 < best.0).unwrap_or(best));
     let ticks: u64 = info.value("ticks").and_then(|t| t.parse().ok()).unwrap_or(0);
-    let (left, period) = (time("it_value"), time("it_interval"));
+    let (left, period) = (time(&info, "it_value"), time(&info, "it_interval"));
     let next = match ticks {
         0 => (left > 0).then(|| now + left),
         _ if period > 0 => Some((now + left).saturating_sub(ticks * period)),
         _ => Some(now),
     };
     Timer { clock: info.value("clockid").and_then(|c| c.parse().ok()).unwrap_or(0), next, period }
-}
-
-/// `lock: 1: POSIX  ADVISORY  WRITE 4711 00:2a:1234 0 EOF`.
-fn record_lock(line: &str) -> Option<Record> {
-    let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
-    let of_file = match *words.get(1)? {
-        "POSIX" => false,
-        "OFDLCK" => true,
-        _ => return None,
-    };
-    let end = match *words.get(7)? {
-        "EOF" => u64::MAX,
-        n => n.parse().ok()?,
-    };
-    Some(Record { start: words.get(6)?.parse().ok()?, end, write: *words.get(3)? == "WRITE", of_file })
-}
-
-fn whole_lock(line: &str) -> Option<i32> {
-    let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
-    (*words.get(1)? == "FLOCK").then(|| if words.get(3) == Some(&"WRITE") { libc::LOCK_EX } else { libc::LOCK_SH })
 }
 
 /// What is in a pipe, by its read end: a copy of it is read (tee(2)).
@@ -617,4 +605,33 @@ fn pipe_content(fd: RawFd) -> io::Result<Pipe> {
         return Err(io::Error::other("a pipe has changed while it was looked into"));
     }
     Ok(pipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{AsRawFd, FromRawFd, Info, OwnedFd, timer};
+
+    /// Nobody reads its expiries, so the first that is unread stays the first, whenever it is looked at.
+    ///
+    /// Break it: take the count of expiries that is told for the one when what is left was asked for.
+    #[test]
+    fn a_timer_that_expires_meanwhile_is_seen_as_it_is() {
+        const PERIOD: u64 = 200_000;
+        let first = crate::unit::now() + PERIOD;
+        // SAFETY: plain numbers and a structure that outlives the call; the result is owned by nobody else.
+        let fd = unsafe {
+            let fd = libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_CLOEXEC);
+            let time =
+                |ns: u64| libc::timespec { tv_sec: (ns / 1_000_000_000) as i64, tv_nsec: (ns % 1_000_000_000) as i64 };
+            let each = libc::itimerspec { it_interval: time(PERIOD), it_value: time(first) };
+            assert_eq!(libc::timerfd_settime(fd, libc::TFD_TIMER_ABSTIME, &raw const each, std::ptr::null_mut()), 0);
+            OwnedFd::from_raw_fd(fd)
+        };
+        let path = format!("/proc/thread-self/fdinfo/{}", fd.as_raw_fd());
+        let early = (0..5_000).filter(|_| {
+            let seen = timer(fd.as_raw_fd(), || Ok(Info::parse(&std::fs::read_to_string(&path)?)));
+            seen.next.is_none_or(|next| next + PERIOD / 2 < first)
+        });
+        assert_eq!(early.count(), 0);
+    }
 }

@@ -6,12 +6,13 @@
 
 pub mod build;
 pub mod follow;
+mod locks;
 pub mod look;
 mod options;
 mod sockets;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -225,25 +226,10 @@ impl Content {
     }
 }
 
-impl File {
-    /// Whether both are open on one file, as their paths tell, links followed.
-    fn is_same(&self, other: &Self) -> bool {
-        let real = |path: &Path| std::fs::canonicalize(path).ok();
-        let named = !self.nameless && !other.nameless;
-        self.path == other.path || named && real(&self.path).is_some_and(|path| Some(path) == real(&other.path))
-    }
-}
-
 impl Objects {
     /// The description that a number leads to.
     pub fn get(&self, number: i32) -> Option<&Open> {
         self.open.get(&self.numbers.get(&number)?.open)
-    }
-
-    /// The process has record locks.
-    pub fn has_records(&self) -> bool {
-        let has = |open: &Open| matches!(&open.kind, Kind::File(file) if file.records.iter().any(|r| !r.of_file));
-        self.open.values().any(has)
     }
 
     fn id(&self, number: i32) -> Option<Id> {
@@ -294,20 +280,6 @@ impl Objects {
         if let Some(was) = self.numbers.remove(&number) {
             self.change_records(was.open, |file| file.records.retain(|r| r.of_file));
             self.released(was.open);
-        }
-    }
-
-    /// The process's record locks of a file change, by whatever descriptor it has taken them: that goes by the file, not by its
-    /// descriptions (fcntl(2)).
-    fn change_records(&mut self, id: Id, change: impl Fn(&mut File)) {
-        let Some(Open { kind: Kind::File(file), .. }) = self.open.get(&id) else { return };
-        let file = file.clone();
-        for (other, open) in &mut self.open {
-            if let Kind::File(with) = &mut open.kind
-                && (*other == id || with.records.iter().any(|r| !r.of_file) && with.is_same(&file))
-            {
-                change(with);
-            }
         }
     }
 
