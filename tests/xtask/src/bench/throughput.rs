@@ -21,7 +21,8 @@ pub(crate) struct Options {
     /// Only these workloads: names, or beginnings of names followed by `*` (an unknown name lists all)
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
-    /// Only these columns, beside `bare`: no-shim, ftrun, supervisor, held, node-file, node-tcp, strace
+    /// Only these columns, beside `bare`: no-shim, ftrun, supervisor, held, node-file (each commit on disk), node-tcp (in a
+    /// service's memory), strace
     #[arg(long, value_name = "MODE", value_delimiter = ',')]
     modes: Vec<String>,
     /// Also write the results here
