@@ -406,7 +406,7 @@ impl Unit {
     }
 
     /// Files of ours will be opened in the unit's table, to be mapped: until it runs.
-    fn enter_table(&self) -> Result<()> {
+    pub(crate) fn enter_table(&self) -> Result<()> {
         let Some(desk) = self.desk.filter(|d| self.standby.is_some() && d.entered_table().is_none()) else {
             return Ok(());
         };

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Every point, in the order of a unit's life.
-pub const POINTS: [&str; 36] = [
+pub const POINTS: [&str; 37] = [
     "restore-memory",
     "restore-end",
     "replay-begin",
@@ -16,6 +16,7 @@ pub const POINTS: [&str; 36] = [
     "replay-end",
     "thaw-begin",
     "thaw-end",
+    "itself-opened",
     "call-entry",
     "hands-ordered",
     "hands-made",

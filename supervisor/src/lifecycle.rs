@@ -221,9 +221,17 @@ impl Unit {
         let restored = now();
         let events = match self.replay() {
             Ok(n) => n,
-            Err(h) => return h,
+            Err(h) => {
+                if matches!(h, Halt::Lost(_)) {
+                    self.bury();
+                }
+                return h;
+            }
         };
         if let Err(h) = self.thaw() {
+            return h;
+        }
+        if let Err(h) = self.enter_table() {
             return h;
         }
         if let Err(e) = self.open_itself_again() {

@@ -73,6 +73,8 @@ pub struct Outside {
     /// The program's ids of threads by the kernel's, where they differ; also of those that were killed, as long as a
     /// descriptor may name them ([`crate::procfs`]).
     pub ids: BTreeMap<i32, i32>,
+    /// Descriptors that lead to one description, while they are replaced one after the other ([`crate::procfs`]).
+    pub copies: Vec<Vec<i32>>,
 }
 
 /// [`Outside`], as it is kept.
@@ -86,6 +88,7 @@ struct Kept {
     delivering: Option<(i32, Vec<u8>)>,
     fatal: Option<i32>,
     ids: BTreeMap<i32, i32>,
+    copies: Vec<Vec<i32>>,
 }
 
 impl Outside {
@@ -102,6 +105,7 @@ impl Outside {
             delivering: self.delivering.map(|(to, info)| (to, info.to_vec())),
             fatal: self.fatal,
             ids: self.ids.clone(),
+            copies: self.copies.clone(),
         })
     }
 
@@ -116,6 +120,7 @@ impl Outside {
             itimers: kept.itimers,
             fatal: kept.fatal,
             ids: kept.ids,
+            copies: kept.copies,
             ..Self::default()
         };
         for (to, info) in kept.delivering.into_iter().chain(kept.signals) {

@@ -102,14 +102,15 @@ fn open_like(fd: i32, path: &[u8]) -> io::Result<OwnedFd> {
     }
 }
 
-/// Puts what was opened in the place of these numbers.
-fn put(new: &OwnedFd, numbers: impl Iterator<Item = i32>) {
+/// Puts what was opened in the place of these numbers, for process `pid`.
+fn put(new: &OwnedFd, numbers: &[i32], pid: i32) {
     for fd in numbers {
         // SAFETY: numbers of the calling thread's table, in which nobody else opens anything now.
         unsafe {
-            let on_exec = libc::fcntl(fd, libc::F_GETFD) & libc::FD_CLOEXEC != 0;
-            libc::dup3(new.as_raw_fd(), fd, if on_exec { libc::O_CLOEXEC } else { 0 });
+            let on_exec = libc::fcntl(*fd, libc::F_GETFD) & libc::FD_CLOEXEC != 0;
+            libc::dup3(new.as_raw_fd(), *fd, if on_exec { libc::O_CLOEXEC } else { 0 });
         }
+        crate::fault::point("itself-opened", pid);
     }
 }
 
@@ -153,10 +154,9 @@ impl Unit {
     /// The descriptors in the calling thread's table that say something about a process that the unit has had are opened
     /// again, for the one that it has now. All its threads are there.
     ///
-    /// Each changes at once (dup2(2)), and for whom they may be open is kept before: whoever dies in the middle has left
-    /// it to the next.
+    /// Each changes at once (dup2(2)), and for whom they may be open, and which are copies, is kept before: whoever dies in the
+    /// middle has left it to the next.
     pub(crate) fn open_itself_again(&mut self) -> io::Result<()> {
-        self.keep_outside(self.sii);
         let ids = self.ids();
         let kernel_id = |tid| self.threads.get(ids.0.get(&tid)?).map(|t| t.tid);
         // SAFETY: no arguments; a plain number. The result is owned by nobody else.
@@ -176,22 +176,38 @@ impl Unit {
             }
         }
         drop(set);
-        if !gone.is_empty() {
-            self.note_all_changed();
-        }
-        while let Some((first, path)) = gone.pop() {
-            let (copies, others) = gone.into_iter().partition(|(fd, _)| fds::are_same(us, first, *fd));
-            gone = others;
-            match open_like(first, &path) {
-                Ok(new) => put(&new, copies.into_iter().map(|(fd, _)| fd).chain([first])),
-                // Its thread has ended.
-                Err(e) => tracing::warn!("descriptor {first}, {}: {e}", String::from_utf8_lossy(&path)),
+        let known = std::mem::take(&mut self.outside.copies);
+        let same = |one: i32, other: i32| {
+            let both = |copies: &Vec<i32>| copies.contains(&one) && copies.contains(&other);
+            fds::are_same(us, one, other) || known.iter().any(both)
+        };
+        let mut found: Vec<(Vec<i32>, Vec<u8>)> = Vec::new();
+        for (fd, path) in gone {
+            match found.iter_mut().find(|(copies, _)| same(copies[0], fd)) {
+                Some((copies, _)) => copies.push(fd),
+                None => found.push((vec![fd], path)),
             }
         }
+        if !found.is_empty() {
+            self.note_all_changed();
+        }
+        // Whoever dies between two copies leaves two descriptions, of which the next has to know that they were one.
+        self.outside.copies =
+            found.iter().map(|(copies, _)| copies).filter(|copies| copies.len() > 1).cloned().collect();
+        self.keep_outside(self.sii);
+        for (copies, path) in found {
+            match open_like(copies[0], &path) {
+                Ok(new) => put(&new, &copies, self.pid),
+                // Its thread has ended.
+                Err(e) => tracing::warn!("descriptor {}, {}: {e}", copies[0], String::from_utf8_lossy(&path)),
+            }
+        }
+        self.outside.copies.clear();
         let named =
             |id: &i32| stay.iter().any(|link| link.split(|b| *b == b'/').any(|part| part == id.to_string().as_bytes()));
         let (ids, vtids) = (&mut self.outside.ids, &self.vtids);
         ids.retain(|tid, _| vtids.contains_key(tid) || named(tid));
+        self.keep_outside(self.sii);
         Ok(())
     }
 }

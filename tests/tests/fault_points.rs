@@ -23,7 +23,8 @@ fn points() -> Vec<&'static str> {
 /// Which of the groups below walks a point: by its name's first word. Those of cold recovery are walked in `cold.rs`, those of
 /// fetching a unit, and of losing it, in `lost_machines.rs`, of descriptors that are held in
 /// `hold.rs`.
-const GROUPS: [&str; 17] = [
+const GROUPS: [&str; 18] = [
+    "itself-",
     "hold-",
     "thaw-",
     "call-",
@@ -58,6 +59,7 @@ fn walk(
         "exec-" => exec_chain_launch(),
         "signal-" => guest_launch("timers"),
         "unloggable-" => guest_launch("unlogged"),
+        "itself-" => guest_launch("itself"),
         "shim-" => guest_launch("descriptors"),
         // A thread that waits while another wants the turn leaves what it has sent to the supervisor.
         "output-" => guest_launch("thread_echo"),
@@ -77,6 +79,7 @@ fn walk_on(
     if is_bare() {
         return Ok(());
     }
+    assert!(!of(group).is_empty(), "there is no point {group}");
     let victims = match group {
         "shim-" => &[""][..],
         "hands-" | "standby-" | "record-" | "output-" => &["supervisor@"],
@@ -177,6 +180,15 @@ fn killed_inside_the_shim_in_waits_and_messages() -> Result<(), Error> {
 #[test]
 fn killed_between_an_unloggable_call_and_its_checkpoint() -> Result<(), Error> {
     walk("unloggable-", &[1, 3], 0, alone)
+}
+
+/// Killed while descriptors of the unit's own files in proc(5) are opened again, one after the other: which of them are copies of each
+/// other is known to the next.
+///
+/// Break it: forget `Outside::copies`.
+#[test]
+fn killed_while_its_own_files_are_opened_again() -> Result<(), Error> {
+    walk("itself-", &[1, 2, 3, 4, 5, 6], 1, alone)
 }
 
 #[test]
