@@ -11,7 +11,7 @@ use ftrun_ckpt::dirty::{DirtyTracker, Full};
 use ftrun_ckpt::maps::read_maps;
 use ftrun_ckpt::state::{Snapshot, ThreadState};
 
-use crate::capture::{Capture, broken, limits_of, program_maps, read_credentials};
+use crate::capture::{Capture, broken, program_maps, read_credentials};
 use crate::launch::{self, GATE};
 use crate::tracee;
 use crate::unit::{Halt, Model, Result, Unit, now};
@@ -78,7 +78,7 @@ impl Unit {
             user: vec![self.vpid],
             credentials: self.model.credentials.take().map(|_| credentials),
             // A supervisor that takes over may have other limits than the one that started the program.
-            limits: if self.sii > 0 { self.model.limits.clone() } else { limits_of(scratch) },
+            limits: if self.sii > 0 { self.model.limits.clone() } else { crate::limits::all_of(scratch) },
             irregular: Some("execve".into()),
             affinity: self.model.affinity.get(&self.vpid).map(|m| (self.vpid, m.clone())).into_iter().collect(),
             cpu: self.cpu,

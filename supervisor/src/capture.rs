@@ -17,6 +17,7 @@ use libc::user_regs_struct;
 use crate::desk::GROUPS_MAX;
 use crate::fds;
 use crate::launch::{self, GATE};
+use crate::limits;
 use crate::tracee::{self, Event};
 use crate::unit::{Credentials, Halt, Place, Result, State, Thread, Unit, now};
 
@@ -48,29 +49,6 @@ pub(crate) fn program_maps(maps: Vec<Mapping>) -> Vec<Mapping> {
         .filter(|m| m.end <= REGION_BASE || m.start >= REGION_END)
         .filter(|m| !m.path.starts_with("[vdso") && !m.path.starts_with("[vvar") && !m.path.starts_with("[vsyscall"))
         .collect()
-}
-
-/// The resource limits of a process, soft and hard.
-pub(crate) fn limits_of(pid: i32) -> Vec<(u64, u64)> {
-    let limit = |resource| {
-        let mut old = [0u64; 2];
-        let args = [pid as u64, resource, 0, old.as_mut_ptr() as u64, 0, 0];
-        crate::marshal::raw_call(libc::SYS_prlimit64 as u64, &args);
-        (old[0], old[1])
-    };
-    (0..16).map(limit).collect()
-}
-
-/// Lets a process of ours have descriptors with numbers below this.
-fn set_soft_limit(pid: i32, soft: u64) {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: structures that outlive the calls.
-    unsafe {
-        if libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) == 0 {
-            limit = libc::rlimit { rlim_cur: soft, rlim_max: limit.rlim_max.max(soft) };
-            libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut());
-        }
-    }
 }
 
 impl Unit {
@@ -279,14 +257,19 @@ impl Unit {
 
     /// Follows a change of resource limits.
     pub(crate) fn follow_limits(&mut self) {
-        self.model.limits = limits_of(self.pid);
+        self.model.limits = limits::all_of(self.pid);
         // Descriptors are allocated by this process in the unit's name, or by the keeper. Only the soft limit counts there.
         if let Some(&(soft, _)) = self.model.limits.get(libc::RLIMIT_NOFILE as usize)
             && soft >= 64
         {
             let keeper = self.desk.filter(|_| self.standby.is_some()).map(|d| d.keeper.load(SeqCst));
             // Where descriptors are held this process needs more, and makes no calls.
-            self.hold.is_none().then_some(0).into_iter().chain(keeper).for_each(|pid| set_soft_limit(pid, soft));
+            self.hold
+                .is_none()
+                .then_some(0)
+                .into_iter()
+                .chain(keeper)
+                .for_each(|pid| limits::follow_numbers(pid, soft));
         }
     }
 

@@ -284,7 +284,7 @@ impl Unit {
                 let last = objects.numbers.keys().chain(present).copied().max().unwrap_or(2);
                 let spare = last + 1;
                 let count = spare as usize + 2 * objects.pipes.len() + present.len() + 8;
-                build::allow_numbers(count as u64).map_err(broken("descriptors"))?;
+                crate::limits::allow_numbers(count as u64).map_err(broken("descriptors"))?;
                 for (i, number) in present.iter().enumerate() {
                     // SAFETY: numbers of the unit's table, in which nothing else is now.
                     let r = unsafe { libc::dup3(*number, spare + i as i32, libc::O_CLOEXEC) };

@@ -24,7 +24,7 @@ use nix::sys::socket::{
 
 use crate::desk::{Desk, HELD_MAX};
 use crate::marshal::raw_call;
-use crate::{fault, fds};
+use crate::{fault, fds, limits};
 
 /// Most descriptors of a message (`SCM_MAX_FD`).
 const MESSAGE_FDS: usize = 253;
@@ -179,7 +179,7 @@ impl Hold {
         }
         let count = self.slots.len().clamp(SLOTS_MIN, MESSAGE_FDS);
         // Who brings them back needs twice as many numbers; and there is other work for who holds them, checkpoints above all.
-        let room = soft_limit() / 2;
+        let room = limits::numbers() / 2;
         let slot = |_| to_itself().ok().filter(|slot| (slot.as_raw_fd() as u64) < room);
         let fresh: Vec<OwnedFd> = (0..count).map_while(slot).collect();
         if fresh.is_empty() {
@@ -305,28 +305,6 @@ impl Hold {
         self.slots.iter().for_each(drain);
         self.uses.fill(0);
         self.free = (0..self.slots.len()).rev().collect();
-    }
-}
-
-/// How many descriptors this process may have.
-fn soft_limit() -> u64 {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: a structure that outlives the call.
-    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
-    limit.rlim_cur
-}
-
-/// Lets this process have, and send, as many descriptors as it may; more than that if it is privileged.
-pub(crate) fn raise_limit() {
-    /// `fs.nr_open`, as it is by default.
-    const MOST: libc::rlim_t = 1 << 20;
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: structures that outlive the calls.
-    unsafe {
-        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
-        let most = MOST.max(limit.rlim_max);
-        let set = |max| libc::setrlimit(libc::RLIMIT_NOFILE, &libc::rlimit { rlim_cur: max, rlim_max: max }) == 0;
-        let _is_raised = set(most) || set(limit.rlim_max);
     }
 }
 

@@ -10,8 +10,8 @@ use std::os::fd::{AsRawFd, IntoRawFd};
 use std::sync::atomic::Ordering::SeqCst;
 
 use crate::desk::{CALL, Desk, SPAWN, STARTED};
-use crate::hold::raise_limit;
 use crate::hold::returned::Returned;
+use crate::limits;
 use crate::marshal::raw_call;
 use crate::report::Error;
 use crate::systemd::Notifier;
@@ -243,7 +243,7 @@ fn work(desk: &'static Desk, ours: [Option<i32>; 4], supervisor: &impl Fn(Start)
             if desk.generation.load(SeqCst) > 0 {
                 // The unit may have as many descriptors as its own limit allows, which a checkpoint has
                 // and this process follows when the unit runs (`Unit::follow_limits`).
-                raise_limit();
+                limits::raise_numbers();
             }
             let unit_fds = match enter_table(desk) {
                 Ok(fds) => fds,

@@ -26,6 +26,7 @@ pub mod journal;
 pub mod keeper;
 pub mod launch;
 pub mod lifecycle;
+mod limits;
 pub mod live;
 pub mod logging;
 pub mod mapper;

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::Ordering::SeqCst;
 
-use super::{Hold, NONBLOCKING, ON_EXEC, raise_limit};
+use super::{Hold, NONBLOCKING, ON_EXEC};
 use crate::changes::Change;
 use crate::fds;
+use crate::limits;
 use crate::unit::Unit;
 
 /// The flags of a number of the unit's table; `None` when it is not open.
@@ -115,7 +116,7 @@ impl Unit {
                 // What is in flight counts against the limit of who sends it.
                 if !raised && matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ETOOMANYREFS)) {
                     raised = true;
-                    raise_limit();
+                    limits::raise_numbers();
                     continue;
                 }
                 tracing::warn!(

@@ -11,13 +11,13 @@ use std::sync::atomic::Ordering::SeqCst;
 use ftrun_abi::stream;
 use ftrun_abi::table::{self, Class, Effect, Row};
 
-use super::{NONBLOCKING, ON_EXEC, numbers, peek, place, raise_limit, slot_of, slots};
+use super::{NONBLOCKING, ON_EXEC, numbers, peek, place, slot_of, slots};
 use crate::changes::Change;
 use crate::desk::{ARENA_BYTES, DONE, Desk, IDLE, Order, POSITION, RECEIVED, SENT, STARTED};
 use crate::evlog::EventLog;
 use crate::keeper::keep_only;
+use crate::limits;
 use crate::marshal::raw_call;
-use crate::objects::build::allow_numbers;
 use crate::remains::Remains;
 
 /// Under which name the service manager has the root.
@@ -77,8 +77,8 @@ pub fn bring_back(root: &OwnedFd, desk: &'static Desk, log: &File, remains: &Rem
     let held: Vec<_> = numbers(desk).collect();
     let spare = held.iter().map(|(number, _)| number + 1).max().unwrap_or(0).max(3);
     // Slots, what is in them, and the numbers. It may do with less.
-    if allow_numbers(spare as u64 + 3 * held.len() as u64 + 512).is_err() {
-        raise_limit();
+    if limits::allow_numbers(spare as u64 + 3 * held.len() as u64 + 512).is_err() {
+        limits::raise_numbers();
     }
     let slots = slots(root).map_err(|e| format!("what holds them cannot be looked into: {e}"))?;
     let mut slots: Vec<Option<OwnedFd>> = slots.into_iter().map(Some).collect();

@@ -95,27 +95,6 @@ pub fn build(objects: &Objects, given: BTreeMap<i32, i32>, spare: i32, lossy: bo
     Ok(told)
 }
 
-/// Lets this process have so many descriptors. The unit's own limit follows with its next checkpoint.
-///
-/// # Errors
-/// The hard limit does not allow it.
-pub fn allow_numbers(count: u64) -> Result<()> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: structures that outlive the calls.
-    unsafe {
-        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
-        if limit.rlim_cur < count {
-            let more = libc::rlimit { rlim_cur: count, rlim_max: limit.rlim_max.max(count) };
-            let r = libc::setrlimit(libc::RLIMIT_NOFILE, &raw const more);
-            sys(
-                || format!("{count} open descriptors (ulimit -n) are needed, {} are allowed", limit.rlim_max),
-                r.into(),
-            )?;
-        }
-    }
-    Ok(())
-}
-
 impl Builder<'_> {
     /// Moves a descriptor out of the way.
     fn raise(&self, fd: i32) -> Result<i32> {
