@@ -515,3 +515,80 @@ fn fill(known: &MappedFile, content: u64, pages: &PageStore) -> io::Result<File>
     }
     Ok(file)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+    use crate::maps::read_maps;
+
+    fn own_pid() -> i32 {
+        std::process::id().cast_signed()
+    }
+
+    /// A file of this process's, mapped to be read; how that is seen.
+    fn mapped(path: &Path, bytes: usize) -> Mapping {
+        let file = File::open(path).unwrap();
+        // SAFETY: a new mapping, which stays.
+        let at = unsafe {
+            let (prot, flags) = (libc::PROT_READ, libc::MAP_SHARED);
+            libc::mmap(std::ptr::null_mut(), bytes, prot, flags, file.as_raw_fd(), 0)
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        seen(at as u64)
+    }
+
+    fn seen(at: u64) -> Mapping {
+        read_maps(own_pid()).unwrap().into_iter().find(|m| m.start == at).unwrap()
+    }
+
+    /// Break it: keep content of any size, or map what is known to be missing from nothing.
+    #[test]
+    fn what_is_too_large_to_be_kept_is_told_and_not_made_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("large");
+        File::create(&path).unwrap().set_len(CONTENT_BYTES_MAX + PAGE_BYTES).unwrap();
+        let start = mapped(&path, (CONTENT_BYTES_MAX + PAGE_BYTES) as usize).start;
+        std::fs::remove_file(&path).unwrap();
+        let maps = [seen(start)];
+        let (mut files, mut staged, pages) = (Files::default(), StagedPages::new(), PageStore::new());
+        assert!(files.taken().lacks_one(&maps));
+        let followed = files.follow(own_pid(), &maps, &pages, &mut staged).unwrap();
+        assert_eq!(followed.left_out, [path.to_str().unwrap()]);
+        assert!(staged.is_empty() && !files.taken().lacks_one(&maps), "it is asked for again and again");
+        assert!(matches!(open(&maps[0], &followed.files, &pages), Err(Error::Replaced { .. })));
+    }
+
+    /// Break it: tell a file by its name, or by the number of its inode, alone.
+    #[test]
+    fn content_outlives_the_file_and_goes_with_the_mapping() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("small");
+        let content = vec![7; 3 * PAGE_BYTES as usize + 5];
+        File::create(&path).unwrap().write_all(&content).unwrap();
+        let start = mapped(&path, content.len()).start;
+        let (mut files, mut pages) = (Files::default(), PageStore::new());
+        let mut follow = |maps: &[Mapping], pages: &mut PageStore| {
+            let mut staged = StagedPages::new();
+            let followed = files.follow(own_pid(), maps, pages, &mut staged).unwrap();
+            pages.drop_runs(&followed.needless);
+            pages.commit(&staged).unwrap();
+            followed.files
+        };
+        let known = follow(&[seen(start)], &mut pages);
+        assert!(pages.is_empty(), "the file is there");
+        std::fs::remove_file(&path).unwrap();
+        // On most file systems it has the same number.
+        File::create(&path).unwrap().write_all(&[8; 9]).unwrap();
+        assert!(matches!(open(&seen(start), &known, &pages), Err(Error::Replaced { .. })));
+        let known = follow(&[seen(start)], &mut pages);
+        assert_eq!(pages.len(), 4);
+        let mut restored = Vec::new();
+        open(&seen(start), &known, &pages).unwrap().unwrap().read_to_end(&mut restored).unwrap();
+        // As far as it was mapped: to the end of a page.
+        restored.truncate(content.len());
+        assert!(restored == content);
+        assert!(follow(&[], &mut pages).is_empty() && pages.is_empty());
+    }
+}

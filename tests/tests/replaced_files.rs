@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use ftrun_tests::binaries::{copy_executable, is_bare, need};
 use ftrun_tests::load::{Load, Victim};
+use ftrun_tests::process::is_root;
 use ftrun_tests::rng::Rng;
 use ftrun_tests::scenarios::guest_launch;
 use ftrun_tests::service::Service;
@@ -80,10 +81,17 @@ fn killed_when_they_have_been_replaced() -> Result<(), Error> {
     }
     let load = Load::from_env();
     let mut rng = Rng::new(load.seed);
-    for level in ["process", "supervisor"] {
+    // Of another user's process only memory shows what a file was.
+    const ORDINARY: u32 = 65534;
+    let ordinary = is_root().then_some(("supervisor", Some(ORDINARY)));
+    for (level, user) in [("process", None), ("supervisor", None)].into_iter().chain(ordinary) {
         // Nothing else asks for a checkpoint.
         let never = ["--durability", level, "--checkpoint-every", "1h", "--recover-within", "1h"];
-        let unit = mapped(never)?.start()?;
+        let mut launch = mapped(never)?;
+        if let Some(user) = user {
+            launch.as_user(user);
+        }
+        let unit = launch.start()?;
         await_round(&unit)?;
         replace_both(&unit)?;
         await_checkpoint(&unit)?;
@@ -97,7 +105,7 @@ fn killed_when_they_have_been_replaced() -> Result<(), Error> {
             }
         }
         await_round(&unit)?;
-        println!("{level}: {} rounds", unit.finish_rounds()?);
+        println!("{level}, {user:?}: {} rounds", unit.finish_rounds()?);
     }
     Ok(())
 }
