@@ -89,18 +89,6 @@ impl Unit {
         }
     }
 
-    /// What has to be waited for before a call is made in the unit, where it must not block.
-    pub(crate) fn must_wait(&mut self, vtid: i32, row: &Row, args: &[u64; 6], digest: u64) -> Option<Outcome> {
-        let (fd, events) = match row.wait {
-            Wait::Readable(i) => (args[i as usize] as i32, libc::POLLIN),
-            Wait::Writable(i) => (args[i as usize] as i32, libc::POLLOUT),
-            Wait::Never | Wait::Special => return None,
-        };
-        // Flags are the fourth argument of those that there are.
-        let at_once = args[3] & libc::MSG_DONTWAIT as u64 != 0 || kind(fd) == Kind::Immediate;
-        (!at_once && !ready(fd, events)).then(|| self.wait_fd(vtid, digest, fd, events, None))
-    }
-
     fn wait_fd(&mut self, vtid: i32, digest: u64, fd: i32, events: i16, timeout: Option<u64>) -> Outcome {
         let begun = self.begun(vtid, digest);
         if begun.deadline.is_none() {

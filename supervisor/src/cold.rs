@@ -321,7 +321,7 @@ impl Unit {
     fn follow_debt(&mut self, objects: &mut Objects) -> Result<()> {
         let Some(vtid) = hands::owed_to().filter(|v| self.threads.contains_key(v)) else { return Ok(()) };
         let regs = self.thread(vtid).regs;
-        let (nr, args) = (regs.orig_rax, tracee::args_of(&regs));
+        let (nr, args) = tracee::call_of(&regs);
         let row = table::lookup(nr, &args);
         let call = Prepared::new(self.tid(vtid), nr, &row, &args, &|path| self.path_of(vtid, path))?;
         let Some(result) = hands::owed(vtid, call.digest) else { return Ok(()) };

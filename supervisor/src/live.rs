@@ -289,7 +289,7 @@ impl Unit {
             return Ok(());
         }
         let regs = self.thread(vtid).regs;
-        let (nr, args) = (regs.orig_rax, tracee::args_of(&regs));
+        let (nr, args) = tracee::call_of(&regs);
         let tid = self.tid(vtid);
         let row = table::lookup(nr, &args);
         let mut call = Prepared::new(tid, nr, &row, &args, &|path| self.path_of(vtid, path))?;
@@ -334,9 +334,6 @@ impl Unit {
             Class::Deny => Outcome::Done(-i64::from(row.deny_errno)),
             _ if row.irregular => self.irregular(vtid, nr, &args, call, row)?,
             Class::Unknown => {
-                if let Some(wait) = self.must_wait(vtid, row, &args, call.digest) {
-                    return Ok(wait);
-                }
                 let r = self.gate(vtid, nr as libc::c_long, self.real_ids(row, &args))?;
                 self.unloggable = Some(row.name.to_owned());
                 Outcome::Done(r)
@@ -364,7 +361,7 @@ impl Unit {
             self.output(*addr, bytes)?;
         }
         self.outside.begun.remove(&vtid);
-        let args = tracee::args_of(&self.thread(vtid).regs);
+        let (_, args) = tracee::call_of(&self.thread(vtid).regs);
         self.after_fd_call(nr, &args, result);
         self.note_made(nr, &args, result, &outs);
         let took = if std::mem::take(&mut self.took_signal) { flag::TOOK_SIGNAL } else { 0 };
@@ -398,12 +395,14 @@ impl Unit {
     /// Puts outputs and result in place.
     pub(crate) fn finish_call(&mut self, vtid: i32, result: i64, outs: &[(u64, Vec<u8>)]) -> Result<()> {
         let t = self.thread(vtid);
+        let (result, length) = tracee::result_of(&t.regs, result);
         t.regs.rax = result as u64;
         let (tid, own_mask) = (t.tid, t.own_mask.take());
         if let Some(mask) = own_mask {
             tracee::set_sigmask(tid, mask)?;
         }
-        for (addr, bytes) in outs {
+        let length = length.iter().map(|(addr, bytes)| (addr, &bytes[..]));
+        for (addr, bytes) in outs.iter().map(|(addr, bytes)| (addr, &bytes[..])).chain(length) {
             // A bad address is left at that: the kernel would have failed with EFAULT after the effect, too.
             if let Err(e @ tracee::TraceError::Gone(_)) = tracee::write_mem(tid, *addr, bytes) {
                 return Err(e.into());

@@ -185,7 +185,7 @@ impl Unit {
         let h = record.header;
         let vtid = h.tid as i32;
         let regs = self.thread(vtid).regs;
-        let (nr, args) = (regs.orig_rax, tracee::args_of(&regs));
+        let (nr, args) = tracee::call_of(&regs);
         let tid = self.tid(vtid);
         let row = table::lookup(nr, &args);
         let mut call = Prepared::new(tid, nr, &row, &args, &|p| p)?;

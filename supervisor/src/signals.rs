@@ -237,7 +237,7 @@ impl Unit {
             _ => None,
         };
         let mask = waiting.as_ref().and_then(|w| w.mask);
-        let (nr, args) = (t.regs.orig_rax, tracee::args_of(&t.regs));
+        let (nr, args) = tracee::call_of(&t.regs);
         let Some(info) = self.next_signal(vtid, mask)? else { return Ok(false) };
         let (signal, ..) = tracee::siginfo_head(&info);
         let Some(waiting) = waiting else {

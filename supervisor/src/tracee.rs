@@ -417,6 +417,30 @@ impl Gate {
     }
 }
 
+/// The call in the registers of a thread, as it is served: number and arguments.
+///
+/// Several messages in a call (recvmmsg(2), sendmmsg(2)) are served one at a time: the callers must do with fewer than they have asked
+/// for. An entry of theirs begins with the header that recvmsg(2) and sendmsg(2) take.
+pub fn call_of(regs: &user_regs_struct) -> (u64, [u64; 6]) {
+    let (nr, args) = (regs.orig_rax, args_of(regs));
+    let one = |nr: libc::c_long| (nr as u64, [args[0], args[1], args[3] & !(libc::MSG_WAITFORONE as u64), 0, 0, 0]);
+    match nr as i64 {
+        libc::SYS_recvmmsg if args[2] > 0 => one(libc::SYS_recvmsg),
+        libc::SYS_sendmmsg if args[2] > 0 => one(libc::SYS_sendmsg),
+        _ => (nr, args),
+    }
+}
+
+/// What a call returns that has been served so: its result, and what else it has written, at an address.
+pub fn result_of(regs: &user_regs_struct, result: i64) -> (i64, Option<(u64, [u8; 4])>) {
+    let (nr, args) = call_of(regs);
+    if nr == regs.orig_rax || result < 0 {
+        return (result, None);
+    }
+    // `msg_len`, behind the header.
+    (1, Some((args[1] + size_of::<libc::msghdr>() as u64, (result as u32).to_le_bytes())))
+}
+
 /// The six arguments in the registers of a call.
 pub fn args_of(regs: &user_regs_struct) -> [u64; 6] {
     [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9]

@@ -45,6 +45,7 @@ pub const ALL: &[(&str, Scenario)] = &[
     ("files", files),
     ("memory", memory),
     ("itself", itself),
+    ("mmsg", mmsg),
     ("descriptors", descriptors),
     ("spin", spin),
     ("alarm-spin", alarm_spin),
@@ -532,6 +533,11 @@ pub fn memory(load: &Load) -> Result<Report, Error> {
 /// A program that keeps files open that proc(5) has about the program.
 pub fn itself(load: &Load) -> Result<Report, Error> {
     rounds(load, guest_launch("itself")?, |_, _| Ok(()))
+}
+
+/// A program that receives several messages in a call.
+pub fn mmsg(load: &Load) -> Result<Report, Error> {
+    rounds(load, guest_launch("mmsg")?, |_, _| Ok(()))
 }
 
 /// A thread that spins on a variable until another has set it.

@@ -33,6 +33,7 @@ survives! {
     files;
     memory;
     itself;
+    mmsg;
     descriptors;
     spin;
     alarm_spin;

@@ -42,6 +42,7 @@ survives! {
     files;
     memory;
     itself;
+    mmsg;
     descriptors;
     spin;
     alarm_spin;

@@ -6,7 +6,7 @@ use super::{Arg, Command, Len, Row, Used};
 
 /// Socket address or option value whose length lies in memory, before and after the call.
 const ADDR1_LEN2: Arg = Out(Len::U32At(2), Used::U32At(2));
-const MMSG: &str = "the message headers hold addresses of further buffers";
+const MMSG: &str = "served as recvmsg and sendmsg, one message at a time, unless it asks for none";
 const RIGHTS: &str = "may bring descriptors; SCM_CREDENTIALS names whoever executes it";
 
 pub(super) const ROWS: &[Row] = &[
@@ -28,8 +28,8 @@ pub(super) const ROWS: &[Row] = &[
     object(54, "setsockopt", &[Fd, Int, Int, In(Len::Arg32(4)), Int]).does(Option),
     input(55, "getsockopt", &[Fd, Int, Int, Out(Len::U32At(4), Used::U32At(4)), INOUT4]),
     object(288, "accept4", &[Fd, ADDR1_LEN2, INOUT4, Hex]).does(Accept).readable(),
-    unknown(299, "recvmmsg", &[Fd, Addr, Int, Hex, Addr]).readable().note(MMSG),
-    unknown(307, "sendmmsg", &[Fd, Addr, Int, Hex]).writable().note(MMSG),
+    unknown(299, "recvmmsg", &[Fd, Addr, Int, Hex, Addr]).note(MMSG),
+    unknown(307, "sendmmsg", &[Fd, Addr, Int, Hex]).note(MMSG),
 ];
 
 const SOL_IP: u32 = 0;

@@ -34,7 +34,7 @@ fn check(row: &Row, what: &str) {
     }
     if let Wait::Readable(i) | Wait::Writable(i) = row.wait {
         assert_eq!(row.args[usize::from(i)], Arg::Fd, "{what}: waits for a descriptor");
-        assert!(row.place == Place::Supervisor || row.class == Class::Unknown, "{what}");
+        assert_eq!(row.place, Place::Supervisor, "{what}");
     }
     for arg in row.args {
         match *arg {
